@@ -1,0 +1,31 @@
+# Set up, show, test. Everything happens in .venv; after `setup` nothing is downloaded.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO ?= runs/demo
+export OMP_NUM_THREADS ?= 2
+
+.PHONY: setup demo test lint types bench clean
+
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch .venv/.ready
+
+# The main job on the embedded model: at most ten minutes on two cores after the installation.
+demo: setup
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bench/demo.sh $(DEMO)
+
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache

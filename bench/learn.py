@@ -1,0 +1,123 @@
+"""Does it learn? The `words` run over several seeds, and a control with shuffled advantages; writes docs/benchmarks.md.
+
+    python bench/learn.py --seeds 5 --iterations 20 --out runs/learn
+
+Each seed is one whole run: base evaluation, the iterations, final evaluation, on held-out prompts and seeds. The control
+is the same run, except that advantages are permuted among all samples of an iteration before training. Finished runs are
+kept and not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+import cli
+from shards import sidecar
+from shards.config import apply_sets, parse_config, read_preset
+from shards.run import Run, Stage
+
+GAIN = 0.15  # what a run has to reach
+
+
+def shuffle_advantages(stage: Stage, seed: int) -> None:
+    """Permute the advantages of an iteration among all its samples, keeping their distribution."""
+    for spec in sorted(path.name for path in (stage.path / "advantage").iterdir()):
+        frame = sidecar.read_advantages(stage, spec)
+        order = np.random.default_rng(seed).permutation(len(frame))
+        frame[["advantage", "weight"]] = frame[["advantage", "weight"]].to_numpy()[order]
+        for shard in stage.shards():
+            rows = frame[frame["shard"] == shard].drop(columns="shard").reset_index(drop=True)
+            sidecar.write_advantages(stage, shard, spec, rows, {"control": "shuffled"})
+
+
+def one_run(path: Path, seed: int, iterations: int, control: bool) -> dict[str, Any]:
+    """One run from its base evaluation to its final one; its result is stored beside it and read when it exists."""
+    stored = path / "learn.json"
+    if stored.exists():
+        return dict(json.loads(stored.read_text()))
+    values = apply_sets(read_preset("words"), [f"rollout.seed={seed}"])
+    run = Run.create(path, parse_config(values, "preset words"))
+    policy = cli.load_policy(run)
+    start = time.monotonic()
+    for k in range(iterations):
+        stage = run.iteration(k)
+        cli.do_rollout(run, stage, policy, "")
+        cli.do_score(run, stage, "", False)
+        if control:
+            shuffle_advantages(stage, 1000 * seed + k)
+        cli.do_train(run, k, policy)
+    seconds = time.monotonic() - start
+    ends = []
+    for k in (0, iterations):
+        cli.do_rollout(run, run.evaluation(k), policy, "")
+        ends.append(cli.do_score(run, run.evaluation(k), "", False))
+    before, after = (float(end["reward_mean"]) for end in ends)
+    result = {
+        "seed": seed, "control": control, "before": before, "after": after, "gain": after - before,
+        "error": float(ends[1]["reward_error"]), "videos": int(ends[1]["samples"]), "seconds": seconds,
+    }  # fmt: skip
+    stored.write_text(json.dumps(result, indent=1))
+    return result
+
+
+def report(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> str:
+    """The section of docs/benchmarks.md: a table of runs and whether they did what they have to."""
+    frame = pd.DataFrame(rows)
+    runs, controls = frame[~frame["control"]], frame[frame["control"]]
+    lines = [
+        f"`python bench/learn.py --seeds {arguments.seeds} --iterations {arguments.iterations}`: OCR reward on "
+        f"{rows[0]['videos']} held-out videos, deterministic sampler.",
+        "",
+        "| run seed | advantages | before | after | gain | standard error after | minutes |",
+        "|-|-|-|-|-|-|-|",
+    ]
+    for row in rows:
+        kind = "shuffled" if row["control"] else "true"
+        numbers = f"{row['before']:.3f} | {row['after']:.3f} | {row['gain']:+.3f} | {row['error']:.3f}"
+        lines.append(f"| {row['seed']} | {kind} | {numbers} | {row['seconds'] / 60:.1f} |")
+    reached = int((runs["gain"] >= GAIN).sum())
+    lines += ["", f"{reached} of {len(runs)} runs gained {GAIN} or more; mean gain {runs['gain'].mean():+.3f}."]
+    if len(controls):
+        lines.append(f"Control with shuffled advantages: mean gain {controls['gain'].mean():+.3f}.")
+    return "\n".join(lines) + "\n"
+
+
+def replace_section(page: Path, name: str, text: str) -> None:
+    """Put `text` between the markers of a section of a page, and leave the rest of the page alone."""
+    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    old = page.read_text(encoding="utf-8") if page.exists() else f"# Benchmarks\n\n{begin}\n{end}\n"
+    head, _, rest = old.partition(begin)
+    tail = rest.partition(end)[2]
+    page.write_text(f"{head}{begin}\n{text}{end}{tail}", encoding="utf-8")
+
+
+def main() -> None:
+    """Run what is missing, print the table, write it into the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--controls", type=int, default=1)
+    parser.add_argument("--iterations", type=int, default=20)
+    parser.add_argument("--out", type=Path, default=Path("runs/learn"))
+    parser.add_argument("--page", type=Path, default=Path("docs/benchmarks.md"))
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    plan = [(seed, False) for seed in range(arguments.seeds)] + [(seed, True) for seed in range(arguments.controls)]
+    rows = []
+    for seed, control in plan:
+        path = arguments.out / f"{'control' if control else 'seed'}-{seed}"
+        rows.append(one_run(path, seed, arguments.iterations, control))
+        print(json.dumps(rows[-1]), flush=True)
+    text = report(rows, arguments)
+    print(text)
+    replace_section(arguments.page, "learn", text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""A Wan model folder as diffusers saves it: its layout read from `model_index.json`, its parts loaded, its fingerprint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
+
+from shards.errors import RunFailed, UserError
+from shards.files import sha256_file
+
+EXPERT_FOLDERS = ("transformer", "transformer_2")  # WanPipeline: expert 0 is the high-noise one, expert 1 the low-noise one
+PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
+FINGERPRINTED = (".json", ".safetensors", ".model", ".txt")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the files of a folder say about a model; nothing about Wan's variants is written down in this program.
+
+    `boundary` is a share of the training timesteps (0.875: the high-noise expert takes t >= 875), None for one expert.
+    `patch` is (frames, height, width) in latent pixels. `takes_image`: "never", "may" (TI2V) or "must" (I2V).
+    """
+
+    folder: Path
+    parts: tuple[str, ...]
+    boundary: float | None
+    expand_timesteps: bool
+    takes_image: str
+    channels: int
+    patch: tuple[int, int, int]
+    rope_length: int
+    temporal_scale: int
+    spatial_scale: int
+    scheduler_config: Mapping[str, Any]
+
+    @property
+    def expert_ids(self) -> tuple[int, ...]:
+        return (0,) if self.boundary is None else (0, 1)
+
+
+def find_folder(path: str) -> Path:
+    """The local folder of a model: the embedded `words`, a path, or the local copy of a hub repository.
+
+    Raises UserError when there is no such folder, or it holds no Wan pipeline.
+    """
+    if path == "words":
+        from rollout.prompts import words_folder
+
+        folder = words_folder() / "model"
+    else:
+        folder = Path(path).expanduser()
+    if not folder.exists() and path.count("/") == 1 and not path.startswith((".", "~")):
+        folder = _download(path)
+    if not folder.is_dir():
+        raise UserError(f"{path}: no such model folder", "model.path is a folder in WanPipeline layout, a hub id, or `words`")
+    return folder
+
+
+def read_layout(folder: Path) -> Layout:
+    """Read `model_index.json` and the configurations beside it.
+
+    Raises UserError for a folder that holds no Wan pipeline, or one of a layout this program cannot sample.
+    """
+    index = _read_config(folder / "model_index.json", "a Wan model folder is made by WanPipeline.save_pretrained")
+    kind = index.get("_class_name")
+    if kind not in PIPELINES:
+        raise UserError(f"{folder}/model_index.json: a {kind}, not a Wan pipeline", f"rushes samples {' and '.join(PIPELINES)}")
+    parts = tuple(name for name, value in index.items() if isinstance(value, list) and value and value[0] is not None)
+    for name in ("tokenizer", "text_encoder", "vae", "scheduler", "transformer"):
+        if name not in parts or not (folder / name).is_dir():
+            raise UserError(f"{folder}: the part {name!r} is missing", "save the whole pipeline with save_pretrained")
+    if "image_encoder" in parts:
+        raise UserError(f"{folder}: has an image encoder (Wan2.1 image-to-video)", "use Wan2.2 image-to-video, which has none")
+    transformer = _read_config(folder / "transformer" / "config.json", "save the transformer with save_pretrained")
+    vae = _read_config(folder / "vae" / "config.json", "save the VAE with save_pretrained")
+    return Layout(
+        folder=folder,
+        parts=parts,
+        boundary=_boundary(folder, index, parts),
+        expand_timesteps=bool(index.get("expand_timesteps", False)),
+        takes_image=_takes_image(folder, index, transformer, vae),
+        channels=int(transformer["out_channels"]),
+        patch=tuple(transformer["patch_size"]),
+        rope_length=int(transformer.get("rope_max_seq_len", 1024)),
+        temporal_scale=int(vae.get("scale_factor_temporal", 4)),
+        spatial_scale=int(vae.get("scale_factor_spatial", 8)),
+        scheduler_config=_read_config(folder / "scheduler" / "scheduler_config.json", "save the scheduler too"),
+    )
+
+
+def load_transformer(layout: Layout, expert: int, dtype: str, memory_map: bool) -> nn.Module:
+    """One expert in host memory, frozen, in eval mode.
+
+    The dtype is given to `from_pretrained` and never changed afterwards: diffusers keeps the time embedder, the norms and
+    the rotary table in fp32, and `.to(dtype)` would not. Memory-mapped tensors are aligned differently from fresh ones,
+    which sends CPU matrix products down another path (differences of 1e-6), so on a CPU the weights are read instead.
+    """
+    folder = layout.folder / EXPERT_FOLDERS[expert]
+    model = _load(WanTransformer3DModel, folder, torch_dtype=DTYPES[dtype], disable_mmap=not memory_map)
+    return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+
+def load_vae(layout: Layout, memory_map: bool) -> AutoencoderKLWan:
+    """The VAE in host memory, fp32 whatever the transformers are (Wan's model cards load it so)."""
+    model = _load(AutoencoderKLWan, layout.folder / "vae", torch_dtype=torch.float32, disable_mmap=not memory_map)
+    return model.eval().requires_grad_(False)
+
+
+def load_text(layout: Layout, dtype: str) -> tuple[PreTrainedTokenizerBase, UMT5EncoderModel]:
+    """Tokenizer and text encoder in host memory.
+
+    Raises RunFailed when the token embeddings came out zero or untied: some versions of transformers load Wan's encoder so,
+    without a word, and every video is then noise (diffusers issue 4919 of vllm-omni, transformers PR 43880).
+    """
+    tokenizer = _load(AutoTokenizer, layout.folder / "tokenizer")
+    encoder = _load(UMT5EncoderModel, layout.folder / "text_encoder", dtype=DTYPES[dtype]).eval().requires_grad_(False)
+    table = encoder.get_input_embeddings().weight
+    if not bool(table.any()) or table.data_ptr() != encoder.shared.weight.data_ptr():
+        raise RunFailed(f"{layout.folder}/text_encoder: the token embeddings were not loaded", "upgrade transformers")
+    return tokenizer, encoder
+
+
+def fingerprint_folder(layout: Layout) -> str:
+    """sha256 over the names and sha256 of every weight and configuration file of the parts in use."""
+    from rollout.policy_lora import canonical_sha256
+
+    files = [layout.folder / "model_index.json"]
+    for part in layout.parts:
+        files += [path for path in sorted((layout.folder / part).rglob("*")) if path.suffix in FINGERPRINTED]
+    return canonical_sha256({path.relative_to(layout.folder).as_posix(): sha256_file(path) for path in files})
+
+
+def _load(kind: Any, folder: Path, **options: Any) -> Any:
+    """`from_pretrained` from local files only, its many errors turned into one sentence."""
+    try:
+        return kind.from_pretrained(folder, local_files_only=True, **options)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{folder}: cannot be loaded as {kind.__name__}: {line}", "the folder is damaged or foreign") from error
+
+
+def _read_config(path: Path, hint: str) -> dict[str, Any]:
+    """One configuration file; UserError when it is missing or no JSON object."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file", hint) from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: not readable as JSON: {error}", hint) from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: not a JSON object", hint)
+    return values
+
+
+def _boundary(folder: Path, index: dict[str, Any], parts: tuple[str, ...]) -> float | None:
+    """The share of timesteps above which expert 0 works; None when there is one expert."""
+    ratio = index.get("boundary_ratio")
+    if "transformer_2" not in parts:
+        return None
+    if ratio is None:
+        raise UserError(f"{folder}/model_index.json: two experts but no boundary_ratio", "set it (Wan2.2: 0.875 or 0.9)")
+    return float(ratio)
+
+
+def _takes_image(folder: Path, index: dict[str, Any], transformer: dict[str, Any], vae: dict[str, Any]) -> str:
+    """Whether the model starts from an image: told by the number of input channels and by `expand_timesteps`."""
+    inputs, outputs = int(transformer["in_channels"]), int(transformer["out_channels"])
+    if inputs == outputs:
+        return "may" if index.get("expand_timesteps") else "never"
+    if inputs == 2 * outputs + int(vae.get("scale_factor_temporal", 4)):  # noise, mask, encoded image
+        return "must"
+    raise UserError(f"{folder}/transformer: {inputs} input and {outputs} output channels", "neither text nor image to video")
+
+
+def _download(name: str) -> Path:
+    """The local copy of a hub repository, fetched when it is not there; never a pickled weight file."""
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*" + suffix for suffix in FINGERPRINTED]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # the hub client raises dozens of types, from bad names to dead networks
+        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{name}: no such model folder, and not to be had from the hub: {line}", "check model.path") from error

@@ -1,0 +1,295 @@
+"""The frozen plan of a rollout: sigmas, timesteps, experts and guidance, and which steps are stochastic."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, get_args
+
+import numpy as np
+
+from rollout.grids import grid
+from rollout.transitions import gradient_scale, kernel, resolve_form
+from shards.config import Form, Law, Solver
+from shards.errors import UserError
+
+if TYPE_CHECKING:
+    from shards.config import EvalConfig, RolloutConfig
+
+HIGH_NOISE, LOW_NOISE = 0, 1
+EXPERT_NAMES = ("high_noise", "low_noise")
+_QUOTA_KEYS = ("rollout.high_steps", "rollout.low_steps")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the sampler does at each step, computed once, stored with the shard and never derived again.
+
+    Step i goes from sigmas[i] to sigmas[i+1]. sigmas [N+1] fall strictly and end with 0; timesteps [N] are what the
+    model is conditioned on, in 0..1000; experts [N] are 0 (high noise, or the only one) or 1 (low noise); guidance
+    [N]. All of these are fp32 values, so nothing is lost in a shard. law, form and eta are those of the window steps,
+    solver that of the others. Raises UserError when the parts do not fit together.
+    """
+
+    sigmas: tuple[float, ...]
+    timesteps: tuple[float, ...]
+    experts: tuple[int, ...]
+    guidance: tuple[float, ...]
+    law: Law
+    form: Form
+    eta: float
+    solver: Solver
+
+    def __post_init__(self) -> None:
+        for problem in _problems(self):
+            raise UserError(f"bad sampler plan: {problem}", "a plan is made by `rushes rollout` and must not be edited")
+
+    @property
+    def steps(self) -> int:
+        """N, the number of denoising steps."""
+        return len(self.timesteps)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the canonical JSON of this plan, 64 hex digits."""
+        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, numbers and strings; through JSON and `from_dict` it comes back equal, bit for bit."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """The plan that `to_dict` described. Raises UserError for missing or unknown keys and for bad values."""
+        names = {field.name for field in fields(cls)}
+        if names != set(data):
+            wrong = ", ".join(sorted(names ^ set(data)))
+            raise UserError(f"bad sampler plan: missing or unknown keys: {wrong}", "was it written by another version?")
+        try:
+            vectors = {key: tuple(float(value) for value in data[key]) for key in ("sigmas", "timesteps", "guidance")}
+            experts, eta = tuple(int(value) for value in data["experts"]), float(data["eta"])
+        except (TypeError, ValueError) as error:
+            raise UserError(f"bad sampler plan: {error}", "the file is damaged") from error
+        return cls(**vectors, experts=experts, eta=eta, law=data["law"], form=data["form"], solver=data["solver"])
+
+
+def make_plan(
+    config: RolloutConfig,
+    *,
+    boundary: float | None,
+    scheduler_config: Mapping[str, Any],
+    evaluation: EvalConfig | None = None,
+) -> Plan:
+    """The plan of a rollout, or with `evaluation` that of the deterministic evaluation sampler.
+
+    boundary: `boundary_ratio` of the model's model_index.json, None for a model with one expert. scheduler_config: the
+    model's scheduler/scheduler_config.json; the run's own shift replaces the one in it. Raises UserError for two
+    experts without two guidance scales, for a noise level that its law cannot use, and, in a rollout, for a schedule
+    that never reaches one of two experts.
+    """
+    steps, shift = config.steps, config.shift
+    if evaluation is not None:
+        steps, shift = evaluation.steps, evaluation.shift or config.shift
+    sigmas, timesteps = grid(config.schedule, steps, shift, scheduler_config)
+    train_steps = int(scheduler_config.get("num_train_timesteps", 1000))
+    experts = expert_ids(timesteps, boundary, train_steps)
+    if evaluation is None and boundary is not None and not config.allow_untrained_expert:
+        _check_both_experts(experts, boundary * train_steps)
+    scales = _guidance_scales(config, evaluation, two_experts=boundary is not None)
+    law: Law = "ode" if evaluation is not None else config.law
+    if law != "ode":
+        _check_eta(law, config.eta)
+    return Plan(
+        sigmas=sigmas,
+        timesteps=timesteps,
+        experts=experts,
+        guidance=tuple(float(np.float32(scales[expert])) for expert in experts),
+        law=law,
+        form=resolve_form(law, config.form),
+        eta=0.0 if law == "ode" else config.eta,
+        solver=config.solver if evaluation is None else evaluation.solver,
+    )
+
+
+def expert_ids(timesteps: Sequence[float], boundary: float | None, train_steps: int = 1000) -> tuple[int, ...]:
+    """Expert of each step: high noise (0) iff t >= boundary * train_steps, as in WanPipeline and the official code."""
+    if boundary is None:
+        return (HIGH_NOISE,) * len(timesteps)
+    return tuple(HIGH_NOISE if t >= boundary * train_steps else LOW_NOISE for t in timesteps)
+
+
+def choose_window(plan: Plan, config: RolloutConfig, *, iteration: int, prompt_id: int) -> tuple[int, ...]:
+    """The stochastic steps of one group, rising: a pure function of (run seed, iteration, prompt id) and the plan.
+
+    Each expert gets its quota (`high_steps`, `low_steps`; a plan with one expert ignores the other quota) among its
+    steps from `first_step` on. The last step is never taken: its Gaussian would have no width. All videos of a group
+    share the window. `fixed` takes the first steps, `random` any, `progressive` a block that moves on by one step at
+    each iteration and starts over at the end (MixGRPO). The law `ode` has no window. Raises UserError when a quota
+    cannot be met, or when one of two experts gets no step and `allow_untrained_expert` is off.
+    """
+    if plan.law == "ode":
+        return ()
+    window: list[int] = []
+    for expert, (candidates, quota) in _quotas(plan, config).items():
+        window += _choose(candidates, quota, config, iteration, f"{iteration} {prompt_id} {expert}")
+    return tuple(sorted(window))
+
+
+def describe(plan: Plan, window: Sequence[int]) -> list[dict[str, Any]]:
+    """One row per step, for `--dry-run`.
+
+    Keys: step, sigma, timestep, expert (name), guidance, law (that of the window, or the solver), std (of the whole
+    step), noise_share (std over the next sigma: above 1 the step adds more noise than the next state may hold),
+    trained, gradient_share (of this step among the trained steps of its expert, by `gradient_scale`; they sum to 1).
+    """
+    chosen = set(window)
+    scales = {step: _gradient_scale(plan, step) for step in chosen}
+    rows = []
+    for step in range(plan.steps):
+        expert, trained = plan.experts[step], step in chosen
+        std = kernel(*_law_of(plan, step)).std if trained else 0.0
+        total = sum(scale for other, scale in scales.items() if plan.experts[other] == expert)
+        rows.append(
+            {
+                "step": step,
+                "sigma": plan.sigmas[step],
+                "timestep": plan.timesteps[step],
+                "expert": EXPERT_NAMES[expert],
+                "guidance": plan.guidance[step],
+                "law": plan.law if trained else plan.solver,
+                "std": std,
+                "noise_share": std / plan.sigmas[step + 1] if trained else 0.0,
+                "trained": trained,
+                "gradient_share": scales[step] / total if trained else 0.0,
+            }
+        )
+    return rows
+
+
+def _guidance_scales(
+    config: RolloutConfig, evaluation: EvalConfig | None, *, two_experts: bool
+) -> tuple[float, float | None]:
+    """Guidance of the high-noise (or only) and of the low-noise expert; that of rollout where [eval] has none."""
+    high, low = config.guidance_scale, config.guidance_scale_2
+    if evaluation is not None:
+        high = high if evaluation.guidance_scale is None else evaluation.guidance_scale
+        low = low if evaluation.guidance_scale_2 is None else evaluation.guidance_scale_2
+    if two_experts and low is None:
+        raise UserError(
+            "the model has two experts, but rollout.guidance_scale_2 is not set",
+            "guidance is part of the policy: give the low-noise expert its own, e.g. rollout.guidance_scale_2=3.0 "
+            "(Wan2.2 T2V-A14B: 4.0 high, 3.0 low)",
+        )
+    return high, low
+
+
+def _check_both_experts(experts: Sequence[int], boundary: float) -> None:
+    """UserError when the schedule itself never reaches one of the two experts."""
+    missing = [EXPERT_NAMES[expert] for expert in (HIGH_NOISE, LOW_NOISE) if expert not in experts]
+    if missing:
+        raise UserError(
+            f"none of the {len(experts)} steps runs the {missing[0]} expert (it changes at timestep {boundary:g})",
+            "take more rollout.steps or another rollout.shift, or set rollout.allow_untrained_expert=true",
+        )
+
+
+def _check_eta(law: Law, eta: float) -> None:
+    """UserError for a noise level that leaves the law deterministic or outside its range."""
+    if eta == 0:
+        raise UserError(
+            f"rollout.eta is 0: the law {law} then adds no noise and has no log-prob",
+            "take an eta above 0 (flow-sde: 0.7), or rollout.law=ode with train.objective=nft",
+        )
+    if law == "cps" and eta > 1:
+        raise UserError(f"rollout.eta is {eta:g}, but cps takes the angle eta * 90 degrees", "take an eta from 0 to 1")
+
+
+def _quotas(plan: Plan, config: RolloutConfig) -> dict[int, tuple[list[int], int]]:
+    """(steps it may take, number it must take) of each expert in the plan, checked."""
+    if config.first_step >= plan.steps - 1:
+        raise UserError(
+            f"rollout.first_step={config.first_step} leaves no step to train: "
+            f"of {plan.steps} steps the last, number {plan.steps - 1}, is never stochastic",
+            f"take rollout.first_step <= {plan.steps - 2}, or more rollout.steps",
+        )
+    present = sorted(set(plan.experts))
+    quotas = {}
+    for expert in present:
+        candidates = [i for i in range(config.first_step, plan.steps - 1) if plan.experts[i] == expert]
+        quota = _quota(expert, len(candidates), config, alone=len(present) == 1)
+        quotas[expert] = (candidates, quota)
+    if not any(quota for _, quota in quotas.values()):
+        keys = " and ".join(_QUOTA_KEYS[expert] for expert in present)
+        raise UserError(f"no step of the rollout is trained ({keys})", f"set {_QUOTA_KEYS[present[0]]} to 1 or more")
+    return quotas
+
+
+def _quota(expert: int, available: int, config: RolloutConfig, *, alone: bool) -> int:
+    """How many steps an expert gets. A zero, asked for or forced, needs `allow_untrained_expert`."""
+    key, name = _QUOTA_KEYS[expert], EXPERT_NAMES[expert]
+    quota = config.low_steps if expert == LOW_NOISE else config.high_steps
+    if config.allow_untrained_expert and not alone and available == 0:
+        return 0
+    if quota == 0 and not alone and not config.allow_untrained_expert:
+        raise UserError(
+            f"{key}=0 never trains the {name} expert",
+            f"set {key} to 1 or more, or rollout.allow_untrained_expert=true if that is wanted",
+        )
+    if quota > available:
+        raise UserError(
+            f"{key}={quota}, but only {available} steps of the {'model' if alone else name + ' expert'} can be "
+            f"stochastic (from rollout.first_step={config.first_step} to the last but one of {config.steps})",
+            f"set {key} to {available} or less, lower rollout.first_step, or take more rollout.steps"
+            if available
+            else "lower rollout.first_step, take more rollout.steps or another rollout.shift",
+        )
+    return quota
+
+
+def _choose(candidates: list[int], quota: int, config: RolloutConfig, iteration: int, salt: str) -> list[int]:
+    """`quota` of the candidate steps, by the window policy."""
+    if config.window == "fixed":
+        return candidates[:quota]
+    if config.window == "progressive":
+        start = max(iteration, 0) % (len(candidates) - quota + 1)
+        return candidates[start : start + quota]
+    # The steps with the smallest hashes: a random subset that no change of a random generator can alter.
+    keys = {i: hashlib.sha256(f"rushes window {config.seed} {salt} {i}".encode()).digest() for i in candidates}
+    return sorted(candidates, key=keys.__getitem__)[:quota]
+
+
+def _law_of(plan: Plan, step: int) -> tuple[Law, Form, float, float, float, float]:
+    """Arguments of `kernel` and `gradient_scale` for a window step."""
+    return plan.law, plan.form, plan.sigmas[step], plan.sigmas[step + 1], plan.eta, plan.sigmas[1]
+
+
+def _gradient_scale(plan: Plan, step: int) -> float:
+    before = plan.sigmas[step - 1] if step > 0 else None
+    return gradient_scale(*_law_of(plan, step), sigma_previous=before)
+
+
+def _problems(plan: Plan) -> list[str]:
+    """What is wrong with a plan, in the order in which it is best mended."""
+    n, sigmas, found = plan.steps, plan.sigmas, []
+    if len(sigmas) != n + 1 or len(plan.experts) != n or len(plan.guidance) != n or n < 1:
+        found.append(
+            f"{n} timesteps, {len(sigmas)} sigmas, {len(plan.experts)} experts, {len(plan.guidance)} guidances"
+        )
+    falling = all(a > b for a, b in zip(sigmas, sigmas[1:], strict=False))
+    if not falling or not sigmas or sigmas[0] > 1 or sigmas[-1] != 0:
+        found.append("sigmas must fall strictly, from at most 1 down to 0")
+    values = (*sigmas, *plan.timesteps, *plan.guidance)
+    with np.errstate(over="ignore"):
+        exact = np.asarray(values, dtype=np.float32).tolist() == list(values)
+    if not exact or not all(map(math.isfinite, values)):
+        found.append("sigmas, timesteps and guidance must be finite fp32 values")
+    if not set(plan.experts) <= {HIGH_NOISE, LOW_NOISE}:
+        found.append("experts must be 0 or 1")
+    for key, allowed in (("law", Law), ("form", Form), ("solver", Solver)):
+        if getattr(plan, key) not in get_args(allowed):
+            found.append(f"unknown {key} {getattr(plan, key)!r}")
+    return found

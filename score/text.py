@@ -1,0 +1,178 @@
+"""Strings of the OCR reward: which text a prompt asks for, how two texts are compared, and the definitions of other systems."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+QUOTES = re.compile('["\u201c\u201d\u201e\u201f\u00ab\u00bb\uff02]')
+_PUNCTUATION = str.maketrans({"\u2018": "'", "\u2019": "'", "\u2013": "-", "\u2014": "-", "\u2044": "/"})
+_CONFUSABLES = str.maketrans({"0": "o", "1": "l", "i": "l", "5": "s"})
+
+
+class NoTarget(ValueError):
+    """The prompt does not say which text should be drawn; the message says why."""
+
+
+def quoted(prompt: str) -> list[str]:
+    """The texts between quotation marks of a prompt, blank ones left out.
+
+    Marks are the ASCII double quote and its typographic forms; they must come in pairs, so that the inch mark of
+    `a 12" screen` does not shift every pair after it. Raises NoTarget.
+    """
+    parts = QUOTES.split(prompt)
+    if len(parts) == 1:
+        raise NoTarget("the prompt has no quoted text")
+    if len(parts) % 2 == 0:
+        raise NoTarget("the prompt has an odd number of quotation marks")
+    texts = [part for part in parts[1::2] if part.strip()]
+    if not texts:
+        raise NoTarget("the quoted text of the prompt is empty")
+    return texts
+
+
+def target_of(prompt: str, target: str | None = None) -> str:
+    """The text a video should show: `target` when the prompts file gave one, else all quoted texts, joined by a space.
+
+    Raises NoTarget when there is none, or nothing of it is left after normalisation.
+    """
+    wanted = target if target is not None and target.strip() else " ".join(quoted(prompt))
+    if not normaliser(wanted)(wanted):
+        raise NoTarget("the target text has no visible character")
+    return wanted
+
+
+def normaliser(target: str, fold_confusables: bool = False) -> Callable[[str], str]:
+    """The function that both the target and the read text go through before they are compared.
+
+    NFKC (so that a superscript 2 is a 2), typographic to ASCII punctuation, case folded, and only letters and digits
+    kept; a target without any keeps all that is not white space instead. `fold_confusables` makes 0/o, 1/i/l and 5/s equal.
+    """
+    keep_all = not any(character.isalnum() for character in unicodedata.normalize("NFKC", target))
+
+    def normalise(text: str) -> str:
+        folded = unicodedata.normalize("NFKC", text).translate(_PUNCTUATION).casefold()
+        kept = "".join(character for character in folded if character.isalnum() or keep_all and not character.isspace())
+        return kept.translate(_CONFUSABLES) if fold_confusables else kept
+
+    return normalise
+
+
+def levenshtein(left: str, right: str) -> int:
+    """Edit distance: the fewest insertions, deletions and replacements of one character that turn one into the other."""
+    previous = list(range(len(right) + 1))
+    for row, a in enumerate(left, 1):
+        current = [row]
+        for column, b in enumerate(right, 1):
+            current.append(min(previous[column] + 1, current[-1] + 1, previous[column - 1] + (a != b)))
+        previous = current
+    return previous[-1]
+
+
+def similarity(text: str, target: str) -> float:
+    """1 - min(distance, L) / L with L = len(target) > 0; both sides already normalised."""
+    length = len(target)
+    if abs(len(text) - length) >= length:  # the distance is never below the difference of the lengths
+        return 0.0
+    return 1.0 - min(levenshtein(text, target), length) / length
+
+
+def _plain(text: str) -> str:
+    """The normalisation of flow_grpo and FastVideo: only U+0020 goes, only `lower`."""
+    return text.replace(" ", "").lower()
+
+
+def _similarity_or_substring(text: str, target: str) -> float:
+    return 1.0 if target in text else similarity(text, target)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def _mean_of_positive(values: Sequence[float]) -> float:
+    return _mean([value for value in values if value > 0])
+
+
+def _first_quoted(prompt: str, target: str | None) -> str:
+    """flow_grpo's target: between the first two ASCII quotes (`split('"')[1]`); it fails where flow_grpo raises."""
+    parts = prompt.split('"')
+    text = parts[1] if len(parts) > 1 else target
+    if text is None:
+        raise NoTarget('the prompt has no text between "')
+    if not _plain(text):
+        raise NoTarget("the quoted text of the prompt is empty")
+    return text
+
+
+def _first_quoted_or_prompt(prompt: str, target: str | None) -> str:
+    """FastVideo's target: the same, but the whole prompt where nothing is quoted; an empty one scores 0."""
+    parts = prompt.split('"')
+    return parts[1] if len(parts) > 1 else target or prompt
+
+
+@dataclass(frozen=True)
+class Definition:
+    """How a reward follows from the texts read in the frames of one video."""
+
+    target: Callable[[str, str | None], str]
+    normaliser: Callable[[str, bool], Callable[[str], str]]
+    similarity: Callable[[str, str], float]
+    combine: Callable[[Sequence[float]], float]
+    first_frame_only: bool = False
+    reading_order: bool = False
+
+
+def _plain_normaliser(target: str, fold_confusables: bool) -> Callable[[str], str]:
+    return (lambda text: _plain(text).translate(_CONFUSABLES)) if fold_confusables else _plain
+
+
+DEFINITIONS: dict[str, Definition] = {
+    "default": Definition(target_of, normaliser, similarity, _mean, reading_order=True),
+    "flow_grpo_video": Definition(_first_quoted, _plain_normaliser, similarity, _mean_of_positive),
+    "flow_grpo_image": Definition(
+        _first_quoted, _plain_normaliser, _similarity_or_substring, _mean, first_frame_only=True
+    ),
+    "fastvideo": Definition(
+        _first_quoted_or_prompt, _plain_normaliser, _similarity_or_substring, _mean_of_positive
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The OCR reward of one video and what it is made of; all shares are of the frames that were read."""
+
+    reward: float
+    exact: float
+    positive: float
+    empty: float
+    length_ratio: float
+
+
+def judge(
+    texts: Sequence[str],
+    prompt: str,
+    target: str | None = None,
+    *,
+    mode: str = "default",
+    fold_confusables: bool = False,
+) -> Judgement:
+    """Compare the texts read in the frames of one video with what its prompt asks for. Raises NoTarget."""
+    definition = DEFINITIONS[mode]
+    wanted = definition.target(prompt, target)
+    normalise = definition.normaliser(wanted, fold_confusables)
+    goal = normalise(wanted)
+    read = [normalise(text) for text in (texts[:1] if definition.first_frame_only else texts)]
+    if not goal:
+        return Judgement(0.0, 0.0, 0.0, _mean([float(not text) for text in read]), 0.0)
+    scores = [definition.similarity(text, goal) for text in read]
+    return Judgement(
+        reward=definition.combine(scores),
+        exact=_mean([float(text == goal) for text in read]),
+        positive=_mean([float(score > 0) for score in scores]),
+        empty=_mean([float(not text) for text in read]),
+        length_ratio=_mean([len(text) / len(goal) for text in read]),
+    )

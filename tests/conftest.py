@@ -1,0 +1,45 @@
+"""Fixtures shared by all tests: one thread, no network, and the folders of the tiny models."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+
+
+def _tiny(layout: str, factory: pytest.TempPathFactory) -> Path:
+    import torch
+
+    from tests import tiny_models
+
+    torch.set_num_threads(1)
+    return tiny_models.save(layout, factory.mktemp("models") / layout)
+
+
+@pytest.fixture(scope="session")
+def tiny_t2v(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text to video, one expert (as Wan2.1)."""
+    return _tiny("t2v", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def tiny_t2v2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text to video, two experts, boundary 0.875 (as Wan2.2 T2V-A14B)."""
+    return _tiny("t2v2", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def tiny_i2v2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Image to video, two experts, 36 input channels, boundary 0.9 (as Wan2.2 I2V-A14B)."""
+    return _tiny("i2v2", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def tiny_ti2v(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text or image to video, a timestep for every token, 48 channels (as Wan2.2 TI2V-5B)."""
+    return _tiny("ti2v", tmp_path_factory)

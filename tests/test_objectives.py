@@ -1,0 +1,147 @@
+"""The loss pieces against numbers computed another way, their gradients and their limits."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from train.objectives import (
+    clip_advantage,
+    kl_divergence,
+    mean_shift,
+    nft_loss,
+    nft_optimality,
+    policy_loss,
+    ratio_norm,
+    step_weights,
+)
+
+finite = st.floats(-3.0, 3.0, allow_nan=False, width=32)
+
+
+@pytest.mark.parametrize(
+    ("log_ratio", "advantage", "loss", "clipped"),
+    [
+        (0.0, 2.0, -2.0, False),
+        (0.05, 2.0, -2.0 * math.exp(0.05), False),
+        (0.5, 2.0, -2.0 * 1.1, True),  # a good sample already pulled in far enough
+        (-0.5, 2.0, -2.0 * math.exp(-0.5), False),  # a good sample pushed away: full gradient back
+        (0.5, -2.0, 2.0 * math.exp(0.5), False),  # a bad sample pulled in: full gradient back
+        (-0.5, -2.0, 2.0 * 0.9, True),
+    ],
+)
+def test_policy_loss_golden(log_ratio: float, advantage: float, loss: float, clipped: bool) -> None:
+    result = policy_loss(torch.tensor([log_ratio]), torch.tensor([advantage]), 0.1)
+    assert result.loss.item() == pytest.approx(loss, rel=1e-6)
+    assert result.ratio.item() == pytest.approx(math.exp(log_ratio), rel=1e-6)
+    assert bool(result.clipped.item()) is clipped
+
+
+@given(log_ratio=finite, advantage=finite, clip=st.floats(1e-5, 0.5))
+def test_policy_loss_is_never_below_the_unclipped_one_and_clipping_stops_the_gradient(
+    log_ratio: float, advantage: float, clip: float
+) -> None:
+    assume(abs(abs(math.exp(log_ratio) - 1.0) - clip) > 1e-6)  # on the edge itself half a gradient is as right as a whole
+    value = torch.tensor([log_ratio], requires_grad=True)
+    result = policy_loss(value, torch.tensor([advantage]), clip)
+    assert result.loss.item() >= -advantage * math.exp(log_ratio) - 1e-4
+    (gradient,) = torch.autograd.grad(result.loss.sum(), value)
+    expected = 0.0 if result.clipped.item() else -advantage * math.exp(log_ratio)
+    assert gradient.item() == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_descending_the_loss_makes_a_good_sample_likelier_and_a_bad_one_less() -> None:
+    log_ratio = torch.zeros(2, requires_grad=True)
+    policy_loss(log_ratio, torch.tensor([1.0, -1.0]), 1e-3).loss.sum().backward()
+    assert log_ratio.grad is not None
+    assert log_ratio.grad[0] < 0 < log_ratio.grad[1]
+
+
+def test_clip_advantage_limits_both_sides() -> None:
+    assert clip_advantage(torch.tensor([-9.0, 0.5, 9.0]), 5.0).tolist() == [-5.0, 0.5, 5.0]
+
+
+def test_ratio_norm_takes_out_the_mean_shift() -> None:
+    """With N elements log r is -d²/2 ± d/sqrt(N); RatioNorm leaves only the noise."""
+    generator = torch.Generator().manual_seed(3)
+    std, d, shape = 0.2, 0.3, (4, 1, 1, 300, 300)
+    old_mean = torch.randn(shape, generator=generator)
+    mean = old_mean + d * std * torch.randn(shape, generator=generator)
+    x_next = old_mean + std * torch.randn(shape, generator=generator)
+    log_ratio = (torch.distributions.Normal(mean, std).log_prob(x_next)
+                 - torch.distributions.Normal(old_mean, std).log_prob(x_next)).flatten(1).mean(1)  # fmt: skip
+    torch.testing.assert_close(mean_shift(mean, old_mean, std), torch.full((4,), d), rtol=0.02, atol=0)
+    assert (log_ratio + d**2 / 2).abs().max() < 0.01
+    assert (log_ratio < -0.03).all()
+    assert ratio_norm(log_ratio, mean, old_mean, std).abs().max() < 0.01
+
+
+def test_ratio_norm_is_exactly_the_identity_until_the_mean_moves() -> None:
+    mean = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(ratio_norm(torch.zeros(2), mean, mean.clone(), 0.1), torch.zeros(2))
+
+
+def test_transition_kl_is_the_gaussian_one_and_velocity_kl_its_mean_square() -> None:
+    generator = torch.Generator().manual_seed(1)
+    mean, reference, velocity, reference_velocity = (torch.randn(2, 3, 5, generator=generator) for _ in range(4))
+    arguments = {"velocity": velocity, "reference_velocity": reference_velocity, "mean": mean,
+                 "reference_mean": reference, "std": 0.3}  # fmt: skip
+    normal = torch.distributions.Normal
+    expected = torch.distributions.kl_divergence(normal(mean, 0.3), normal(reference, 0.3)).flatten(1).mean(1)
+    torch.testing.assert_close(kl_divergence("transition", **arguments), expected)
+    by_hand = [sum((a - b) ** 2 for a, b in zip(v.flatten().tolist(), r.flatten().tolist(), strict=True)) / 15
+               for v, r in zip(velocity, reference_velocity, strict=True)]  # fmt: skip
+    torch.testing.assert_close(kl_divergence("velocity", **arguments), torch.tensor(by_hand))
+
+
+@pytest.mark.parametrize("kind", ["velocity", "transition"])
+def test_kl_gradient_reaches_the_velocity_and_not_the_reference(kind: str) -> None:
+    velocity = torch.ones(1, 4, requires_grad=True)
+    reference = torch.zeros(1, 4, requires_grad=True)
+    kl = kl_divergence(kind, velocity=velocity, reference_velocity=reference, mean=-0.5 * velocity,
+                       reference_mean=-0.5 * reference, std=0.5)  # type: ignore[arg-type]  # fmt: skip
+    kl.sum().backward()
+    assert velocity.grad is not None
+    assert (velocity.grad > 0).all()
+    assert reference.grad is None
+
+
+@given(stds=st.dictionaries(st.integers(0, 50), st.floats(0.01, 2.0), min_size=1), power=st.floats(0.2, 5.0))
+def test_step_weights_average_to_one_and_level_the_gradient(stds: dict[int, float], power: float) -> None:
+    scales = {step: std**power for step, std in stds.items()}
+    for kind in ("none", "std", "inverse-gradient"):
+        weights = step_weights(kind, stds, scales)  # type: ignore[arg-type]
+        assert math.fsum(weights.values()) / len(weights) == pytest.approx(1.0)
+    levelled = [step_weights("inverse-gradient", stds, scales)[step] * scales[step] for step in stds]
+    assert max(levelled) == pytest.approx(min(levelled))
+    by_std = step_weights("std", stds, scales)
+    assert all(by_std[step] / std == pytest.approx(by_std[min(stds)] / stds[min(stds)]) for step, std in stds.items())
+
+
+def test_nft_optimality_maps_advantages_to_probabilities() -> None:
+    assert nft_optimality(torch.tensor([-9.0, -2.5, 0.0, 5.0]), 5.0).tolist() == [0.0, 0.25, 0.5, 1.0]
+
+
+def test_nft_loss_golden() -> None:
+    """One element, worked by hand: v=2, v_old=1, x=3, sigma=.5, x0=1, beta=1 -> v+=2, v-=0, x0+=2, x0-=3."""
+    one = torch.ones(1, 1)
+    loss = nft_loss(2 * one, one, 3 * one, one, 0.5, torch.tensor([0.75]), 1.0)
+    assert loss.item() == pytest.approx(0.75 * (1.0 / 1.0) + 0.25 * (4.0 / 2.0))
+
+
+@settings(deadline=None)
+@given(beta=st.floats(0.1, 1.0), good=st.booleans())
+def test_nft_pulls_towards_good_samples_and_away_from_bad_ones(beta: float, good: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x0, noise, old = (torch.randn(1, 8, generator=generator) for _ in range(3))
+    sigma = 0.6
+    velocity = old.clone().requires_grad_()
+    x = (1 - sigma) * x0 + sigma * noise
+    nft_loss(velocity, old, x, x0, sigma, torch.tensor([1.0 if good else 0.0]), beta).sum().backward()
+    assert velocity.grad is not None
+    towards = (noise - x0) - old  # the velocity that leads to x0
+    assert ((-velocity.grad * towards).sum() > 0) == good

@@ -1,0 +1,153 @@
+"""The rollouts of one iteration as training sees them: chunks of transitions read back in the shape they were made in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rollout.schedule import Plan
+from shards.errors import UserError
+from shards.reader import Shard, open_shard
+from shards.run import Stage, sample_key
+from train.order import Unit, chunks
+
+if TYPE_CHECKING:
+    from rollout.policy import Policy
+
+EXPERT_NAMES = ("high_noise", "low_noise")
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """The committed shards of a stage and the plan they were made by."""
+
+    stage: Stage
+    plan: dict[str, Any]
+    """plan.json of the stage."""
+    schedule: Plan
+    """The frozen sampler: sigmas, timesteps, experts, guidance, law."""
+    shards: dict[int, Shard]
+    groups: dict[str, dict[str, Any]]
+    """The plan's entry of each group, by group key."""
+
+    @classmethod
+    def open(cls, stage: Stage, *, partial: bool = False) -> Rollouts:
+        """Open every shard of a stage. UserError when the plan or, unless `partial`, a shard is missing."""
+        plan = stage.plan()
+        if plan is None:
+            raise UserError(f"{stage.path} has no rollouts", f"run `rushes rollout --iteration {stage.iteration}` first")
+        present = stage.shards()
+        missing = sorted(set(range(stage.expected())) - set(present))
+        if missing and not partial:
+            names = ", ".join(stage.shard_path(number).name for number in missing[:8])
+            raise UserError(
+                f"{stage.path} lacks {len(missing)} of {stage.expected()} shards: {names}",
+                f"run `rushes rollout --iteration {stage.iteration}`; it makes only what is missing",
+            )
+        groups = {group["key"]: group for group in plan["groups"]}
+        opened = {number: open_shard(stage, number) for number in present}
+        return cls(stage, plan, Plan.from_dict(plan["sampler"]), opened, groups)
+
+    def units(self) -> list[Unit]:
+        """Every (chunk, stochastic step) of every shard, in plan order."""
+        return [
+            Unit(self.schedule.experts[step], number, group, first, count, step)
+            for number in self.shards
+            for group in self.plan["shards"][number]
+            for first, count in chunks(self.plan["group_size"], self.plan["batch_size"])
+            for step in self.groups[group]["window"]
+        ]
+
+    def keys(self) -> list[str]:
+        """Sample keys of all shards, in plan order."""
+        return [key for number in self.shards for key in self.stage.keys(number)]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Rollouts with the advantages they are trained on."""
+
+    rollouts: Rollouts
+    specification: str
+    """Name of the advantage specification, 8 hexadecimal digits."""
+    advantages: Mapping[str, tuple[float, float]]
+    """(advantage, weight) of each sample key; weight 0 means that the sample is not trained on."""
+
+    def units(self) -> list[Unit]:
+        """The units with at least one sample that counts."""
+        return [unit for unit in self.rollouts.units() if self.weight([unit]) > 0]
+
+    def weight(self, units: Iterable[Unit]) -> float:
+        """Sum of the weights of all (sample, step) rows of the units: what a mean over them divides by."""
+        return sum(self.advantages[key][1] for unit in units for key in keys_of(unit))
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One forward batch of the rollout at one step, on the policy's device. B samples of one group."""
+
+    unit: Unit
+    keys: list[str]
+    x: Tensor
+    """[B, C, F, H, W] fp32 latents before the step."""
+    x_next: Tensor
+    """[B, C, F, H, W] fp32 latents after the step, rounded as they were stored."""
+    log_prob: Tensor
+    """[B] fp32, taken during the rollout."""
+    prompt: Tensor
+    """[B, text_length, D] padded embeddings."""
+    negative: Tensor
+    """[B, text_length, D] padded embeddings of the negative prompt."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """`condition` of image-to-video and `x0_prev` of the 2M law, where there are any."""
+
+
+def keys_of(unit: Unit) -> list[str]:
+    """Sample keys of a unit, in the order of the rollout's forward batch."""
+    return [sample_key(unit.group, sample) for sample in range(unit.first, unit.first + unit.count)]
+
+
+def read_chunk(rollouts: Rollouts, policy: Policy, unit: Unit) -> Chunk:
+    """Read a unit from its shard, checksums verified, in the batch shape of the rollout."""
+    shard = rollouts.shards[unit.shard]
+    keys = keys_of(unit)
+    pairs = torch.stack([shard.latents(key, [unit.step, unit.step + 1]) for key in keys]).float()
+    text = shard.group(unit.group)
+    position = list(rollouts.groups[unit.group]["window"]).index(unit.step)
+    device = policy.device
+    return Chunk(
+        unit=unit,
+        keys=keys,
+        x=pairs[:, 0].contiguous().to(device),
+        x_next=pairs[:, 1].contiguous().to(device),
+        log_prob=torch.tensor([shard.meta(key)["log_prob"][position] for key in keys], dtype=torch.float32).to(device),
+        prompt=policy.pad(text["prompt"], unit.count),
+        negative=policy.pad(text["negative"], unit.count),
+        extra=_extra(rollouts, policy, unit, text, position),
+    )
+
+
+def read_final(rollouts: Rollouts, policy: Policy, unit: Unit) -> Tensor:
+    """[B, C, F, H, W] fp32 final latents of a unit's samples."""
+    shard, last = rollouts.shards[unit.shard], rollouts.schedule.steps
+    return torch.cat([shard.latents(key, [last]) for key in keys_of(unit)]).float().to(policy.device)
+
+
+def row(values: Sequence[float], like: Tensor) -> Tensor:
+    """Numbers as an fp32 tensor [B] on the device of `like`."""
+    return torch.tensor(values, dtype=torch.float32, device=like.device)
+
+
+def _extra(rollouts: Rollouts, policy: Policy, unit: Unit, text: dict[str, Tensor], position: int) -> dict[str, Any]:
+    extra: dict[str, Any] = {}
+    if "condition" in text:
+        extra["condition"] = text["condition"].to(policy.device)
+    if rollouts.schedule.law == "dpm-sde-2m":
+        shard = rollouts.shards[unit.shard]
+        before = [shard.trajectory(key)["x0_prev"][position] for key in keys_of(unit)]
+        extra["x0_prev"] = torch.stack(before).float().to(policy.device)
+    return extra

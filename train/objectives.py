@@ -1,0 +1,121 @@
+"""The loss, piece by piece: clipped policy gradient, RatioNorm, KL, step weights, DiffusionNFT. Pure functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class PolicyLoss(NamedTuple):
+    """What the clipped loss says about each sample of a chunk."""
+
+    loss: Tensor
+    """[B] loss of each sample, to be averaged over the samples that count."""
+    ratio: Tensor
+    """[B] probability ratio, detached."""
+    clipped: Tensor
+    """[B] bool: the clipped branch is the one in force, so the sample gives no gradient."""
+
+
+def policy_loss(log_ratio: Tensor, advantage: Tensor, clip_range: float) -> PolicyLoss:
+    """Clipped surrogate of PPO on the ratio of *mean* log-probs (Flow-GRPO, arXiv 2505.05470, equation 4).
+
+    `log_ratio` and `advantage` are [B] fp32; a positive advantage pulls the sample closer. With log-probs averaged
+    over N latent elements the ratio is the N-th root of the true one, which is why clip ranges are 1e-5 to 1e-3.
+    """
+    ratio = log_ratio.exp()
+    unclipped = -advantage * ratio
+    clipped = -advantage * ratio.clamp(1.0 - clip_range, 1.0 + clip_range)
+    return PolicyLoss(torch.maximum(unclipped, clipped), ratio.detach(), (clipped > unclipped).detach())
+
+
+def clip_advantage(advantage: Tensor, limit: float) -> Tensor:
+    """Advantages [B] limited to [-limit, limit] (DanceGRPO, Flow-GRPO: 5)."""
+    return advantage.clamp(-limit, limit)
+
+
+def mean_shift(mean: Tensor, old_mean: Tensor, std: float) -> Tensor:
+    """d [B]: root mean square of (mean - old_mean) over all latent elements, in units of `std`.
+
+    It is what clipping really sees: the mean log-ratio of a step is -d²/2 in expectation.
+    """
+    return _mean_square(mean - old_mean).sqrt() / std
+
+
+def ratio_norm(log_ratio: Tensor, mean: Tensor, old_mean: Tensor, std: float) -> Tensor:
+    """Log-ratio [B] without its mean shift -d²/2 (RatioNorm of GRPO-Guard, arXiv 2510.22319).
+
+    The one-sided shift, not the spread, is what runs into the clip; adding d²/2 centres the ratio on 1.
+    """
+    return log_ratio + _mean_square(mean - old_mean) / (2.0 * std**2)
+
+
+def kl_divergence(
+    kind: Literal["velocity", "transition"],
+    *,
+    velocity: Tensor,
+    reference_velocity: Tensor,
+    mean: Tensor,
+    reference_mean: Tensor,
+    std: float,
+) -> Tensor:
+    """Distance [B] to the reference policy, averaged over latent elements, with its gradient.
+
+    velocity:    |v - v_ref|², the same scale at every step (Flow-GRPO's later choice).
+    transition:  |mean - mean_ref|² / (2 std²), the Gaussian KL of one step; small at early steps of a large shift.
+    """
+    if kind == "velocity":
+        return _mean_square(velocity - reference_velocity.detach())
+    return _mean_square(mean - reference_mean.detach()) / (2.0 * std**2)
+
+
+def step_weights(
+    kind: Literal["none", "std", "inverse-gradient"], stds: Mapping[int, float], gradient_scales: Mapping[int, float]
+) -> dict[int, float]:
+    """Weight of each trained step in the loss, scaled to a mean of 1 over the steps given.
+
+    `stds` is the transition standard deviation of a step and `gradient_scales` R = |dmean/dv| / std; the gradient of a
+    log-prob grows with R, which spans two orders of magnitude over a schedule. std: weight ~ std (Flow-GRPO's Wan
+    script); inverse-gradient: weight ~ 1/R, so that every step pulls alike.
+    """
+    if kind == "none":
+        return dict.fromkeys(stds, 1.0)
+    raw = dict(stds) if kind == "std" else {step: 1.0 / scale for step, scale in gradient_scales.items()}
+    total = math.fsum(raw.values())
+    return {step: value * len(raw) / total for step, value in raw.items()}
+
+
+def nft_optimality(advantage: Tensor, limit: float) -> Tensor:
+    """Advantage [B] as the probability in [0, 1] of a good sample (DiffusionNFT): clip(A / limit) / 2 + 1/2."""
+    return (advantage / limit).clamp(-1.0, 1.0) / 2.0 + 0.5
+
+
+def nft_loss(
+    velocity: Tensor, old_velocity: Tensor, x: Tensor, x0: Tensor, sigma: float, optimality: Tensor, beta: float
+) -> Tensor:
+    """DiffusionNFT's loss [B]: flow matching of an implicit good and an implicit bad policy (arXiv 2509.16117).
+
+    v+ = beta v + (1 - beta) v_old and v- = (1 + beta) v_old - beta v; each predicts x0 as x - sigma v±, and its squared
+    error is divided by its own detached mean absolute error, as the authors do. `velocity`, `old_velocity`, `x` (the
+    noised latents at `sigma`) and `x0` (the final latents) are [B, C, F, H, W]; `optimality` is [B].
+    """
+    old = old_velocity.detach()
+    good = _adaptive_error(x - sigma * (beta * velocity + (1.0 - beta) * old), x0)
+    bad = _adaptive_error(x - sigma * ((1.0 + beta) * old - beta * velocity), x0)
+    return (optimality * good + (1.0 - optimality) * bad) / beta
+
+
+def _adaptive_error(prediction: Tensor, x0: Tensor) -> Tensor:
+    """Mean square error [B] over the detached mean absolute error; the floor keeps a perfect prediction finite."""
+    difference = prediction - x0
+    scale = difference.detach().abs().flatten(1).mean(dim=1).clamp_min(1e-5)
+    return _mean_square(difference) / scale
+
+
+def _mean_square(difference: Tensor) -> Tensor:
+    """[B] mean of squares over all but the batch dimension, in fp32."""
+    return difference.float().square().flatten(1).mean(dim=1)

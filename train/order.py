@@ -1,0 +1,69 @@
+"""Which transitions an update trains on: a pure function of seed, iteration, expert and the frozen inputs."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Unit(NamedTuple):
+    """The smallest piece of work: one forward batch of the rollout, at one of its stochastic steps."""
+
+    expert: int
+    """0 = high noise (or the only expert), 1 = low noise."""
+    shard: int
+    group: str
+    """Group key, `i000003-p000017`."""
+    first: int
+    """Number of the chunk's first sample in its group; training repeats whole chunks, in the rollout's own shape."""
+    count: int
+    """Samples in the chunk."""
+    step: int
+    """From `sigmas[step]` to `sigmas[step + 1]`."""
+
+
+def chunks(group_size: int, batch_size: int) -> list[tuple[int, int]]:
+    """(first sample, number of samples) of each forward batch of a group; the last one may be smaller."""
+    return [(first, min(batch_size, group_size - first)) for first in range(0, group_size, batch_size)]
+
+
+def generator(seed: int, *names: object) -> np.random.Generator:
+    """A Philox generator keyed by sha256 of the seed and the names: the same on every machine and numpy."""
+    text = "/".join(str(part) for part in (seed, *names))
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "big")))
+
+
+def epoch_order(units: Iterable[Unit], *, seed: int, iteration: int, epoch: int, expert: int) -> list[Unit]:
+    """The units of one expert, each exactly once, shuffled; independent of the order in which they were listed."""
+    mine = sorted({unit for unit in units if unit.expert == expert})
+    permutation = generator(seed, "order", iteration, epoch, expert).permutation(len(mine))
+    return [mine[index] for index in permutation]
+
+
+def minibatches(
+    units: Sequence[Unit], *, seed: int, iteration: int, expert: int, updates: int
+) -> list[tuple[Unit, ...]]:
+    """The units of each of `updates` optimizer steps of one expert; empty when the expert has no unit at all.
+
+    One epoch is cut into `updates` parts that differ by one unit at most. With fewer units than updates, further epochs
+    follow, each in its own order, so that no update is ever empty.
+    """
+    batches: list[tuple[Unit, ...]] = []
+    if not any(unit.expert == expert for unit in units):
+        return batches
+    epoch = 0
+    while len(batches) < updates:
+        order = epoch_order(units, seed=seed, iteration=iteration, epoch=epoch, expert=expert)
+        batches += split(order, min(len(order), updates - len(batches)))
+        epoch += 1
+    return batches
+
+
+def split(order: Sequence[Unit], parts: int) -> list[tuple[Unit, ...]]:
+    """Cut a list into consecutive parts whose lengths differ by one at most."""
+    edges = [len(order) * part // parts for part in range(parts + 1)]
+    return [tuple(order[start:stop]) for start, stop in itertools.pairwise(edges)]

@@ -1,0 +1,273 @@
+"""One expert in training: its losses, its optimizer, one update after another."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rollout.step import step_log_prob
+from rollout.transitions import gradient_scale, noise, noise_seed, transition
+from shards.errors import RunFailed
+from train import objectives
+from train.checkpoint import TrainerState
+from train.data import EXPERT_NAMES, Chunk, Inputs, read_chunk, read_final, row
+from train.order import Unit
+
+if TYPE_CHECKING:
+    from rollout.policy import Policy
+    from shards.config import TrainConfig
+
+NFT_NOISE = 1_000_000  # step number of DiffusionNFT's noise: no schedule is that long, so no rollout noise is repeated
+
+
+@dataclass
+class Rows:
+    """What one chunk contributes, sample by sample: all [B]."""
+
+    loss: Tensor
+    """The differentiable loss."""
+    ratio: Tensor
+    clipped: Tensor
+    kl: Tensor
+    shift: Tensor | None = None
+    """Root mean square shift of the mean since the rollout, in standard deviations; None when not measured."""
+
+
+class ExpertTrainer:
+    """Trains the LoRA of one expert, which it brings into memory; the others stay away from the device."""
+
+    def __init__(self, policy: Policy, inputs: Inputs, config: TrainConfig, expert: int) -> None:
+        policy.use(expert)
+        self.policy, self.inputs, self.config, self.expert = policy, inputs, config, expert
+        self.name = EXPERT_NAMES[expert]
+        self.state = _new_state(policy, config, expert)
+        self.rollout_weights = {name: value.detach().clone() for name, value in self.state.parameters.items()}
+        self.step_weights = _step_weights(inputs, config, expert)
+        self.old_log_probs: dict[Unit, Tensor] = {}
+        self.moved = False
+
+    @property
+    def base_rate(self) -> float:
+        """The learning rate of this expert, before warm-up."""
+        second = self.config.learning_rate_2
+        return second if self.expert == 1 and second is not None else self.config.learning_rate
+
+    def learning_rate(self) -> float:
+        """The rate of the next update: it rises linearly from 0 over `warmup` updates, counted over all iterations."""
+        return self.base_rate * min(1.0, (self.state.updates + 1) / max(1, self.config.warmup))
+
+    def update(self, units: Sequence[Unit]) -> dict[str, float]:
+        """One optimizer step on a minibatch; returns its metrics.
+
+        Gradients add up chunk by chunk, each with its own backward pass, and every row is divided by the weight of the
+        whole minibatch, so that the result does not depend on how the rows are cut into chunks.
+        """
+        started = time.monotonic()
+        self.state.optimizer.zero_grad(set_to_none=True)
+        total = self.inputs.weight(units)
+        collected = [self.backward(unit, total, measure=index == 0) for index, unit in enumerate(units)]
+        norm = self._step()
+        metrics = _summary(collected) | {"gradient_norm": norm, "learning_rate": self.state.optimizer.param_groups[0]["lr"]}
+        size = sum(value.numel() for value in self.state.parameters.values())
+        return metrics | {"gradient_rms": norm / math.sqrt(size), "seconds": time.monotonic() - started}
+
+    def backward(self, unit: Unit, total: float, *, measure: bool = False) -> dict[str, Tensor]:
+        """Add the gradient of one chunk at one step, its rows weighted and divided by `total`; returns its rows."""
+        chunk = read_chunk(self.inputs.rollouts, self.policy, unit)
+        pairs = [self.inputs.advantages[key] for key in chunk.keys]
+        weight = row([pair[1] for pair in pairs], chunk.x)
+        advantage = objectives.clip_advantage(row([pair[0] for pair in pairs], chunk.x), self.config.advantage_clip)
+        rows = self._nft(chunk, advantage) if self.config.objective == "nft" else self._grpo(chunk, advantage, measure)
+        (rows.loss * (weight / total)).sum().backward()
+        return _detached(rows, advantage, weight)
+
+    def recompute_log_probs(self, units: Sequence[Unit]) -> None:
+        """Take the old log-probs of these units from the rollout's weights on this machine, not from the shards."""
+        from train.replay import log_probs
+
+        with self.as_rolled_out():
+            for unit in units:
+                chunk = read_chunk(self.inputs.rollouts, self.policy, unit)
+                self.old_log_probs[unit] = log_probs(self.policy, self.inputs.rollouts, chunk)
+
+    @contextmanager
+    def as_rolled_out(self) -> Iterator[None]:
+        """Inside, the expert has the weights that sampled the rollouts, and no gradient is recorded."""
+        now = {name: parameter.data for name, parameter in self.state.parameters.items()}
+        try:
+            for name, parameter in self.state.parameters.items():
+                parameter.data = self.rollout_weights[name]
+            with torch.no_grad():
+                yield
+        finally:
+            for name, parameter in self.state.parameters.items():
+                parameter.data = now[name]
+
+    def _grpo(self, chunk: Chunk, advantage: Tensor, measure: bool) -> Rows:
+        config, step = self.config, chunk.unit.step
+        old_mean = self._old_mean(chunk) if config.ratio_norm or (measure and self.moved) else None
+        scored = self._score(chunk)
+        old_log_prob = self.old_log_probs.get(chunk.unit, chunk.log_prob)
+        log_ratio = scored.log_prob - old_log_prob
+        if config.ratio_norm and old_mean is not None:
+            log_ratio = objectives.ratio_norm(log_ratio, scored.mean, old_mean, scored.std)
+        policy_loss = objectives.policy_loss(log_ratio, advantage, config.clip_range)
+        kl = self._kl(chunk, scored)
+        loss = self.step_weights[step] * policy_loss.loss + config.kl_beta * kl
+        shift = None if old_mean is None else objectives.mean_shift(scored.mean.detach(), old_mean, scored.std)
+        if measure and not self.moved:
+            shift = torch.zeros_like(kl)
+        return Rows(loss, policy_loss.ratio, policy_loss.clipped, kl, shift)
+
+    def _nft(self, chunk: Chunk, advantage: Tensor) -> Rows:
+        """DiffusionNFT on the final latents, noised afresh to the sigma of the unit's step."""
+        rollouts, config = self.inputs.rollouts, self.config
+        sigma = rollouts.schedule.sigmas[chunk.unit.step]
+        x0 = read_final(rollouts, self.policy, chunk.unit)
+        x = (1.0 - sigma) * x0 + sigma * self._fresh_noise(chunk).to(x0.device)
+        with self.as_rolled_out():
+            old = self._velocity(chunk, x)
+        velocity = self._velocity(chunk, x)
+        optimality = objectives.nft_optimality(advantage, config.advantage_clip)
+        loss = config.advantage_clip * objectives.nft_loss(velocity, old, x, x0, sigma, optimality, config.nft_beta)
+        kl = torch.zeros_like(loss)
+        if config.kl_beta > 0:
+            with torch.no_grad(), self.policy.reference():
+                reference = self._velocity(chunk, x)
+            kl = objectives.kl_divergence("velocity", velocity=velocity, reference_velocity=reference,
+                                          mean=velocity, reference_mean=reference, std=1.0)  # fmt: skip
+        return Rows(loss + config.kl_beta * kl, torch.ones_like(loss), torch.zeros_like(loss, dtype=torch.bool), kl)
+
+    def _kl(self, chunk: Chunk, scored: Any) -> Tensor:
+        if self.config.kl_beta == 0:
+            return torch.zeros_like(scored.log_prob)
+        with torch.no_grad(), self.policy.reference():
+            reference = self._score(chunk)
+        return objectives.kl_divergence(
+            self.config.kl,
+            velocity=scored.velocity,
+            reference_velocity=reference.velocity,
+            mean=scored.mean,
+            reference_mean=reference.mean,
+            std=scored.std,
+        )
+
+    def _score(self, chunk: Chunk) -> Any:
+        schedule = self.inputs.rollouts.schedule
+        return step_log_prob(
+            self.policy, schedule, chunk.unit.step, chunk.x, chunk.x_next, chunk.prompt, chunk.negative, **chunk.extra
+        )
+
+    def _old_mean(self, chunk: Chunk) -> Tensor:
+        with self.as_rolled_out():
+            mean: Tensor = self._score(chunk).mean
+        return mean
+
+    def _velocity(self, chunk: Chunk, x: Tensor) -> Tensor:
+        schedule, step = self.inputs.rollouts.schedule, chunk.unit.step
+        return self.policy.velocity(
+            self.expert,
+            x,
+            schedule.timesteps[step],
+            chunk.prompt,
+            chunk.negative,
+            schedule.guidance[step],
+            chunk.extra.get("condition"),
+        )
+
+    def _fresh_noise(self, chunk: Chunk) -> Tensor:
+        plan, group = self.inputs.rollouts.plan, self.inputs.rollouts.groups[chunk.unit.group]
+        step = NFT_NOISE + chunk.unit.step
+        samples = range(chunk.unit.first, chunk.unit.first + chunk.unit.count)
+        seeds = [noise_seed(plan["seed"], plan["iteration"], group["prompt_id"], sample, step) for sample in samples]
+        return torch.stack([noise(chunk.x.shape[1:], seed=seed) for seed in seeds])
+
+    def _step(self) -> float:
+        """Clip the gradient, step, average; returns the norm before clipping."""
+        state = self.state
+        norm = torch.nn.utils.clip_grad_norm_(state.parameters.values(), self.config.max_grad_norm).item()
+        if not math.isfinite(norm):
+            raise RunFailed(
+                f"{self.name} expert, update {state.updates + 1}: the gradient norm is {norm}",
+                "a latent or a weight is not finite, or float16 overflowed; `rushes verify` checks the shards",
+            )
+        for group in state.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        state.optimizer.step()
+        state.updates += 1
+        self.moved = True
+        with torch.no_grad():
+            for name, average in state.ema.items():
+                average.lerp_(state.parameters[name].to(average), 1.0 - self.config.ema)
+        return norm
+
+
+def _new_state(policy: Policy, config: TrainConfig, expert: int) -> TrainerState:
+    parameters = dict(policy.trainable(expert))
+    optimizer = torch.optim.AdamW(
+        parameters.values(),
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        eps=config.epsilon,
+        weight_decay=config.weight_decay,
+    )
+    ema = {name: value.detach().float().clone() for name, value in parameters.items()} if config.ema > 0 else {}
+    return TrainerState(parameters, optimizer, ema)
+
+
+def _step_weights(inputs: Inputs, config: TrainConfig, expert: int) -> dict[int, float]:
+    """Loss weight of every step this expert trains on; the frozen plan decides, so all updates use the same."""
+    if config.objective == "nft":
+        return {}
+    schedule = inputs.rollouts.schedule
+    steps = sorted({unit.step for unit in inputs.rollouts.units() if unit.expert == expert})
+    nothing = torch.zeros(1, 1)
+    stds, scales = {}, {}
+    for step in steps:
+        law = (schedule.law, schedule.form)
+        edge = (schedule.sigmas[step], schedule.sigmas[step + 1], schedule.eta)
+        stds[step] = transition(*law, nothing, nothing, *edge, sigma_1=schedule.sigmas[1])[1]
+        scales[step] = gradient_scale(*law, *edge, schedule.sigmas[1])
+    return objectives.step_weights(config.step_weight, stds, scales)
+
+
+def _detached(rows: Rows, advantage: Tensor, weight: Tensor) -> dict[str, Tensor]:
+    """Rows that count, on the CPU, for the metrics."""
+    counts = weight > 0
+    found = {"loss": rows.loss, "ratio": rows.ratio, "clipped": rows.clipped, "kl": rows.kl, "advantage": advantage}
+    if rows.shift is not None:
+        found["shift"] = rows.shift
+    return {"weight": weight[counts].cpu()} | {name: value.detach()[counts].float().cpu() for name, value in found.items()}
+
+
+def _summary(collected: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Metrics of an update from the rows of its chunks, averaged by weight."""
+    joined = {name: torch.cat([rows[name] for rows in collected if name in rows]) for name in collected[0]}
+    weight = joined["weight"] / joined["weight"].sum()
+
+    def mean(name: str) -> float:
+        return float((joined[name] * weight).sum())
+
+    advantage = joined["advantage"]
+    summary = {
+        "loss": mean("loss"),
+        "ratio_mean": mean("ratio"),
+        "ratio_min": joined["ratio"].min().item(),
+        "ratio_max": joined["ratio"].max().item(),
+        "clip_fraction": mean("clipped"),
+        "kl": mean("kl"),
+        "advantage_mean": mean("advantage"),
+        "advantage_std": advantage.std(correction=0).item(),
+        "advantage_max": advantage.abs().max().item(),
+        "rows": float(len(weight)),
+    }
+    if "shift" in joined:
+        summary["mean_shift"] = joined["shift"].square().mean().sqrt().item()
+    return summary
