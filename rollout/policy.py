@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -37,6 +37,8 @@ from rollout.policy_lora import (
     save_adapter,
 )
 from shards.errors import RunFailed, UserError
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class Policy:
@@ -114,7 +116,7 @@ class Policy:
             tensor.data = tensor.data.cpu() if kept is None else kept
 
     @contextlib.contextmanager
-    def _working[T: nn.Module](self, module: T) -> Iterator[T]:
+    def _working(self, module: Module) -> Iterator[Module]:
         """A helper module on the device for as long as it works."""
         self._enter(module)
         try:

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
@@ -44,6 +45,7 @@ class Plan:
     solver: Solver
 
     def __post_init__(self) -> None:
+        """Refuse what no schedule can be."""
         for problem in _problems(self):
             raise UserError(f"bad sampler plan: {problem}", "a plan is made by `rushes rollout` and must not be edited")
 
@@ -279,8 +281,8 @@ def _problems(plan: Plan) -> list[str]:
         found.append(
             f"{n} timesteps, {len(sigmas)} sigmas, {len(plan.experts)} experts, {len(plan.guidance)} guidances"
         )
-    falling = all(a > b for a, b in zip(sigmas, sigmas[1:], strict=False))
-    if not falling or not sigmas or sigmas[0] > 1 or sigmas[-1] != 0:
+    falling = all(a > b for a, b in pairwise(sigmas))
+    if not falling or not sigmas or sigmas[0] > 1 + 1e-6 or sigmas[-1] != 0:
         found.append("sigmas must fall strictly, from at most 1 down to 0")
     values = (*sigmas, *plan.timesteps, *plan.guidance)
     with np.errstate(over="ignore"):

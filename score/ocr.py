@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,13 +16,14 @@ from shards.errors import UserError
 class OCR:
     """Edit similarity of read and wanted text, averaged over every fourth frame, frames without text included.
 
-    Modes other than `default` repeat the definitions of other systems exactly, loopholes included, to compare with them.
+    Modes other than `default` repeat the definitions of other systems, loopholes included, to compare with them.
     """
 
     name = "ocr"
     version = "1"
     components = ("similarity", "exact", "positive", "empty", "length_ratio")
     neutral = ("device", "batch_pixels")
+    keeps_text = True
 
     def __init__(
         self,
@@ -39,8 +39,8 @@ class OCR:
         batch_pixels: int = 100_000,
     ) -> None:
         """interval: every n-th frame is read. max_frames: at most so many of those, evenly spread (0: all).
-        min_size: smallest box in pixels (0: by frame size). canvas_size: larger side the detector sees (416: 3 times faster,
-        for text over 28 px). detector_bf16: twice as fast where the CPU has bfloat16; a box may differ by a pixel.
+        min_size: smallest box in pixels (0: by frame size). canvas_size: larger side the detector sees (416: 3 times
+        faster, for text over 28 px). detector_bf16: twice as fast where the CPU has bfloat16; a box may differ by a pixel.
         fold_confusables: 0/o, 1/i/l, 5/s count as equal. min_confidence: boxes not above it are ignored.
         """
         if mode not in DEFINITIONS:
@@ -62,7 +62,7 @@ class OCR:
         from score.reading import TextReader  # imports torch and EasyOCR
 
         reader = TextReader(**self._reading)
-        picked = [[frame for frame in as_uint8(video.frames)[self.pick(len(video.frames))]] for video in videos]
+        picked = [list(as_uint8(video.frames)[self.pick(len(video.frames))]) for video in videos]
         lines = iter(
             reader.lines(
                 [frame for frames in picked for frame in frames],
@@ -73,7 +73,7 @@ class OCR:
         return [self.judge(video, [next(lines) for _ in frames]) for video, frames in zip(videos, picked, strict=True)]
 
     def pick(self, count: int) -> list[int]:
-        """Which of `count` frames are read: 0, interval, 2 interval, … (with 4k+1 frames and interval 4 also the last)."""
+        """Which of `count` frames are read: 0, interval, 2 interval, … (of 4k+1 frames also the last)."""
         if DEFINITIONS[self.mode].first_frame_only:
             return [0]
         chosen = list(range(0, count, self.interval))
@@ -84,9 +84,7 @@ class OCR:
     def judge(self, video: Video, texts: Sequence[str]) -> Scored:
         """The score that follows from the texts of the chosen frames; no model is needed."""
         try:
-            judgement = judge(
-                texts, video.prompt, video.target, mode=self.mode, fold_confusables=self.fold_confusables
-            )
+            judgement = judge(texts, video.prompt, video.target, mode=self.mode, fold_confusables=self.fold_confusables)
         except NoTarget as error:
             return Scored(reason=str(error))
         values = (
@@ -96,7 +94,7 @@ class OCR:
             judgement.empty,
             judgement.length_ratio,
         )
-        return replace(Scored(text=list(texts)), components=dict(zip(self.components, values, strict=True)))
+        return Scored(components=dict(zip(self.components, values, strict=True)), text=list(texts))
 
 
 def as_uint8(frames: NDArray[Any]) -> NDArray[np.uint8]:
@@ -114,6 +112,6 @@ def as_uint8(frames: NDArray[Any]) -> NDArray[np.uint8]:
     if not np.issubdtype(frames.dtype, np.floating):
         raise ValueError(f"frames are {frames.dtype}, not uint8 or floating")
     low, high = float(frames.min()), float(frames.max())
-    if not (-0.5 <= low and high <= 1.5):  # also false for NaN
+    if not (low >= -0.5 and high <= 1.5):  # also false for NaN
         raise ValueError(f"floating frames span {low:g} to {high:g}, not 0 to 1")
     return np.ascontiguousarray(np.clip(np.rint(frames * 255.0), 0, 255).astype(np.uint8))

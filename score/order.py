@@ -46,7 +46,7 @@ def tilt(boxes: Sequence[Corners]) -> float:
 
 
 def _lines(boxes: Sequence[Corners]) -> list[list[int]]:
-    """Positions of upright boxes, line by line from the top; a line is known by the mean top and bottom of its boxes."""
+    """Positions of upright boxes, line by line from the top; a line lies where its boxes lie on average."""
     centres = [float(box[:, 1].mean()) for box in boxes]
     # of a turned box the mean length of its sides is the height; its bounding box would be too high
     halves = [float(np.hypot(*(box[3] - box[0])) + np.hypot(*(box[2] - box[1]))) / 4 for box in boxes]

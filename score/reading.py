@@ -80,7 +80,7 @@ def _load_weights(folder: Path, name: str) -> dict[str, Tensor]:
 
 
 def fuse_batch_norm(network: nn.Module) -> nn.Module:
-    """Fold every BatchNorm2d that follows a Conv2d in an nn.Sequential into that convolution; same function, in place."""
+    """Fold every BatchNorm2d that follows a Conv2d in an nn.Sequential into it: the same function, in place."""
     from torch.nn.utils.fusion import fuse_conv_bn_eval
 
     for module in network.modules():
@@ -95,7 +95,7 @@ def fuse_batch_norm(network: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class Networks:
-    """The detector (CRAFT), the recogniser (english_g2) and its alphabet; index 0 of the recogniser's output is blank."""
+    """The detector (CRAFT), the recogniser (english_g2) and its alphabet; output 0 of the recogniser is blank."""
 
     detector: nn.Module
     recogniser: nn.Module
@@ -122,9 +122,7 @@ def load_networks(device: str = "cpu", detector_bf16: bool = False) -> Networks:
     recogniser.load_state_dict(_load_weights(folder, "english_g2.pth"), assign=True)
     detector = fuse_batch_norm(detector.eval().requires_grad_(False)).to(device, dtype)
     recogniser = fuse_batch_norm(recogniser.eval().requires_grad_(False)).to(device)
-    return Networks(
-        detector.to(memory_format=torch.channels_last), recogniser, alphabet, torch.device(device), dtype
-    )
+    return Networks(detector.to(memory_format=torch.channels_last), recogniser, alphabet, torch.device(device), dtype)
 
 
 class TextReader:
@@ -140,8 +138,8 @@ class TextReader:
         batch_pixels: int = 100_000,
         batch_crops: int = 64,
     ) -> None:
-        """min_size: boxes whose larger side is not above it are dropped (0: 5 px in frames under 128 px, else 20, EasyOCR's
-        value). canvas_size: the detector sees frames shrunk to this larger side. batch_pixels, batch_crops bound memory.
+        """min_size: boxes whose larger side is not above it are dropped (0: 5 px in frames under 128 px, else EasyOCR's
+        20). canvas_size: the detector sees frames shrunk to this larger side. batch_pixels, batch_crops: memory bounds.
         """
         self.min_size, self.canvas_size = min_size, canvas_size
         self.batch_pixels, self.batch_crops = batch_pixels, batch_crops
@@ -212,7 +210,7 @@ class TextReader:
         return results
 
     def _recognise(self, crops: list[tuple[NDArray[np.float64], Frames, int]]) -> list[tuple[str, float]]:
-        """Text and confidence of every crop; crops of one padded width share a batch, since padding is part of the input."""
+        """Text and confidence of every crop; crops of one padded width share a batch, since padding is input too."""
         by_width: dict[int, list[int]] = defaultdict(list)
         for position, (_, _, width) in enumerate(crops):
             by_width[width].append(position)
@@ -254,7 +252,7 @@ def joined(boxes: Sequence[Box], *, ordered: bool = True, min_confidence: float 
 
 
 def _canvas(frames: list[Frames], canvas_size: int) -> tuple[Tensor, float]:
-    """Detector input [B, 3, H', W'] fp32, sides padded to multiples of 32 by black, and the scale H' / H before padding."""
+    """Detector input [B, 3, H', W'] fp32, padded with black to multiples of 32, and the scale before padding."""
     import cv2
 
     height, width = frames[0].shape[:2]
@@ -299,7 +297,7 @@ def _padded(crop: Frames, width: int) -> NDArray[np.float32]:
 
 
 def _decode(indices: NDArray[np.int64], values: NDArray[np.float32], alphabet: str) -> tuple[str, float]:
-    """Greedy CTC: repeats collapse, blanks (0) vanish. Confidence is EasyOCR's: prod(p)^(2/sqrt(n)) over non-blank steps."""
+    """Greedy CTC: repeats collapse, blanks (0) vanish. Confidence: EasyOCR's prod(p)^(2/sqrt(n)) over the rest."""
     seen = indices != 0
     if not seen.any():
         return "", 0.0

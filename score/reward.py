@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 ENTRY_POINTS = "rushes.rewards"
+RESERVED = {"key", "prompt_id", "sample", "reward", "status", "text", "group"}
 BUILT_IN = {
     "ocr": "score.ocr:OCR",
     "guards": "score.guards:Guards",
@@ -61,8 +62,9 @@ class Reward(Protocol):
 
     `components` names the numbers it gives; the first is the reward, the others can be weighted as `name.component`.
     `version` goes up whenever the same video would get another number. Optional: `neutral`, a class attribute with the
-    names of options that change speed and not numbers; `after_group(list[Scored]) -> list[Scored]`, called with all
-    samples of one prompt. An exception means that this video has no score; it is never turned into 0.
+    names of options that change speed and not numbers; `keeps_text = True` when it gives `Scored.text`; a static method
+    `after_group(list[Scored]) -> list[Scored]`, called with all samples of one prompt. An exception means that this
+    video has no score; it is never turned into 0. A UserError means that nothing can be scored at all.
     """
 
     name: str
@@ -84,10 +86,11 @@ class Chosen:
     components: tuple[str, ...]
     options: Mapping[str, Any]
     neutral: tuple[str, ...] = ()
+    keeps_text: bool = False
 
     @property
     def directory(self) -> str:
-        """`<name>-<8 hex digits>`: the fingerprint covers version and options, so a changed reward never mixes with the old."""
+        """`<name>-<8 hex digits>`: the digits stand for version and options, so a changed reward has another one."""
         options = {key: value for key, value in self.options.items() if key not in self.neutral}
         identity = json.dumps([self.name, self.target, self.version, self.components, options], sort_keys=True)
         return f"{re.sub(r'[^A-Za-z0-9_]+', '-', self.name)}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
@@ -95,6 +98,11 @@ class Chosen:
     def build(self) -> Reward:
         """The reward itself."""
         return cast(Reward, _class_of(self.name, self.target)(**self.options))
+
+    def after_group(self, scored: list[Scored]) -> list[Scored]:
+        """What the reward makes of all samples of one prompt together; most leave them as they are."""
+        function = getattr(_class_of(self.name, self.target), "after_group", None)
+        return list(function(scored)) if function else scored
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -113,8 +121,14 @@ def choose(name: str, options: Mapping[str, Any] | None = None) -> Chosen:
         raise UserError(
             f"reward {name!r}: {target} is not a reward", "its class needs `version`, `components` and `__call__`"
         )
+    taken = RESERVED & set(components)
+    if taken:
+        raise UserError(
+            f"reward {name!r}: a component cannot be called {min(taken)!r}", "the score table has that column"
+        )
     resolved = _resolve_options(name, found, dict(options or {}))
-    return Chosen(name, target, found.version, tuple(components), resolved, tuple(getattr(found, "neutral", ())))
+    neutral, keeps_text = tuple(getattr(found, "neutral", ())), bool(getattr(found, "keeps_text", False))
+    return Chosen(name, target, found.version, tuple(components), resolved, neutral, keeps_text)
 
 
 def known() -> dict[str, str]:

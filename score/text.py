@@ -1,4 +1,4 @@
-"""Strings of the OCR reward: which text a prompt asks for, how two texts are compared, and the definitions of other systems."""
+"""Strings of the OCR reward: which text a prompt asks for, how two are compared, and the definitions of other systems."""
 
 from __future__ import annotations
 
@@ -48,20 +48,22 @@ def normaliser(target: str, fold_confusables: bool = False) -> Callable[[str], s
     """The function that both the target and the read text go through before they are compared.
 
     NFKC (so that a superscript 2 is a 2), typographic to ASCII punctuation, case folded, and only letters and digits
-    kept; a target without any keeps all that is not white space instead. `fold_confusables` makes 0/o, 1/i/l and 5/s equal.
+    kept; a target without any keeps all that is not white space instead. `fold_confusables`: 0/o, 1/i/l, 5/s are equal.
     """
     keep_all = not any(character.isalnum() for character in unicodedata.normalize("NFKC", target))
 
     def normalise(text: str) -> str:
         folded = unicodedata.normalize("NFKC", text).translate(_PUNCTUATION).casefold()
-        kept = "".join(character for character in folded if character.isalnum() or keep_all and not character.isspace())
+        kept = "".join(
+            character for character in folded if character.isalnum() or (keep_all and not character.isspace())
+        )
         return kept.translate(_CONFUSABLES) if fold_confusables else kept
 
     return normalise
 
 
 def levenshtein(left: str, right: str) -> int:
-    """Edit distance: the fewest insertions, deletions and replacements of one character that turn one into the other."""
+    """Edit distance: the fewest insertions, deletions and replacements of a character that turn one into the other."""
     previous = list(range(len(right) + 1))
     for row, a in enumerate(left, 1):
         current = [row]
@@ -135,9 +137,7 @@ DEFINITIONS: dict[str, Definition] = {
     "flow_grpo_image": Definition(
         _first_quoted, _plain_normaliser, _similarity_or_substring, _mean, first_frame_only=True
     ),
-    "fastvideo": Definition(
-        _first_quoted_or_prompt, _plain_normaliser, _similarity_or_substring, _mean_of_positive
-    ),
+    "fastvideo": Definition(_first_quoted_or_prompt, _plain_normaliser, _similarity_or_substring, _mean_of_positive),
 }
 
 

@@ -1,7 +1,7 @@
 """What VideoAlign reads: the released prompt template, taken from the user's own copy, and the chat around it.
 
 The template is part of the released model's input format and is not shipped here. It is read from a VideoAlign
-checkout, whose `prompt_template.py` is parsed and never run, or from a text file. Source of the chat: the Qwen2-VL template.
+checkout, whose `prompt_template.py` is parsed and never run, or from a text file. The chat is Qwen2-VL's own template.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def read_template(path: str | Path) -> str:
     if found != TEMPLATE_SHA256:
         warnings.warn(
             f"{place}: this is not the released prompt template (sha256 {found}, released {TEMPLATE_SHA256}); "
-            "scores will differ from the released model's. Trailing blanks and the first and last line end belong to it.",
+            "scores will differ from the released model's. Blanks at line ends and the outer line ends belong to it.",
             stacklevel=2,
         )
     return template
@@ -56,7 +56,9 @@ def _constant(place: Path, source: str) -> str:
     except (SyntaxError, ValueError) as error:
         raise UserError(f"{place} is not Python: {error}", "take the file from a VideoAlign checkout") from None
     for node in reversed(tree.body):
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        )
         named = any(isinstance(target, ast.Name) and target.id == CONSTANT for target in targets)
         value = getattr(node, "value", None)
         if named and isinstance(value, ast.Constant) and isinstance(value.value, str):
@@ -65,7 +67,7 @@ def _constant(place: Path, source: str) -> str:
 
 
 def _check_template(place: Path, template: str) -> None:
-    """UserError unless the template formats with `text_prompt` alone and holds each part of ORDER once, in that order."""
+    """UserError unless the template formats with `text_prompt` alone and holds each part of ORDER once, in order."""
     hint = "take the template from a VideoAlign checkout"
     try:
         fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
@@ -104,7 +106,7 @@ def load_tokenizer(base_model: Path, checkpoint: Path) -> Any:
 
 
 def check_prompt(prompt: str, tokenizer: Any, name: str) -> None:
-    """UserError when a prompt holds one of the tokenizer's added tokens: it would move or double what the model reads."""
+    """UserError when a prompt holds one of the tokenizer's added tokens: it would double what the model reads."""
     for token in tokenizer.get_added_vocab():
         if token in prompt:
             raise UserError(f"{name}: the prompt holds the special token {token}", "take it out of the prompt")

@@ -1,4 +1,4 @@
-"""What VideoAlign sees of a video: the frames it takes, their size, their normalisation, and the patches they are cut into.
+"""What VideoAlign sees of a video: the frames it takes, their size, normalisation, and the patches they are cut into.
 
 Source: the reference's `vision_process.py` and the Qwen2-VL processor it calls (KwaiVGI/VideoAlign, git 219ab9d).
 """
@@ -10,15 +10,13 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from shards.errors import UserError
-
-if TYPE_CHECKING:
-    import numpy as np
 
 PATCH = 14  # pixels, the side of a patch
 PAIR = 2  # frames in one patch
@@ -64,7 +62,6 @@ def load_video(path: str | Path) -> tuple[np.ndarray[Any, Any], float]:
     Raises UserError for a file that is missing, holds no video, cannot be decoded or states no frame rate.
     """
     import av
-    import numpy as np
 
     if not Path(path).is_file():
         raise UserError(f"no video file at {path}", "give the path of an existing file")
@@ -163,16 +160,16 @@ def prepare(frames: Any, source_fps: float | None, request: Request, name: str =
 
     Raises UserError for frames of another shape or type, a missing rate, or a size or length VideoAlign cannot take.
     """
-    video = torch.as_tensor(frames)
-    if video.ndim != 4 or video.shape[-1] != 3 or video.dtype != torch.uint8 or 0 in video.shape:
-        found = f"{str(video.dtype).removeprefix('torch.')} {list(video.shape)}"
+    video = frames.cpu().numpy() if isinstance(frames, torch.Tensor) else np.asarray(frames)
+    if video.ndim != 4 or video.shape[-1] != 3 or video.dtype != np.uint8 or 0 in video.shape:
+        found = f"{video.dtype} {list(video.shape)}"
         raise UserError(f"{name}: frames are {found}, not uint8 [T, H, W, 3]", "give RGB frames from 0 to 255")
     if source_fps is None or not (math.isfinite(source_fps) and source_fps > 0):
         raise UserError(f"{name} has no frame rate", "give the true frames per second of the video")
     total, height, width, _ = video.shape
     chosen = frame_indices(total, frame_count(total, source_fps, request, name))
     shape = resized_shape(height, width, request.max_pixels, name)
-    taken = video[chosen].cpu().contiguous()
-    digest = hashlib.sha256(repr((taken.shape, shape)).encode() + taken.numpy().tobytes()).digest()
-    patches = patchify(normalise(resize(taken.permute(0, 3, 1, 2), shape)))
+    taken = video[chosen]  # a copy
+    digest = hashlib.sha256(repr((taken.shape, shape)).encode() + taken.tobytes()).digest()
+    patches = patchify(normalise(resize(torch.from_numpy(taken).permute(0, 3, 1, 2), shape)))
     return Clip(patches, (len(chosen) // PAIR, shape[0] // PATCH, shape[1] // PATCH), digest)

@@ -57,7 +57,7 @@ def sweep_temporary(directory: str | Path) -> int:
     with suppress(FileNotFoundError):
         for name in os.listdir(directory):
             if name.startswith(TEMPORARY):
-                removed += _remove_if_abandoned(Path(directory, name))
+                removed += is_abandoned(Path(directory, name), remove=True)
     return removed
 
 
@@ -89,7 +89,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path} does not exist", "run the stage that writes it") from error
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{path} is damaged: {error}", f"restore it from a copy; `rushes verify` lists all faults"
+            f"{path} is damaged: {error}", "restore it from a copy; `rushes verify` lists all faults"
         ) from error
     if not isinstance(value, dict):
         raise UserError(f"{path} is damaged: it holds no JSON object", "restore it from a copy")
@@ -183,7 +183,8 @@ def _flock(handle: int, *, wait: bool) -> bool:
     return True
 
 
-def _remove_if_abandoned(path: Path) -> bool:
+def is_abandoned(path: Path, *, remove: bool = False) -> bool:
+    """Whether a private file has no living writer; removes it then when asked to."""
     try:
         handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
@@ -191,9 +192,10 @@ def _remove_if_abandoned(path: Path) -> bool:
     try:
         if not _flock(handle, wait=False):
             return False
-        os.unlink(path)
+        if remove:
+            os.unlink(path)
         return True
-    except OSError:
+    except OSError:  # no locks on this file system, or another sweep was faster
         return False
     finally:
         os.close(handle)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zlib
 from collections.abc import Iterator, Sequence
@@ -114,6 +115,11 @@ def parse_meta(payload: memoryview, key: str, where: str) -> dict[str, Any]:
         raise Damaged(f"{where}: the record is of key {meta['key']!r}, schema {meta['schema']!r}", REPAIR)
     assert isinstance(meta, dict)
     return meta
+
+
+def keys_sha256(keys: Sequence[str]) -> str:
+    """sha256 of the sample keys of a shard, one a line, as the manifest records it."""
+    return hashlib.sha256("\n".join(keys).encode()).hexdigest()
 
 
 def to_parquet(rows: list[Row], kv: dict[str, str]) -> bytes:

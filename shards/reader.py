@@ -8,8 +8,8 @@ import stat
 import weakref
 import zlib
 from collections.abc import Iterator, Sequence
-from functools import cached_property
-from typing import IO, TYPE_CHECKING, Any
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
 
 from shards import index, tensors
 from shards.errors import UserError
@@ -113,8 +113,11 @@ class Shard:
         dtype = tensors.torch_dtype(tensors.NAMES[row["latent_dtype"]])
         if out is None:
             out = torch.empty(shape, dtype=dtype)
-        assert list(out.shape) == shape and out.dtype == dtype and out.is_contiguous() and out.device.type == "cpu"
-        memory = memoryview(out.reshape(-1).view(torch.uint8).numpy())
+        assert list(out.shape) == shape, f"out has shape {list(out.shape)}, needed is {shape}"
+        assert out.dtype == dtype, f"out has {out.dtype}, stored is {dtype}"
+        assert out.is_contiguous()
+        assert out.device.type == "cpu"
+        memory = out.reshape(-1).view(torch.uint8).numpy().data
         size = row["latent_bytes"]
         for first, count in _spans(slots):
             piece = memory[first * size : (first + count) * size]
@@ -213,10 +216,9 @@ def webdataset_pipeline(stage: Stage, shards: Sequence[int] | None = None) -> we
     """
     import webdataset
 
-    sources = [{"stage": stage, "shard": shard} for shard in (stage.shards() if shards is None else shards)]
+    numbers = stage.shards() if shards is None else shards
     return webdataset.DataPipeline(
-        sources,
-        _open_sources,
+        partial(_open_tars, stage, numbers),
         webdataset.tariterators.tar_file_expander,
         webdataset.tariterators.group_by_keys,
         webdataset.map(decode_sample),
@@ -239,11 +241,9 @@ def decode_sample(sample: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _open_sources(sources: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    for source in sources:
-        stage, shard = source["stage"], source["shard"]
-        stream: IO[bytes] = os.fdopen(open_tar(stage, shard, read_manifest(stage, shard)), "rb")
-        with stream:
+def _open_tars(stage: Stage, shards: Sequence[int]) -> Iterator[dict[str, Any]]:
+    for shard in shards:
+        with os.fdopen(open_tar(stage, shard, read_manifest(stage, shard)), "rb") as stream:
             yield {"url": str(stage.shard_path(shard)), "stream": stream}
 
 

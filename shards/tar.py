@@ -66,7 +66,7 @@ def wrap(name: str, payload: list[Buffer]) -> list[Buffer]:
 
 
 def members(buffer: memoryview, where: str) -> Iterator[Member]:
-    """Walk a whole tar strictly. Raises Damaged, naming `where` and the byte, for anything the writer does not write."""
+    """Walk a whole tar strictly. Raises Damaged, naming the byte, for anything the writer would not write."""
     offset = 0
     while offset + len(END) < len(buffer):
         member = member_at(buffer, offset, where)

@@ -139,7 +139,7 @@ def _raw(name: str, tensor: Array) -> tuple[str, list[int], memoryview]:
         import numpy
 
         flat = numpy.ascontiguousarray(tensor).reshape(-1).view(numpy.uint8)
-    return NAMES[kind], shape, memoryview(flat).cast("B") if flat.size else memoryview(b"")
+    return NAMES[kind], shape, flat.data if flat.size else memoryview(b"")
 
 
 def _checksums(name: str, shape: list[int], view: memoryview) -> list[int]:

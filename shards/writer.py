@@ -248,7 +248,7 @@ def _manifest(stage: Stage, shard: int, assembly: _Assembly, info: dict[str, Any
         "samples": len(keys),
         "groups": stage.groups(shard),
         "group_size": assembly.plan["group_size"],
-        "keys_sha256": hashlib.sha256("\n".join(keys).encode()).hexdigest(),
+        "keys_sha256": index.keys_sha256(keys),
         "tar": {"bytes": assembly.size, "sha256": assembly.digest.hexdigest()},
         "index": {"bytes": path.stat().st_size, "sha256": sha256_file(path)},
         "plan_sha256": assembly.plan_sha256,

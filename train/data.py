@@ -1,9 +1,9 @@
-"""The rollouts of one iteration as training sees them: chunks of transitions read back in the shape they were made in."""
+"""The rollouts of one iteration as training reads them back: chunk by chunk, in the shape they were made in."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,8 +17,6 @@ from train.order import Unit, chunks
 
 if TYPE_CHECKING:
     from rollout.policy import Policy
-
-EXPERT_NAMES = ("high_noise", "low_noise")
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,9 @@ class Rollouts:
         """Open every shard of a stage. UserError when the plan or, unless `partial`, a shard is missing."""
         plan = stage.plan()
         if plan is None:
-            raise UserError(f"{stage.path} has no rollouts", f"run `rushes rollout --iteration {stage.iteration}` first")
+            raise UserError(
+                f"{stage.path} has no rollouts", f"run `rushes rollout --iteration {stage.iteration}` first"
+            )
         present = stage.shards()
         missing = sorted(set(range(stage.expected())) - set(present))
         if missing and not partial:
@@ -59,8 +59,13 @@ class Rollouts:
             for number in self.shards
             for group in self.plan["shards"][number]
             for first, count in chunks(self.plan["group_size"], self.plan["batch_size"])
-            for step in self.groups[group]["window"]
+            for step in self.window(group)
         ]
+
+    def window(self, group: str) -> list[int]:
+        """The steps of a group that are trained on: the stochastic ones, or, after a rollout without noise (which only
+        DiffusionNFT can use), all but the first and the last."""
+        return list(self.groups[group]["window"]) or list(range(1, self.schedule.steps - 1))
 
     def keys(self) -> list[str]:
         """Sample keys of all shards, in plan order."""
@@ -102,7 +107,7 @@ class Chunk:
     """[B, text_length, D] padded embeddings."""
     negative: Tensor
     """[B, text_length, D] padded embeddings of the negative prompt."""
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any]
     """`condition` of image-to-video and `x0_prev` of the 2M law, where there are any."""
 
 
@@ -113,28 +118,22 @@ def keys_of(unit: Unit) -> list[str]:
 
 def read_chunk(rollouts: Rollouts, policy: Policy, unit: Unit) -> Chunk:
     """Read a unit from its shard, checksums verified, in the batch shape of the rollout."""
-    shard = rollouts.shards[unit.shard]
-    keys = keys_of(unit)
-    pairs = torch.stack([shard.latents(key, [unit.step, unit.step + 1]) for key in keys]).float()
-    text = shard.group(unit.group)
-    position = list(rollouts.groups[unit.group]["window"]).index(unit.step)
-    device = policy.device
-    return Chunk(
-        unit=unit,
-        keys=keys,
-        x=pairs[:, 0].contiguous().to(device),
-        x_next=pairs[:, 1].contiguous().to(device),
-        log_prob=torch.tensor([shard.meta(key)["log_prob"][position] for key in keys], dtype=torch.float32).to(device),
-        prompt=policy.pad(text["prompt"], unit.count),
-        negative=policy.pad(text["negative"], unit.count),
-        extra=_extra(rollouts, policy, unit, text, position),
-    )
+    shard, keys = rollouts.shards[unit.shard], keys_of(unit)
+    pairs = torch.stack([shard.latents(key, [unit.step, unit.step + 1]) for key in keys]).float().to(policy.device)
+    position = rollouts.window(unit.group).index(unit.step)
+    extra: dict[str, Any] = {}
+    if rollouts.schedule.law == "dpm-sde-2m":
+        before = [shard.trajectory(key)["x0_prev"][position] for key in keys]
+        extra["x0_prev"] = torch.stack(before).float().to(policy.device)
+    log_prob = row([shard.row(key)["log_prob"][position] for key in keys], pairs)
+    return _chunk(rollouts, policy, unit, pairs[:, 0].contiguous(), pairs[:, 1].contiguous(), log_prob, extra)
 
 
-def read_final(rollouts: Rollouts, policy: Policy, unit: Unit) -> Tensor:
-    """[B, C, F, H, W] fp32 final latents of a unit's samples."""
+def read_final(rollouts: Rollouts, policy: Policy, unit: Unit) -> Chunk:
+    """A unit for objectives that need no transition: `x` and `x_next` are both the final latents, log-probs are 0."""
     shard, last = rollouts.shards[unit.shard], rollouts.schedule.steps
-    return torch.cat([shard.latents(key, [last]) for key in keys_of(unit)]).float().to(policy.device)
+    x0 = torch.cat([shard.latents(key, [last]) for key in keys_of(unit)]).float().to(policy.device)
+    return _chunk(rollouts, policy, unit, x0, x0, row([0.0] * unit.count, x0), {})
 
 
 def row(values: Sequence[float], like: Tensor) -> Tensor:
@@ -142,12 +141,11 @@ def row(values: Sequence[float], like: Tensor) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=like.device)
 
 
-def _extra(rollouts: Rollouts, policy: Policy, unit: Unit, text: dict[str, Tensor], position: int) -> dict[str, Any]:
-    extra: dict[str, Any] = {}
+def _chunk(
+    rollouts: Rollouts, policy: Policy, unit: Unit, x: Tensor, x_next: Tensor, log_prob: Tensor, extra: dict[str, Any]
+) -> Chunk:
+    text = rollouts.shards[unit.shard].group(unit.group)
     if "condition" in text:
-        extra["condition"] = text["condition"].to(policy.device)
-    if rollouts.schedule.law == "dpm-sde-2m":
-        shard = rollouts.shards[unit.shard]
-        before = [shard.trajectory(key)["x0_prev"][position] for key in keys_of(unit)]
-        extra["x0_prev"] = torch.stack(before).float().to(policy.device)
-    return extra
+        extra = extra | {"condition": text["condition"].to(policy.device)}
+    prompt, negative = (policy.pad(text[name], unit.count) for name in ("prompt", "negative"))
+    return Chunk(unit, keys_of(unit), x, x_next, log_prob, prompt, negative, extra)

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from rollout.schedule import EXPERT_NAMES
 from rollout.step import step_log_prob
 from shards.errors import RunFailed
-from train.data import EXPERT_NAMES, Chunk, Rollouts, read_chunk
+from train.data import Chunk, Rollouts, read_chunk
 from train.order import Unit, generator
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def _replay_unit(policy: Policy, rollouts: Rollouts, unit: Unit, limit: float) -
         raise RunFailed(
             f"replay failed: |log-ratio| {worst:.3g} is above {limit:g} for {chunk.keys[ratios.index(worst)]}, "
             f"step {unit.step}, {EXPERT_NAMES[unit.expert]} expert, {rollouts.stage.shard_path(unit.shard)}",
-            "this policy on this machine does not repeat the rollout; check [model] in run.toml and that no weight changed, "
-            "or, for shards of other hardware, set train.recompute_log_probs",
+            "this policy does not repeat the rollout: check [model] in run.toml and that no weight changed, or, for "
+            "shards of other hardware, set train.recompute_log_probs",
         )
     return worst

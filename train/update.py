@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rollout.schedule import EXPERT_NAMES
 from rollout.step import step_log_prob
 from rollout.transitions import gradient_scale, noise, noise_seed, transition
 from shards.errors import RunFailed
 from train import objectives
 from train.checkpoint import TrainerState
-from train.data import EXPERT_NAMES, Chunk, Inputs, read_chunk, read_final, row
+from train.data import Chunk, Inputs, read_chunk, read_final, row
 from train.order import Unit
 
 if TYPE_CHECKING:
@@ -52,6 +53,14 @@ class ExpertTrainer:
         self.step_weights = _step_weights(inputs, config, expert)
         self.old_log_probs: dict[Unit, Tensor] = {}
         self.moved = False
+        if config.gradient_checkpointing:
+            policy.module(expert).enable_gradient_checkpointing()  # type: ignore[operator]
+
+    def finish(self) -> None:
+        """Leave the expert as rollout expects it."""
+        self.state.optimizer.zero_grad(set_to_none=True)
+        if self.config.gradient_checkpointing:
+            self.policy.module(self.expert).disable_gradient_checkpointing()  # type: ignore[operator]
 
     @property
     def base_rate(self) -> float:
@@ -74,17 +83,22 @@ class ExpertTrainer:
         total = self.inputs.weight(units)
         collected = [self.backward(unit, total, measure=index == 0) for index, unit in enumerate(units)]
         norm = self._step()
-        metrics = _summary(collected) | {"gradient_norm": norm, "learning_rate": self.state.optimizer.param_groups[0]["lr"]}
         size = sum(value.numel() for value in self.state.parameters.values())
-        return metrics | {"gradient_rms": norm / math.sqrt(size), "seconds": time.monotonic() - started}
+        return _summary(collected) | {
+            "gradient_norm": norm,
+            "gradient_rms": norm / math.sqrt(size),
+            "learning_rate": self.state.optimizer.param_groups[0]["lr"],
+            "seconds": time.monotonic() - started,
+        }
 
     def backward(self, unit: Unit, total: float, *, measure: bool = False) -> dict[str, Tensor]:
         """Add the gradient of one chunk at one step, its rows weighted and divided by `total`; returns its rows."""
-        chunk = read_chunk(self.inputs.rollouts, self.policy, unit)
+        nft = self.config.objective == "nft"
+        chunk = (read_final if nft else read_chunk)(self.inputs.rollouts, self.policy, unit)
         pairs = [self.inputs.advantages[key] for key in chunk.keys]
         weight = row([pair[1] for pair in pairs], chunk.x)
         advantage = objectives.clip_advantage(row([pair[0] for pair in pairs], chunk.x), self.config.advantage_clip)
-        rows = self._nft(chunk, advantage) if self.config.objective == "nft" else self._grpo(chunk, advantage, measure)
+        rows = self._nft(chunk, advantage) if nft else self._grpo(chunk, advantage, measure)
         (rows.loss * (weight / total)).sum().backward()
         return _detached(rows, advantage, weight)
 
@@ -130,7 +144,7 @@ class ExpertTrainer:
         """DiffusionNFT on the final latents, noised afresh to the sigma of the unit's step."""
         rollouts, config = self.inputs.rollouts, self.config
         sigma = rollouts.schedule.sigmas[chunk.unit.step]
-        x0 = read_final(rollouts, self.policy, chunk.unit)
+        x0 = chunk.x
         x = (1.0 - sigma) * x0 + sigma * self._fresh_noise(chunk).to(x0.device)
         with self.as_rolled_out():
             old = self._velocity(chunk, x)
@@ -241,10 +255,11 @@ def _step_weights(inputs: Inputs, config: TrainConfig, expert: int) -> dict[int,
 def _detached(rows: Rows, advantage: Tensor, weight: Tensor) -> dict[str, Tensor]:
     """Rows that count, on the CPU, for the metrics."""
     counts = weight > 0
-    found = {"loss": rows.loss, "ratio": rows.ratio, "clipped": rows.clipped, "kl": rows.kl, "advantage": advantage}
+    found = {"weight": weight, "loss": rows.loss, "ratio": rows.ratio, "clipped": rows.clipped, "kl": rows.kl}
+    found["advantage"] = advantage
     if rows.shift is not None:
         found["shift"] = rows.shift
-    return {"weight": weight[counts].cpu()} | {name: value.detach()[counts].float().cpu() for name, value in found.items()}
+    return {name: value.detach()[counts].float().cpu() for name, value in found.items()}
 
 
 def _summary(collected: list[dict[str, Tensor]]) -> dict[str, float]:

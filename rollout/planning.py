@@ -1,0 +1,154 @@
+"""The plan of a stage: which policy samples which prompts, by which sampler, in which groups and shards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rollout.policy import Policy
+from rollout.prompts import Prompt, load_prompts, prompts_of_iteration, words_folder
+from rollout.schedule import Plan, choose_window, make_plan
+from shards.config import RunConfig
+from shards.errors import RunFailed, UserError
+from shards.files import publish_new, read_json, to_json
+from shards.run import SCHEMA, Run, Stage, group_key
+
+
+def load_policy(config: RunConfig) -> Policy:
+    """The model that [model] names, as it was before any training. Raises UserError as Policy.load does."""
+    model = config.model
+    return Policy.load(
+        model.path, dtype=model.dtype, device=model.device, text_length=model.text_length, lora=model.lora
+    )
+
+
+def policy_source(run: Run, stage: Stage) -> Path | None:
+    """The policy folder a stage samples with; None for iteration 0, which has the model as [model] names it.
+
+    An evaluation takes the averaged weights where `eval.ema` asks for them and training kept them. Raises UserError when
+    the iteration before was not trained.
+    """
+    if stage.iteration == 0:
+        return None
+    before = stage.iteration - 1
+    folder = run.iteration(before).policy_dir
+    if not (folder / "policy.json").is_file():
+        raise UserError(
+            f"{folder / 'policy.json'} does not exist: iteration {stage.iteration} samples with the policy that "
+            f"iteration {before} trains",
+            f"rushes train {run.path} --iteration {before}",
+        )
+    average = folder / "ema"
+    return average if stage.kind == "eval" and run.config.eval.ema and average.is_dir() else folder
+
+
+def take_policy(run: Run, stage: Stage, policy: Policy) -> dict[str, Any]:
+    """Give the policy the weights of the stage; returns their identity, checked against what the run knows.
+
+    Raises UserError when the base model is not the one the run began with, RunFailed when adapter files changed since
+    training committed them.
+    """
+    _check_model(run, policy)
+    source = policy_source(run, stage)
+    identity = policy.fingerprint(source)
+    if source is not None and (source / "policy.json").is_file():
+        committed = read_json(source / "policy.json")
+        if committed.get("fingerprint") != identity["fingerprint"]:
+            raise RunFailed(f"{source}: its files are not those its policy.json names", "restore them, or train again")
+    policy.become(source)
+    return identity
+
+
+def stage_plan(run: Run, stage: Stage, policy: Policy, identity: dict[str, Any]) -> dict[str, Any]:
+    """The content of plan.json: a pure function of run.toml, the prompts file and the policy. Raises UserError."""
+    config, rollout = run.config, run.config.rollout
+    evaluation = config.eval if stage.kind == "eval" else None
+    policy.check_shape(rollout.height, rollout.width, rollout.frames)
+    sampler = make_plan(
+        rollout, boundary=policy.boundary, scheduler_config=policy.scheduler_config, evaluation=evaluation
+    )
+    prompts = _prompts(run, stage)
+    _check_images(prompts, policy)
+    size = evaluation.videos_per_prompt if evaluation else rollout.group_size
+    # an evaluation has small groups: as many videos a shard as a rollout, so that experts are swapped as seldom
+    per_shard = max(1, rollout.groups_per_shard * rollout.group_size // size) if evaluation else rollout.groups_per_shard
+    keys = [group_key(stage.iteration, prompt.id) for prompt in prompts]
+    return {
+        "schema": SCHEMA,
+        "kind": stage.kind,
+        "iteration": stage.iteration,
+        "seed": evaluation.seed if evaluation else rollout.seed,
+        "policy": {**identity, "lag_of": stage.iteration},
+        "sampler": sampler.to_dict(),
+        "video": {
+            "height": rollout.height,
+            "width": rollout.width,
+            "frames": rollout.frames,
+            "fps": rollout.fps,
+            "crf": rollout.video_crf,
+        },
+        "storage_dtype": rollout.storage_dtype,
+        "group_size": size,
+        "batch_size": rollout.batch_size,
+        "negative_prompt": rollout.negative_prompt,
+        "groups": [_group(run, stage, sampler, prompt) for prompt in prompts],
+        "shards": [keys[start : start + per_shard] for start in range(0, len(keys), per_shard)],
+        "same_initial_noise": rollout.same_initial_noise and evaluation is None,
+    }
+
+
+def _group(run: Run, stage: Stage, sampler: Plan, prompt: Prompt) -> dict[str, Any]:
+    """One group of the plan. A prompt's own negative prompt is written down only where there is one."""
+    window = choose_window(sampler, run.config.rollout, iteration=stage.iteration, prompt_id=prompt.id)
+    group = {
+        "key": group_key(stage.iteration, prompt.id),
+        "prompt_id": prompt.id,
+        "prompt": prompt.text,
+        "target": prompt.target,
+        "image": prompt.image,
+        "window": list(window),
+    }
+    return group if prompt.negative is None else {**group, "negative_prompt": prompt.negative}
+
+
+def _prompts(run: Run, stage: Stage) -> list[Prompt]:
+    """The prompts of the stage: a share of a seeded pass, or the head of the evaluation prompts."""
+    config = run.config
+    need_target = any(name.split(".")[0] == "ocr" for name in config.score.rewards)
+    if stage.kind == "eval":
+        embedded = words_folder() / "prompts" / "eval.txt"
+        path = embedded if config.eval.prompts == "words" else Path(config.eval.prompts)
+        return load_prompts(path, need_target)[: config.eval.limit]
+    rollout = config.rollout
+    every = load_prompts(rollout.prompts, need_target)
+    return prompts_of_iteration(every, rollout.prompts_per_iteration, rollout.seed, stage.iteration)
+
+
+def _check_images(prompts: Sequence[Prompt], policy: Policy) -> None:
+    """UserError when a prompt lacks the image its model starts from, or has one the model cannot take."""
+    takes = policy.layout.takes_image
+    for prompt in prompts:
+        if prompt.image is None and takes == "must":
+            raise UserError(
+                f"prompt {prompt.id} ({prompt.text[:60]!r}) has no image, but the model is image-to-video",
+                "give every prompt an `image`, in a JSON-lines, CSV or Parquet file",
+            )
+        if prompt.image is not None and takes == "never":
+            raise UserError(
+                f"prompt {prompt.id} ({prompt.text[:60]!r}) has an image, but the model is text-to-video",
+                "remove the `image`, or take an image-to-video model",
+            )
+
+
+def _check_model(run: Run, policy: Policy) -> None:
+    """Write down the base model at the first stage of a run; later stages must have the same one."""
+    path = run.path / "model.json"
+    record = {"schema": SCHEMA, "base": policy.base_fingerprint, "path": run.config.model.path}
+    publish_new(path, to_json(record, path))
+    known = read_json(path)
+    if known.get("base") != policy.base_fingerprint:
+        raise UserError(
+            f"{policy.layout.folder} is not the model this run began with ({known.get('path')})",
+            f"{path} has its fingerprint; restore the model, or start a new run",
+        )

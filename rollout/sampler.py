@@ -1,0 +1,230 @@
+"""Chunks: the samples of a group that go through the model in one batch, from noise to finished samples."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rollout.policy import Policy
+from rollout.policy_folder import DTYPES
+from rollout.schedule import Plan
+from rollout.step import Inputs, looks_back, take_step
+from rollout.transitions import noise, noise_seed
+from shards.run import SCHEMA, sample_key
+from shards.video import encode_mp4
+from shards.writer import Sample
+
+INITIAL = -1  # the step number of the initial noise in a seed
+EVALUATION = -1  # the iteration number in the seeds of an evaluation: the same noise for every policy
+
+Tensors = dict[str, Tensor]
+
+
+class Chunk(NamedTuple):
+    """Consecutive samples of one group. Training runs the same chunks again, in the same batch shape."""
+
+    group: str
+    first: int
+    count: int
+
+    @property
+    def samples(self) -> range:
+        """Sample numbers within the group."""
+        return range(self.first, self.first + self.count)
+
+    @property
+    def keys(self) -> list[str]:
+        """Sample keys, in the order of the batch."""
+        return [sample_key(self.group, sample) for sample in self.samples]
+
+
+@dataclass
+class State:
+    """A chunk on its way, in host memory."""
+
+    x: Tensor
+    """[B,C,F,H,W] fp32, rounded to the storage dtype"""
+    kept: dict[int, Tensor] = field(default_factory=dict)
+    """Latents [B,C,F,H,W] to be stored, in the storage dtype, by step number"""
+    log_prob: dict[int, Tensor] = field(default_factory=dict)
+    """[B] fp32 by window step"""
+    clean: Tensor | None = None
+    """[B,C,F,H,W] fp32, the clean estimate of the last step, where the solver looks back at it"""
+    x0_prev: dict[int, Tensor] = field(default_factory=dict)
+    """[B,C,F,H,W] fp32 by window step: the clean estimate of the step before"""
+    seconds: float = 0.0
+
+    def row(self, index: int) -> Tensors:
+        """One sample of the chunk as named tensors, for the spool."""
+        tensors = {"x": self.x[index], "seconds": torch.tensor(self.seconds, dtype=torch.float64)}
+        if self.clean is not None:
+            tensors["clean"] = self.clean[index]
+        for name in ("kept", "log_prob", "x0_prev"):
+            tensors |= {f"{name}.{step}": value[index] for step, value in getattr(self, name).items()}
+        return tensors
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[Mapping[str, Tensor]]) -> State:
+        """The chunk from what `row` gave for each of its samples."""
+        state = cls(torch.stack([row["x"] for row in rows]), seconds=float(rows[0]["seconds"]))
+        if "clean" in rows[0]:
+            state.clean = torch.stack([row["clean"] for row in rows])
+        for name in rows[0]:
+            kind, _, step = name.partition(".")
+            if step:
+                getattr(state, kind)[int(step)] = torch.stack([row[name] for row in rows])
+        return state
+
+
+class Sampler:
+    """Samples the chunks of a stage as its plan says. What it computes depends on the plan and the policy alone."""
+
+    def __init__(self, policy: Policy, plan: Mapping[str, Any], plan_sha256: str) -> None:
+        self.policy, self.plan, self.plan_sha256 = policy, plan, plan_sha256
+        self.schedule = Plan.from_dict(plan["sampler"])
+        self.storage = DTYPES[plan["storage_dtype"]]
+        self.groups: dict[str, dict[str, Any]] = {group["key"]: group for group in plan["groups"]}
+        self.size = tuple(plan["video"][name] for name in ("height", "width", "frames"))
+        self.shape = policy.latent_shape(*self.size)
+        self.looks_back = looks_back(self.schedule)
+
+    @property
+    def phases(self) -> list[tuple[int, list[int]]]:
+        """(expert, its steps): first those of the high-noise expert. Timesteps fall, so each expert has one phase."""
+        experts = self.schedule.experts
+        return [(e, [i for i, expert in enumerate(experts) if expert == e]) for e in sorted(set(experts))]
+
+    def chunks(self, groups: Sequence[str]) -> list[Chunk]:
+        """The chunks of groups, in order."""
+        size, batch = self.plan["group_size"], self.plan["batch_size"]
+        return [Chunk(group, s, min(batch, size - s)) for group in groups for s in range(0, size, batch)]
+
+    def group_tensors(self, groups: Sequence[str]) -> dict[str, Tensors]:
+        """What the samples of each group share: embeddings "prompt" and "negative" [L,D], an image's "condition"."""
+        negatives = [self._negative(group) for group in groups]
+        prompts = [self.groups[group]["prompt"] for group in groups]
+        texts = list(dict.fromkeys([*prompts, *negatives]))
+        embeds = dict(zip(texts, self.policy.encode(texts), strict=True))
+        result = {}
+        for group, prompt, negative in zip(groups, prompts, negatives, strict=True):
+            result[group] = {"prompt": embeds[prompt], "negative": embeds[negative]}
+            if self.groups[group]["image"] is not None:
+                result[group]["condition"] = self.policy.encode_image(self.groups[group]["image"], *self.size)
+        return result
+
+    def start(self, chunk: Chunk) -> State:
+        """The chunk as noise, rounded to the storage dtype."""
+        noises = [noise(self.shape, seed=self._seed(chunk.group, sample, INITIAL)) for sample in chunk.samples]
+        state = State(torch.stack(noises).to(self.storage).float())
+        self._keep(chunk, state, 0)
+        return state
+
+    @torch.no_grad()
+    def advance(self, chunk: Chunk, state: State, shared: Tensors, steps: Sequence[int]) -> None:
+        """Take the chunk through some steps, all of one expert, which must be in use."""
+        began, device = time.monotonic(), self.policy.device
+        prompt, negative = (self.policy.pad(shared[name], chunk.count) for name in ("prompt", "negative"))
+        condition = shared["condition"].to(device) if "condition" in shared else None
+        inputs = Inputs(prompt, negative, condition)
+        x, clean = state.x.to(device), None if state.clean is None else state.clean.to(device)
+        for step in steps:
+            drawn = self._noise(chunk, step, device)
+            taken = take_step(self.policy, self.schedule, step, x, drawn, self.storage, inputs, clean)
+            if taken.log_prob is not None:
+                state.log_prob[step] = taken.log_prob.cpu()
+                if self.schedule.law == "dpm-sde-2m":
+                    state.x0_prev[step] = torch.zeros_like(x).cpu() if clean is None else clean.cpu()
+            x, clean = taken.x, taken.clean if self.looks_back else None
+            if step == self.schedule.steps - 1:
+                x = self.policy.impose(x, condition).to(self.storage).float()
+            state.x = x.cpu()
+            self._keep(chunk, state, step + 1)
+        state.clean = None if clean is None else clean.cpu()
+        state.seconds += time.monotonic() - began
+
+    def finish(self, chunk: Chunk, state: State) -> list[Sample]:
+        """Decode a chunk that took all its steps, and put its samples together."""
+        began = time.monotonic()
+        video = self.plan["video"]
+        frames = self.policy.decode(state.x)
+        videos = [encode_mp4(rows, video["fps"], video["crf"]) for rows in frames]
+        seconds = round((state.seconds + time.monotonic() - began) / chunk.count, 3)
+        return [self._sample(chunk, state, index, videos[index], seconds) for index in range(chunk.count)]
+
+    def _keep(self, chunk: Chunk, state: State, number: int) -> None:
+        """Keep state `number` if it is stored: before and after every window step, and the last."""
+        window = self.groups[chunk.group]["window"]
+        if number in window or number - 1 in window or number == self.schedule.steps:
+            state.kept[number] = state.x.to(self.storage)
+
+    def _noise(self, chunk: Chunk, step: int, device: torch.device) -> Tensor | None:
+        """Fresh noise of a window step [B,C,F,H,W]; None for the other steps."""
+        if step not in self.groups[chunk.group]["window"]:
+            return None
+        seeds = [self._seed(chunk.group, sample, step) for sample in chunk.samples]
+        return torch.stack([noise(self.shape, seed=seed) for seed in seeds]).to(device)
+
+    def _seed(self, group: str, sample: int, step: int) -> int:
+        """Seed of one noise tensor; with `same_initial_noise` a group begins from the noise of its first sample."""
+        plan = self.plan
+        iteration = EVALUATION if plan["kind"] == "eval" else plan["iteration"]
+        if step == INITIAL and plan["same_initial_noise"]:
+            sample = 0
+        return noise_seed(plan["seed"], iteration, self.groups[group]["prompt_id"], sample, step)
+
+    def _negative(self, group: str) -> str:
+        negative = self.groups[group].get("negative_prompt", self.plan["negative_prompt"])
+        assert isinstance(negative, str)
+        return negative
+
+    def _sample(self, chunk: Chunk, state: State, index: int, video: bytes, seconds: float) -> Sample:
+        key = chunk.keys[index]
+        log_prob = [value[index] for _, value in sorted(state.log_prob.items())]
+        steps = {
+            "states": torch.tensor(sorted(state.kept), dtype=torch.int32),
+            "step_index": torch.tensor(sorted(state.log_prob), dtype=torch.int32),
+            "log_prob": torch.stack(log_prob) if log_prob else torch.empty(0),
+        }
+        tensors = {"latents": torch.stack([state.kept[number][index] for number in sorted(state.kept)]), **steps}
+        for name in ("sigmas", "timesteps", "guidance"):
+            tensors[name] = torch.tensor(getattr(self.schedule, name), dtype=torch.float32)
+        tensors["experts"] = torch.tensor(self.schedule.experts, dtype=torch.uint8)
+        if state.x0_prev:
+            tensors["x0_prev"] = torch.stack([value[index] for _, value in sorted(state.x0_prev.items())])
+        meta = self._meta(chunk, chunk.samples[index]) | {name: value.tolist() for name, value in steps.items()}
+        meta["status"] = "ok" if bool(torch.isfinite(state.x[index]).all()) else "latents are not finite"
+        del meta["step_index"]  # the same as `window`
+        return Sample(key, meta | {"seconds": seconds}, video, tensors)
+
+    def _meta(self, chunk: Chunk, sample: int) -> dict[str, Any]:
+        """The record of a sample but for what came out of it."""
+        group, plan = self.groups[chunk.group], self.plan
+        seeds = {"initial": INITIAL} | {str(step): step for step in group["window"]}
+        return {
+            "schema": SCHEMA,
+            "key": sample_key(chunk.group, sample),
+            "iteration": plan["iteration"],
+            "prompt_id": group["prompt_id"],
+            "group": chunk.group,
+            "sample": sample,
+            "prompt": group["prompt"],
+            "target": group["target"],
+            "image": group["image"],
+            "negative_prompt": self._negative(chunk.group),
+            "chunk": [chunk.first, chunk.count],
+            "seed": plan["seed"],
+            "noise_seeds": {name: self._seed(chunk.group, sample, step) for name, step in seeds.items()},
+            "policy": plan["policy"]["fingerprint"],
+            "plan_sha256": self.plan_sha256,
+            **plan["sampler"],
+            "window": group["window"],
+            **{name: plan["video"][name] for name in ("height", "width", "frames", "fps")},
+            "text": chunk.group,
+            "host": socket.gethostname(),
+        }

@@ -1,0 +1,303 @@
+"""Every knob of a run on one page: the typed content of `run.toml`, with the unit and the source of each default."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+import re
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from shards.errors import UserError
+
+SCHEMA = 1
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Law = Literal["ode", "flow-sde", "dance-sde", "wan-sde", "cps", "dpm-sde", "dpm-sde-2m"]
+Form = Literal["exact", "euler-maruyama"]
+Solver = Literal["euler", "dpm-2m"]
+Schedule = Literal["shifted", "unipc", "euler"]
+Window = Literal["random", "fixed", "progressive"]
+
+
+class Section(BaseModel):
+    """One table of `run.toml`: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelConfig(Section):
+    """[model]: which Wan folder, and how it is loaded. Rollout and training load it the same way."""
+
+    path: str = Field("words", description="folder in WanPipeline layout, hub id, or `words`, the embedded model")
+    dtype: Dtype = Field("float32", description="weights of the transformers; bfloat16 on a GPU (Wan's own choice)")
+    device: str = Field("auto", description="`auto` takes cuda when there is one, else cpu")
+    text_length: int = Field(512, ge=1, description="text tokens the model was trained with (Wan: 512)")
+    lora: str = Field("", description="LoRA folder to start from, an export of rushes or diffusers' own format")
+
+
+class RolloutConfig(Section):
+    """[rollout]: what is sampled, and the law that samples it."""
+
+    prompts: str = Field("words", description="prompts file, or `words`, the training prompts of the embedded model")
+    negative_prompt: str = Field("", description="the other side of guidance (flow_grpo: empty)")
+    seed: int = Field(0, ge=0, description="run seed; every noise tensor is derived from it")
+    prompts_per_iteration: int = Field(16, ge=1, description="groups in one iteration (DanceGRPO thread 16: at least 16)")
+    group_size: int = Field(16, ge=2, description="videos of one prompt; advantages are taken among them (8 or more)")
+    height: int = Field(240, ge=1, description="pixels (flow_grpo's Wan recipe)")
+    width: int = Field(416, ge=1, description="pixels (flow_grpo's Wan recipe)")
+    frames: int = Field(33, ge=1, description="frames of a video, 4k+1 (flow_grpo's Wan recipe)")
+    fps: int = Field(16, ge=1, description="frames per second written into the video (Wan2.1 and A14B: 16)")
+    steps: int = Field(20, ge=2, description="denoising steps (flow_grpo's Wan recipe)")
+    schedule: Schedule = Field("shifted", description="sigma grid: shifted linear, or the model's UniPC or Euler grid")
+    shift: float = Field(3.0, gt=0, description="flow shift of the grid (480p and less: 3, 720p: 5)")
+    law: Law = Field("flow-sde", description="law of the stochastic steps (Flow-GRPO)")
+    form: Form = Field("euler-maruyama", description="as published, or `exact`, which keeps the marginals")
+    eta: float = Field(0.7, ge=0, description="noise level of the law (Flow-GRPO, GenRL: 0.7)")
+    solver: Solver = Field("euler", description="deterministic solver of the other steps")
+    window: Window = Field("random", description="how the stochastic steps of a group are chosen")
+    high_steps: int = Field(2, ge=0, description="stochastic steps of a group on the high-noise expert (or the only one)")
+    low_steps: int = Field(1, ge=0, description="stochastic steps of a group on the low-noise expert")
+    first_step: int = Field(1, ge=0, description="first step a window may take; step 0 is nearly pure noise")
+    allow_untrained_expert: bool = Field(False, description="accept a window that never reaches one of two experts")
+    same_initial_noise: bool = Field(False, description="one initial noise for all videos of a group")
+    guidance_scale: float = Field(4.5, ge=0, description="guidance of the high-noise expert, or the only one")
+    guidance_scale_2: float | None = Field(None, description="guidance of the low-noise expert; needed with two experts")
+    storage_dtype: Dtype = Field("float32", description="dtype of stored latents; the loop rounds to it at every step")
+    batch_size: int = Field(1, ge=1, description="videos of a group in one forward pass; training replays the same batches")
+    groups_per_shard: int = Field(1, ge=1, description="groups in one shard; a shard of 0.5 to 2 GB is a good size")
+    video_crf: int = Field(12, ge=0, le=51, description="H.264 quality of the stored video; above 18 small text suffers")
+
+
+class ScoreConfig(Section):
+    """[score]: the rewards, and how advantages follow from them."""
+
+    rewards: dict[str, float] = Field({"ocr": 1.0}, description="weight of each reward, or of reward.component")
+    options: dict[str, dict[str, Any]] = Field({}, description="options of a reward, by its name")
+    combine: Literal["normalise-first", "sum-first"] = Field(
+        "normalise-first", description="normalise each reward in its group and then weight (GenRL), or the reverse"
+    )
+    spread: Literal["group", "global", "largest-group"] = Field(
+        "group", description="standard deviation that divides an advantage (UniRL: global, GenRL: largest-group)"
+    )
+    min_spread: float = Field(1e-4, ge=0, description="groups with a smaller standard deviation are dropped and counted")
+    best_of_n: int = Field(0, ge=0, description="keep the n/2 best and n/2 worst of a group; 0 keeps all")
+    max_missing: float = Field(0.2, ge=0, le=1, description="share of missing rewards above which the stage stops")
+    workers: int = Field(1, ge=1, description="processes that score at once, one torch thread each")
+
+
+class TrainConfig(Section):
+    """[train]: the updater."""
+
+    objective: Literal["grpo", "nft"] = Field("grpo", description="clipped policy gradient, or DiffusionNFT")
+    full: bool = Field(False, description="train all weights instead of LoRA")
+    lora_rank: int = Field(64, ge=1, description="LoRA rank (miles, Pref-GRPO)")
+    lora_alpha: float = Field(128.0, gt=0, description="LoRA alpha, twice the rank (miles)")
+    learning_rate: float = Field(1e-4, gt=0, description="AdamW (LoRA: 1e-4, full: 1e-5; flow_grpo, GenRL, miles)")
+    learning_rate_2: float | None = Field(None, gt=0, description="of the low-noise expert; the same when absent")
+    warmup: int = Field(0, ge=0, description="updates over which the learning rate rises from 0")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW")
+    beta2: float = Field(0.999, ge=0, lt=1, description="AdamW")
+    epsilon: float = Field(1e-15, gt=0, description="AdamW; 1e-8 froze learning at gradients of 5e-9 (UniRL 407)")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW (peers 0; DanceGRPO 1e-4)")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping, per expert")
+    updates_per_rollout: int = Field(2, ge=1, description="optimizer steps of each expert per iteration (UniRL, miles)")
+    clip_range: float = Field(1e-3, gt=0, description="of the ratio of mean log-probs (LoRA 1e-3, full 1e-4)")
+    advantage_clip: float = Field(5.0, gt=0, description="largest absolute advantage (flow_grpo, DanceGRPO)")
+    kl: Literal["velocity", "transition"] = Field("velocity", description="distance to the reference, the adapter off")
+    kl_beta: float = Field(0.004, ge=0, description="weight of that distance (flow_grpo)")
+    step_weight: Literal["none", "std", "inverse-gradient"] = Field("none", description="weight of a step in the loss")
+    ratio_norm: bool = Field(False, description="RatioNorm of GRPO-Guard: take the mean shift out of the log-ratio")
+    nft_beta: float = Field(1.0, gt=0, description="mixing of DiffusionNFT's implicit policies")
+    ema: float = Field(0.9, ge=0, lt=1, description="decay per update of the weights used for evaluation; 0 turns it off")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    replay_samples: int = Field(8, ge=1, description="transitions of each expert and shard proven before the first update")
+    replay_limit: float = Field(1e-5, ge=0, description="largest |log-ratio| the gate accepts on a GPU; on a CPU it is 0")
+    recompute_log_probs: bool = Field(False, description="take old log-probs from this machine, for shards of other hardware")
+    max_policy_lag: int = Field(0, ge=0, description="oldest shards accepted, in policies")
+    save_every: int = Field(1, ge=1, description="updates between trainer checkpoints")
+
+
+class EvalConfig(Section):
+    """[eval]: fixed prompts and seeds, a deterministic sampler."""
+
+    prompts: str = Field("words", description="prompts file, or `words`, the held-out prompts of the embedded model")
+    limit: int = Field(64, ge=1, description="prompts taken from the head of the file")
+    videos_per_prompt: int = Field(1, ge=1, description="seeds of each prompt")
+    seed: int = Field(12345, ge=0, description="seed of the evaluation noise, the same for every policy")
+    steps: int = Field(50, ge=2, description="denoising steps (flow_grpo's Wan recipe)")
+    solver: Solver = Field("euler", description="deterministic solver")
+    shift: float | None = Field(None, gt=0, description="flow shift; that of rollout when absent")
+    guidance_scale: float | None = Field(None, ge=0, description="high-noise guidance; that of rollout when absent")
+    guidance_scale_2: float | None = Field(None, ge=0, description="low-noise guidance; that of rollout when absent")
+    ema: bool = Field(True, description="evaluate the averaged weights, when training keeps them")
+
+
+class RunConfig(Section):
+    """The whole of `run.toml`."""
+
+    schema_version: int = Field(SCHEMA, alias="schema", description="version of the run directory")
+    preset: str = Field("", description="the preset this run began from")
+    model: ModelConfig = ModelConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    score: ScoreConfig = ScoreConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+
+
+# --- Reading and writing run.toml ------------------------------------------------------------------------------------
+
+
+def load_config(path: Path) -> RunConfig:
+    """Read a `run.toml`.
+
+    Raises UserError for a file that is missing or no TOML, an unknown key (with the nearest right name), or a wrong type.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file", "make a run first: rushes init RUN --preset words") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}", "save the file as UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path}: not valid TOML: {error}", "correct that line") from None
+    found = values.get("schema", SCHEMA)
+    if found != SCHEMA:
+        raise UserError(f"{path}: schema {found}, but this program writes schema {SCHEMA}", "make a new run directory")
+    return parse_config(values, str(path))
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """The values of a preset; raises UserError with the nearest right name for an unknown one."""
+    folder = Path(__file__).parent / "presets"
+    names = sorted(path.stem for path in folder.glob("*.toml"))
+    if name not in names:
+        near = difflib.get_close_matches(name, names, 1, 0.0)
+        hint = f"did you mean {near[0]}? There are: {', '.join(names)}" if near else f"there are: {', '.join(names)}"
+        raise UserError(f"unknown preset {name!r}", hint)
+    return {"preset": name, **tomllib.loads((folder / f"{name}.toml").read_text(encoding="utf-8"))}
+
+
+def parse_config(values: dict[str, Any], where: str) -> RunConfig:
+    """Check a tree of plain values against the sections; `where` names their origin in errors."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise _user_error(error, where) from None
+
+
+def apply_sets(values: dict[str, Any], sets: Iterable[str]) -> dict[str, Any]:
+    """Lay `section.key=value` settings over a tree of values; a value is TOML, or else a plain string.
+
+    Raises UserError for a setting without `=` or a key that leads through something that is no table.
+    """
+    changed = copy.deepcopy(values)
+    for setting in sets:
+        name, equals, text = setting.partition("=")
+        if not equals or not name.strip():
+            raise UserError(f"--set {setting}: not of the form section.key=value", "for example --set rollout.steps=10")
+        *tables, key = name.strip().split(".")
+        table = changed
+        for part in tables:
+            table = table.setdefault(part, {})
+            if not isinstance(table, dict):
+                raise UserError(f"--set {setting}: {part} is a value, not a section", "name one section and one key")
+        table[key] = _toml_value(text.strip())
+    return changed
+
+
+def dump_config(config: RunConfig) -> str:
+    """The text of `run.toml`: every key with its value, and above it what it means and where its default comes from."""
+    lines = [f"schema = {config.schema_version}", f"preset = {_toml(config.preset)}"]
+    for name, field in RunConfig.model_fields.items():
+        section = getattr(config, name)
+        if not isinstance(section, Section):
+            continue
+        lines += ["", f"[{name}]"]
+        tables: list[str] = []
+        for key, field in type(section).model_fields.items():
+            lines += _dump_key(name, key, getattr(section, key), field.description or "", tables)
+        lines += tables
+    return "\n".join(lines) + "\n"
+
+
+def _dump_key(section: str, key: str, value: Any, description: str, tables: list[str]) -> list[str]:
+    """Lines of one key; a dictionary of dictionaries becomes sub-tables, kept for the end of the section."""
+    if value is None:
+        return [f"# {key}: {description}", f"# {key} ="]
+    if isinstance(value, dict) and any(isinstance(inner, dict) for inner in value.values()):
+        for name, inner in value.items():
+            tables += ["", f"[{section}.{key}.{_toml_key(name)}]"]
+            tables += [f"{_toml_key(option)} = {_toml(setting)}" for option, setting in inner.items()]
+        return []
+    return [f"# {key}: {description}", f"{key} = {_toml(value)}"]
+
+
+def _toml(value: Any) -> str:
+    """One value as TOML."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return _toml_string(value)
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{_toml_key(key)} = {_toml(inner)}" for key, inner in value.items()) + " }" if value else "{}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_toml(inner) for inner in value) + "]"
+    return repr(value)
+
+
+def _toml_key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml_string(key)
+
+
+def _toml_string(text: str) -> str:
+    """A basic string: the escapes of JSON are those of TOML, but TOML also wants DEL escaped and knows no surrogates."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _toml_value(text: str) -> Any:
+    """The value of a --set: TOML where it parses, the text itself where it does not."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _user_error(error: ValidationError, where: str) -> UserError:
+    """The first thing that is wrong, as one sentence with the nearest right key."""
+    first = error.errors()[0]
+    *sections, key = [str(part) for part in first["loc"]]
+    place = f"[{'.'.join(sections)}] " if sections else ""
+    if first["type"] == "extra_forbidden":
+        names = _keys_of(sections)
+        near = difflib.get_close_matches(key, names, 1, 0.0)
+        return UserError(f"{where}: {place}unknown key {key!r}", f"the nearest key is {near[0]!r}" if near else "remove it")
+    message = first["msg"][0].lower() + first["msg"][1:]
+    hint = _description(sections, key) or "run.toml says what each key takes"
+    return UserError(f"{where}: {place}{key}: {message}, but it is {first['input']!r}", hint)
+
+
+def _description(sections: list[str], key: str) -> str:
+    """What a key of a section means, as `run.toml` says it; empty where there is no such key."""
+    if not sections or sections[0] not in RunConfig.model_fields:
+        return ""
+    section = RunConfig.model_fields[sections[0]].annotation
+    name = sections[1] if len(sections) > 1 else key
+    field = section.model_fields.get(name) if section and hasattr(section, "model_fields") else None
+    return f"{name}: {field.description}" if field else ""
+
+
+def _keys_of(sections: list[str]) -> list[str]:
+    """Names allowed in a section of `run.toml`; no section stands for the top level."""
+    model: type[BaseModel] = RunConfig
+    for section in sections:
+        inner = model.model_fields[section].annotation
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return []
+        model = inner
+    return [field.alias or name for name, field in model.model_fields.items()]

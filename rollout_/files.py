@@ -1,0 +1,238 @@
+"""Files that appear whole or not at all: publishing, hashing and reading back."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+import socket
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from shards.errors import RunFailed, UserError
+
+Buffer = bytes | bytearray | memoryview
+TEMPORARY = ".tmp-"  # Arrow, pandas and our own listings skip names that begin with a dot
+VECTORS = 64  # buffers per writev; IOV_MAX is 1024 on Linux
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def publish_new(path: str | Path, data: Buffer | Iterable[Buffer]) -> bool:
+    """Write `data` under `path` unless somebody was first. True when the published bytes are ours.
+
+    The file is written aside, synced and hard-linked to its name, so that it is complete from the moment it can be
+    seen, and the first of several writers wins. When the name is taken at the start, `data` is not even read.
+    Raises RunFailed when the disk is full or broken; nothing is left behind then.
+    """
+    path = Path(path)
+    if os.path.lexists(path):
+        return False
+    with _written_aside(path, data) as temporary, _disk_errors(path):
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            # NFS may repeat a link request whose answer was lost: two names mean that the first one was ours
+            return os.stat(temporary).st_nlink == 2
+    return True
+
+
+def publish_replace(path: str | Path, data: Buffer | Iterable[Buffer]) -> None:
+    """Write `data` under `path` in place of what was there; the last writer wins. Raises as publish_new does."""
+    with _written_aside(Path(path), data) as temporary, _disk_errors(path):
+        os.replace(temporary, path)
+
+
+def sweep_temporary(directory: str | Path) -> int:
+    """Remove what killed writers left in `directory`; returns how many files.
+
+    A living writer holds a lock on its file, which the kernel drops at its death: no clock and no process id is asked.
+    """
+    removed = 0
+    with suppress(FileNotFoundError):
+        for name in os.listdir(directory):
+            if name.startswith(TEMPORARY):
+                removed += is_abandoned(Path(directory, name), remove=True)
+    return removed
+
+
+def sha256_file(path: str | Path) -> str:
+    """Hexadecimal sha256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def to_json(value: Any, where: str | Path) -> bytes:
+    """Canonical JSON: sorted keys, UTF-8, one line. Raises UserError for what JSON or UTF-8 cannot hold."""
+    try:
+        text = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return text.encode() + b"\n"
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where}: text is not valid Unicode near {error.object[error.start : error.end]!r}",
+            "a lone surrogate cannot be written as UTF-8; correct the prompts file",
+        ) from error
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: cannot be written as JSON: {error}", "use finite numbers, text, lists") from error
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError when it is missing or damaged."""
+    try:
+        value = json.loads(Path(path).read_bytes())
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist", "run the stage that writes it") from error
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} is damaged: {error}", "restore it from a copy; `rushes verify` lists all faults"
+        ) from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged: it holds no JSON object", "restore it from a copy")
+    return value
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[bool]:
+    """Hold the advisory lock file `path`; yields False at once when somebody else holds it.
+
+    The file is removed at release. Where the file system has no locks this yields True: locks only save double work.
+    """
+    handle = _lock_handle(path)
+    if handle is None:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+        os.close(handle)
+
+
+def _lock_handle(path: Path) -> int | None:
+    while True:
+        handle = _open_creating(path, os.O_RDWR | os.O_CREAT)
+        try:
+            if not _flock(handle, wait=False):
+                os.close(handle)
+                return None
+        except OSError:  # no locks on this file system
+            return handle
+        if _is_still(path, handle):
+            return handle
+        os.close(handle)  # the holder before us removed the name between our open and our lock
+
+
+@contextmanager
+def _written_aside(path: Path, data: Buffer | Iterable[Buffer]) -> Iterator[Path]:
+    """A synced private file beside `path`; its private name is gone in the end whatever happens."""
+    with _disk_errors(path):
+        temporary, handle = _create_temporary(path)
+    try:
+        _write(handle, data, path)
+        with _disk_errors(path):
+            os.fsync(handle)
+        yield temporary
+    finally:  # one place for every outcome: a private file left on a full disk would keep it full
+        with suppress(FileNotFoundError):  # os.replace took it
+            os.unlink(temporary)
+        os.close(handle)
+    with _disk_errors(path):
+        _sync_directory(path.parent)
+
+
+def _create_temporary(path: Path) -> tuple[Path, int]:
+    """A new locked file beside `path`. Tries again when a sweep removed it between its creation and its lock."""
+    while True:
+        unique = f"{TEMPORARY}{socket.gethostname()[:40]}-{os.getpid()}-{uuid.uuid4().hex[:8]}-{path.name}"
+        temporary = path.with_name(unique)
+        handle = _open_creating(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        with suppress(OSError):  # no locks on this file system: then nothing is ever swept either
+            _flock(handle, wait=True)
+        if _is_still(temporary, handle):
+            return temporary, handle
+        os.close(handle)
+
+
+def _open_creating(path: Path, flags: int) -> int:
+    """Open a file, making its directory; another worker may remove that directory while it is empty."""
+    for _ in range(100):
+        os.makedirs(path.parent, exist_ok=True)
+        with suppress(FileNotFoundError):
+            return os.open(path, flags | os.O_CLOEXEC, 0o644)
+    raise FileNotFoundError(errno.ENOENT, "its directory vanishes again and again", str(path))
+
+
+def _is_still(path: Path, handle: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(handle))
+    except FileNotFoundError:
+        return False
+
+
+def _flock(handle: int, *, wait: bool) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    return True
+
+
+def is_abandoned(path: Path, *, remove: bool = False) -> bool:
+    """Whether a private file has no living writer; removes it then when asked to."""
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        if not _flock(handle, wait=False):
+            return False
+        if remove:
+            os.unlink(path)
+        return True
+    except OSError:  # no locks on this file system, or another sweep was faster
+        return False
+    finally:
+        os.close(handle)
+
+
+def _write(handle: int, data: Buffer | Iterable[Buffer], path: Path) -> None:
+    """Gathering writes straight from the memory of the buffers; nothing is copied or joined."""
+    buffers = iter((data,) if isinstance(data, bytes | bytearray | memoryview) else data)
+    while batch := list(itertools.islice(buffers, VECTORS)):  # outside _disk_errors: its errors are its own
+        with _disk_errors(path):
+            _write_batch(handle, [memoryview(buffer).cast("B") for buffer in batch if len(buffer)])
+
+
+def _write_batch(handle: int, views: list[memoryview]) -> None:
+    while views:
+        written = os.writev(handle, views)
+        while views and written >= len(views[0]):
+            written -= len(views.pop(0))
+        if written:
+            views[0] = views[0][written:]
+
+
+def _sync_directory(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _disk_errors(path: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            raise RunFailed(
+                f"{path}: disk full", "make room and run the same command again; nothing is lost"
+            ) from error
+        raise RunFailed(f"{path}: cannot be written: {error.strerror}", "check the disk and its permissions") from error

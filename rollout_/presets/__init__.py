@@ -1,0 +1,1 @@
+"""Presets: what `rushes init --preset NAME` begins from, one TOML file each."""

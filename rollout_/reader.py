@@ -1,0 +1,256 @@
+"""Reading shards: any sample, any state by one positioned read, every byte checked before it is used."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import weakref
+import zlib
+from collections.abc import Iterator, Sequence
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
+
+from shards import index, tensors
+from shards.errors import UserError
+from shards.files import read_json
+from shards.run import SCHEMA, Stage
+from shards.tar import BLOCK, EXTENSIONS, REPAIR, SAMPLE_NAME, Damaged, group_name, header
+
+if TYPE_CHECKING:
+    import pandas
+    import pyarrow
+    import torch
+    import webdataset
+
+
+def open_shard(stage: Stage, shard: int) -> Shard:
+    """A committed shard. Raises UserError when there is no manifest and Damaged when the files do not belong together.
+
+    Checked here: manifest, size of the tar, sha256 of the index. Tensors are checked by crc32 when they are read; the
+    sha256 of the whole tar is what `rushes verify` computes.
+    """
+    return Shard(stage, shard)
+
+
+class Shard:
+    """One committed shard, open for random access. Reads are positioned, so threads may share it."""
+
+    def __init__(self, stage: Stage, shard: int) -> None:
+        self.stage, self.number, self.path = stage, shard, stage.shard_path(shard)
+        self.manifest = read_manifest(stage, shard)
+        self._table = checked_index(stage, shard, self.manifest)
+        self._rows = {row["key"]: row for row in self._table.to_pylist()}
+        self._handle = open_tar(stage, shard, self.manifest)
+        self._close = weakref.finalize(self, os.close, self._handle)
+
+    def __enter__(self) -> Shard:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the file; reading afterwards is an error."""
+        self._close()
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """Sample keys in the order of the tar."""
+        return list(self._rows)
+
+    @cached_property
+    def groups(self) -> list[str]:
+        """Group keys in the order of the tar."""
+        return list(dict.fromkeys(row["group"] for row in self._rows.values()))
+
+    @cached_property
+    def index(self) -> pandas.DataFrame:
+        """The index as a table, one row per sample; README.md describes the columns."""
+        return self._table.to_pandas()
+
+    def row(self, key: str) -> dict[str, Any]:
+        """The index row of a sample. Raises UserError when the shard has no such sample."""
+        if key not in self._rows:
+            raise UserError(f"{self.path} has no sample {key!r}", "`rushes inspect` lists the keys")
+        return self._rows[key]
+
+    def meta(self, key: str) -> dict[str, Any]:
+        """The record of a sample. Raises Damaged."""
+        payload = self._member(f"{key}.json", self.row(key), "json")
+        return index.parse_meta(memoryview(payload), key, f"{self.path}: {key}.json")
+
+    def video(self, key: str) -> bytes:
+        """The mp4 file of a sample. Raises Damaged."""
+        return bytes(self._member(f"{key}.mp4", self.row(key), "mp4"))
+
+    def trajectory(self, key: str) -> dict[str, torch.Tensor]:
+        """All tensors of a sample: latents [M, C, F, H, W] and what README.md lists beside them. Raises Damaged."""
+        row, name = self.row(key), f"{key}.traj.safetensors"
+        payload = self._read(name, row["traj_offset"], row["traj_bytes"])
+        self._check(name, memoryview(payload)[: row["traj_header_bytes"]], row["traj_header_crc32"])
+        return tensors.decode(payload, f"{self.path}: {name}")
+
+    def group(self, group: str) -> dict[str, torch.Tensor]:
+        """Tensors shared by a group: prompt [L, D], negative [Ln, D], …. Raises UserError or Damaged."""
+        rows = [row for row in self._rows.values() if row["group"] == group]
+        if not rows:
+            raise UserError(f"{self.path} has no group {group!r}", f"its groups are {', '.join(self.groups)}")
+        payload = self._member(group_name(group), rows[0], "text")
+        return tensors.decode(payload, f"{self.path}: {group_name(group)}")
+
+    def latents(self, key: str, states: Sequence[int], out: torch.Tensor | None = None) -> torch.Tensor:
+        """Stored latents of the given states [len(states), C, F, H, W], read by position into `out` when given.
+
+        A state is a step number: state i is what step i starts from. Neighbours are one read. Raises UserError for a
+        state that was not stored and Damaged when a checksum differs.
+        """
+        import torch
+
+        row = self.row(key)
+        slots = self._slots(row, states)
+        shape = [len(slots), *row["latent_shape"]]
+        dtype = tensors.torch_dtype(tensors.NAMES[row["latent_dtype"]])
+        if out is None:
+            out = torch.empty(shape, dtype=dtype)
+        assert list(out.shape) == shape, f"out has shape {list(out.shape)}, needed is {shape}"
+        assert out.dtype == dtype, f"out has {out.dtype}, stored is {dtype}"
+        assert out.is_contiguous()
+        assert out.device.type == "cpu"
+        memory = out.reshape(-1).view(torch.uint8).numpy().data
+        size = row["latent_bytes"]
+        for first, count in _spans(slots):
+            piece = memory[first * size : (first + count) * size]
+            self._fill(piece, row["latents_offset"] + slots[first] * size, key)
+        for position, slot in enumerate(slots):
+            piece = memory[position * size : (position + 1) * size]
+            self._check(f"{key}.traj.safetensors, state {states[position]}", piece, row["latent_crc32"][slot])
+        return out
+
+    def _slots(self, row: dict[str, Any], states: Sequence[int]) -> list[int]:
+        missing = [state for state in states if state not in row["states"]]
+        if missing:
+            raise UserError(f"{self.path}: {row['key']} has no state {missing}", f"stored are {row['states']}")
+        return [row["states"].index(state) for state in states]
+
+    def _member(self, name: str, row: dict[str, Any], column: str) -> bytearray:
+        payload = self._read(name, row[f"{column}_offset"], row[f"{column}_bytes"])
+        self._check(name, memoryview(payload), row[f"{column}_crc32"])
+        return payload
+
+    def _read(self, name: str, offset: int, size: int) -> bytearray:
+        """The payload of a member whose tar header, just before it, must be the one we write."""
+        buffer = memoryview(bytearray(BLOCK))
+        self._fill(buffer, offset - BLOCK, name)
+        if bytes(buffer) != header(name, size):
+            raise Damaged(f"{self.path}: the tar header of {name} is not where the index says", REPAIR)
+        payload = bytearray(size)
+        self._fill(memoryview(payload), offset, name)
+        return payload
+
+    def _fill(self, buffer: memoryview, offset: int, name: str) -> None:
+        while buffer:
+            count = os.preadv(self._handle, [buffer], offset)
+            if not count:
+                raise Damaged(f"{self.path}: cut inside {name}", REPAIR)
+            buffer, offset = buffer[count:], offset + count
+
+    def _check(self, name: str, payload: memoryview, crc32: int) -> None:
+        if zlib.crc32(payload) != crc32:
+            raise Damaged(f"{self.path}: {name} is damaged (crc32)", REPAIR)
+
+
+def read_manifest(stage: Stage, shard: int) -> dict[str, Any]:
+    """The commit record of a shard. Raises UserError when there is none, Damaged when it is not one of this shard."""
+    path = stage.manifest_path(shard)
+    if not path.exists():
+        raise UserError(f"shard {shard} of {stage.path} is not there", "`rushes rollout` samples what is missing")
+    manifest = read_json(path)
+    try:
+        names = manifest["schema"], manifest["stage"], manifest["shard"]
+        sizes = [int(manifest[part]["bytes"]) for part in ("tar", "index")]
+        hashes = [str(manifest[part]["sha256"]) for part in ("tar", "index")]
+    except (KeyError, TypeError, ValueError) as error:
+        raise Damaged(f"{path}: damaged commit record: {error}", REPAIR) from error
+    if names != (SCHEMA, stage.name, shard) or min(sizes) < 0 or any(len(value) != 64 for value in hashes):
+        raise Damaged(f"{path}: this is the record of schema, stage, shard {names}", REPAIR)
+    return manifest
+
+
+def checked_index(stage: Stage, shard: int, manifest: dict[str, Any]) -> pyarrow.Table:
+    """The index of a shard. Raises Damaged unless it is the one that `manifest` committed."""
+    path = stage.index_path(shard)
+    try:
+        genuine = hashlib.sha256(path.read_bytes()).hexdigest() == manifest["index"]["sha256"]
+    except OSError as error:
+        raise Damaged(f"{path}: the index cannot be read: {error.strerror}", REPAIR) from error
+    if not genuine:
+        raise Damaged(f"{path}: the index is not the one that was committed (sha256)", REPAIR)
+    table, kv = index.read(path)
+    if kv.get("shard_sha256") != manifest["tar"]["sha256"]:
+        raise Damaged(f"{path}: the index belongs to another tar", REPAIR)
+    return table
+
+
+def open_tar(stage: Stage, shard: int, manifest: dict[str, Any]) -> int:
+    """File descriptor of a shard's tar. Raises Damaged when it is missing, a link, or not of the committed size."""
+    path = stage.shard_path(shard)
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise Damaged(f"{path}: cannot be opened as a plain file: {error.strerror}", REPAIR) from error
+    found = os.fstat(handle)
+    if not stat.S_ISREG(found.st_mode) or found.st_size != manifest["tar"]["bytes"]:
+        os.close(handle)
+        raise Damaged(f"{path}: has {found.st_size} bytes, committed were {manifest['tar']['bytes']}", REPAIR)
+    return handle
+
+
+def webdataset_pipeline(stage: Stage, shards: Sequence[int] | None = None) -> webdataset.DataPipeline:
+    """A stock WebDataset pipeline over committed shards, in order: one dict per sample.
+
+    Keys: `__key__`, `json` (dict), `mp4` (uint8 frames [T, H, W, 3]), `traj.safetensors` (dict of tensors). The files
+    are opened here and not by name through webdataset, so that no URL scheme and no shell is ever reached, and the
+    values are decoded here and not by `.decode()`, so that nothing is ever unpickled: a member of any other type is an
+    error. Raises Damaged for a damaged shard or member.
+    """
+    import webdataset
+
+    numbers = stage.shards() if shards is None else shards
+    return webdataset.DataPipeline(
+        partial(_open_tars, stage, numbers),
+        webdataset.tariterators.tar_file_expander,
+        webdataset.tariterators.group_by_keys,
+        webdataset.map(decode_sample),
+    )
+
+
+def decode_sample(sample: dict[str, Any]) -> dict[str, Any]:
+    """Decode the raw members of one WebDataset sample of a shard. Raises Damaged."""
+    from shards.video import decode_mp4
+
+    key, where = sample["__key__"], f"{sample.get('__url__', 'shard')}: {sample['__key__']}"
+    found = tuple(name for name in sample if not name.startswith("__"))
+    if found != EXTENSIONS or not SAMPLE_NAME.fullmatch(f"{key}.json"):
+        raise Damaged(f"{where}: has members {', '.join(found)} instead of {', '.join(EXTENSIONS)}", REPAIR)
+    return {
+        "__key__": key,
+        "json": index.parse_meta(memoryview(sample["json"]), key, where),
+        "mp4": decode_mp4(sample["mp4"]),
+        "traj.safetensors": tensors.decode(bytearray(sample["traj.safetensors"]), where),
+    }
+
+
+def _open_tars(stage: Stage, shards: Sequence[int]) -> Iterator[dict[str, Any]]:
+    for shard in shards:
+        with os.fdopen(open_tar(stage, shard, read_manifest(stage, shard)), "rb") as stream:
+            yield {"url": str(stage.shard_path(shard)), "stream": stream}
+
+
+def _spans(slots: list[int]) -> Iterator[tuple[int, int]]:
+    """Runs of consecutive slots as (first position, length)."""
+    first = 0
+    for position in range(1, len(slots) + 1):
+        if position == len(slots) or slots[position] != slots[position - 1] + 1:
+            yield first, position - first
+            first = position

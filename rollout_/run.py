@@ -1,0 +1,231 @@
+"""A run directory: its paths, its configuration, its plans and its claims."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from shards.errors import UserError
+from shards.files import locked, publish_new, read_json, sha256_file, to_json
+
+if TYPE_CHECKING:
+    from shards.config import RunConfig
+
+SCHEMA = 1  # of plan, manifest, member and index; README.md has its history
+GROUP_KEY = re.compile(r"i(\d{6})-p(\d{6})")
+SAMPLE_KEY = re.compile(r"i(\d{6})-p(\d{6})-s(\d{2,3})")
+
+Kind = Literal["rollout", "eval"]
+
+
+def group_key(iteration: int, prompt_id: int) -> str:
+    """Key of all samples of one prompt in one iteration: `i000003-p000017`."""
+    return f"i{iteration:06d}-p{prompt_id:06d}"
+
+
+def sample_key(group: str, sample: int) -> str:
+    """Key of one sample of a group: `i000003-p000017-s05`."""
+    return f"{group}-s{sample:02d}"
+
+
+class Run:
+    """One run directory. Making the object touches no disk; `open` and `create` do."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Run:
+        """A run that exists. Raises UserError when `path` is not a run directory."""
+        run = cls(path)
+        if not run.config_path.is_file():
+            raise UserError(
+                f"{path} is not a run: it has no run.toml", f"`rushes init {path} --preset words` makes one"
+            )
+        return run
+
+    @classmethod
+    def create(cls, path: str | Path, config: RunConfig) -> Run:
+        """A new run with `config` as its run.toml. Raises UserError when there is one already."""
+        from shards.config import dump_config
+
+        run = cls(path)
+        if not publish_new(run.config_path, dump_config(config).encode()):
+            raise UserError(f"{run.config_path} exists already", "choose another folder, or edit that file")
+        return run
+
+    @property
+    def config_path(self) -> Path:
+        """run.toml, the whole configuration."""
+        return self.path / "run.toml"
+
+    @cached_property
+    def config(self) -> RunConfig:
+        """The configuration in run.toml. Raises UserError for a wrong one."""
+        from shards.config import load_config
+
+        return load_config(self.config_path)
+
+    def iteration(self, number: int) -> Stage:
+        """The stage directory `iter-0003`."""
+        return Stage(self.path, f"iter-{number:04d}", number, "rollout")
+
+    def evaluation(self, number: int) -> Stage:
+        """The stage directory `eval/iter-0003`: an evaluation of the policy that iteration 3 rolls out with."""
+        return Stage(self.path, f"eval/iter-{number:04d}", number, "eval")
+
+    def iterations(self) -> list[int]:
+        """Numbers of the iterations that have a directory, ascending."""
+        return _numbers(self.path, r"iter-(\d{4,})")
+
+    def evaluations(self) -> list[int]:
+        """Numbers of the evaluations that have a directory, ascending."""
+        return _numbers(self.path / "eval", r"iter-(\d{4,})")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One directory of shards: an iteration or an evaluation of a run."""
+
+    run_path: Path
+    name: str  # relative to the run: iter-0003 or eval/iter-0003
+    iteration: int
+    kind: Kind
+
+    @property
+    def path(self) -> Path:
+        """The stage directory."""
+        return self.run_path / self.name
+
+    @property
+    def plan_path(self) -> Path:
+        """plan.json: what is to be sampled, written once before the first sample."""
+        return self.path / "plan.json"
+
+    @property
+    def policy_dir(self) -> Path:
+        """Where training puts the next policy."""
+        return self.path / "policy"
+
+    @property
+    def train_dir(self) -> Path:
+        """Where training freezes its input."""
+        return self.path / "train"
+
+    def shard_path(self, shard: int) -> Path:
+        """The tar of a shard."""
+        return self.path / "rollout" / f"shard-{shard:06d}.tar"
+
+    def index_path(self, shard: int) -> Path:
+        """The Parquet index of a shard, one row per sample."""
+        return self.path / "rollout" / "index" / f"shard-{shard:06d}.parquet"
+
+    def manifest_path(self, shard: int) -> Path:
+        """The commit record of a shard: the shard exists if and only if this file does."""
+        return self.path / "rollout" / "manifest" / f"shard-{shard:06d}.json"
+
+    def work_path(self, shard: int) -> Path:
+        """The spool of a shard: finished samples that wait for the rest."""
+        return self.path / "work" / f"shard-{shard:06d}"
+
+    def score_path(self, scorer: str, shard: int) -> Path:
+        """The scores of one scorer for one shard; `scorer` is its directory name, like ocr-1a2b3c4d."""
+        return self.path / "score" / scorer / f"shard-{shard:06d}.parquet"
+
+    def advantage_dir(self, specification: str) -> Path:
+        """The advantages of one specification (8 hexadecimal digits)."""
+        return self.path / "advantage" / specification
+
+    def advantage_path(self, specification: str, shard: int) -> Path:
+        """The advantages of one specification for one shard."""
+        return self.advantage_dir(specification) / f"shard-{shard:06d}.parquet"
+
+    def plan(self) -> dict[str, Any] | None:
+        """The plan on disk, or None before there is one. Raises UserError when it is damaged or of another version."""
+        if not self.plan_path.exists():
+            return None
+        plan = read_json(self.plan_path)
+        if plan.get("schema") != SCHEMA:
+            raise UserError(
+                f"{self.plan_path} has schema {plan.get('schema')!r}; this version reads {SCHEMA}",
+                "use the version of rushes that wrote it",
+            )
+        return plan
+
+    def plan_sha256(self) -> str:
+        """sha256 of plan.json, which every sample and manifest carries."""
+        return sha256_file(self.plan_path)
+
+    def publish_plan(self, plan: dict[str, Any]) -> dict[str, Any]:
+        """Write the plan unless there is one; returns what is on disk. Raises UserError when that differs from ours."""
+        data = to_json(plan, self.plan_path)
+        publish_new(self.plan_path, data)
+        found = self.plan()
+        assert found is not None
+        differing = _differences(json.loads(data), found)
+        if differing:
+            raise UserError(
+                f"{self.plan_path} was made with other settings: {', '.join(differing[:8])}",
+                "restore them in run.toml, or start a new run: samples of two plans cannot be mixed",
+            )
+        return found
+
+    def shards(self) -> list[int]:
+        """Numbers of the committed shards, ascending."""
+        return _numbers(self.path / "rollout" / "manifest", r"shard-(\d{6})\.json")
+
+    def is_committed(self, shard: int) -> bool:
+        """Whether the shard exists, which its manifest decides."""
+        return self.manifest_path(shard).exists()
+
+    def expected(self) -> int:
+        """Number of shards the plan asks for; 0 before there is a plan."""
+        plan = self.plan()
+        return len(plan["shards"]) if plan else 0
+
+    def groups(self, shard: int) -> list[str]:
+        """Group keys of a shard in the order of the plan. Raises UserError when the plan has no such shard."""
+        plan = self.plan()
+        if plan is None:
+            raise UserError(f"{self.plan_path} does not exist", "`rushes rollout` writes the plan first")
+        if not 0 <= shard < len(plan["shards"]):
+            raise UserError(f"{self.plan_path} has no shard {shard}", f"its shards are 0 to {len(plan['shards']) - 1}")
+        return list(plan["shards"][shard])
+
+    def keys(self, shard: int) -> list[str]:
+        """Sample keys of a shard in the order of the plan."""
+        groups, plan = self.groups(shard), self.plan()
+        assert plan is not None
+        return [sample_key(group, sample) for group in groups for sample in range(plan["group_size"])]
+
+
+@contextmanager
+def claim(stage: Stage, shard: int, what: str) -> Iterator[bool]:
+    """Claim a piece of work; yields False when another worker holds it. A killed worker's claim ends with it.
+
+    Claims save double work and nothing more: without them two workers still publish the same bytes once.
+    """
+    with locked(stage.path / "work" / f"shard-{shard:06d}.{what}.lock") as held:
+        yield held
+
+
+def _numbers(directory: Path, pattern: str) -> list[int]:
+    if not directory.is_dir():
+        return []
+    matches = (re.fullmatch(pattern, entry.name) for entry in directory.iterdir())
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def _differences(ours: Any, theirs: Any, name: str = "") -> list[str]:
+    """Dotted names of the values that differ between two JSON values."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        keys = sorted(ours.keys() | theirs.keys())
+        parts = (_differences(ours.get(key), theirs.get(key), f"{name}.{key}".lstrip(".")) for key in keys)
+        return [difference for part in parts for difference in part]
+    return [] if ours == theirs else [name]

@@ -1,0 +1,66 @@
+"""Frames to mp4 and back with PyAV: the same frames always give the same bytes."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING, Any
+
+from shards.errors import UserError
+from shards.tar import REPAIR, Damaged
+
+if TYPE_CHECKING:
+    import numpy
+    from numpy.typing import NDArray
+
+    Frames = NDArray[numpy.uint8]
+
+# One thread: x264 decides differently with several. bitexact keeps library versions and times out of the file.
+ENCODER = {"preset": "medium", "threads": "1", "x264-params": "threads=1:lookahead-threads=1"}
+CONTAINER = {"fflags": "+bitexact"}
+
+
+def encode_mp4(frames: Frames, fps: int, crf: int = 12) -> bytes:
+    """H.264 in mp4, yuv420p BT.709, of uint8 RGB frames [T, H, W, 3] at `fps` frames per second.
+
+    `crf` is x264's quality, 0 (lossless) to 51. Raises UserError for odd sizes, which yuv420p cannot hold.
+    """
+    import av
+    from av.video.reformatter import Colorspace
+
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != "uint8" or not len(frames):
+        raise UserError(f"frames are {frames.dtype} {list(frames.shape)}", "they must be uint8 [T, H, W, 3]")
+    if frames.shape[1] % 2 or frames.shape[2] % 2:
+        raise UserError(
+            f"frames of {frames.shape[2]}x{frames.shape[1]} cannot be encoded", "use an even width and height"
+        )
+    sink = io.BytesIO()
+    with av.open(sink, "w", format="mp4", options=CONTAINER) as container:
+        stream: Any = container.add_stream("libx264", rate=fps, options=ENCODER | {"crf": str(crf)})
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+        stream.codec_context.thread_count = 1
+        stream.codec_context.colorspace = int(Colorspace.ITU709)
+        stream.codec_context.color_primaries = stream.codec_context.color_trc = int(Colorspace.ITU709)
+        for frame in frames:
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            picture = picture.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode(None))
+    return sink.getvalue()
+
+
+def decode_mp4(data: bytes, where: str = "video") -> Frames:
+    """uint8 RGB frames [T, H, W, 3] of an mp4 file. Raises Damaged, naming `where`, when it cannot be decoded."""
+    import av
+    import numpy
+    from av.video.reformatter import Colorspace
+
+    try:
+        with av.open(io.BytesIO(data)) as container:
+            container.streams.video[0].thread_count = 1
+            pictures = container.decode(video=0)
+            frames = [p.reformat(format="rgb24", src_colorspace=Colorspace.ITU709).to_ndarray() for p in pictures]
+    except (av.FFmpegError, IndexError, ValueError) as error:
+        raise Damaged(f"{where}: the video cannot be decoded: {error}", REPAIR) from error
+    if not frames:
+        raise Damaged(f"{where}: the video has no frames", REPAIR)
+    return numpy.stack(frames)

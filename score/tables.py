@@ -1,0 +1,220 @@
+"""Tables of the scoring stage: scores of a shard, the rewards of a stage side by side, advantages, the summary."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from score.advantages import MISSING, NO_SPREAD, NOT_CHOSEN, Specification, advantages
+from score.reward import Chosen, Scored, choose, split_name
+from shards import sidecar
+from shards.errors import RunFailed, UserError
+from shards.files import publish_replace, to_json
+from shards.run import SAMPLE_KEY, Stage
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from shards.config import ScoreConfig
+
+GUARDS = "guards"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The rewards of a stage, and how advantages follow from them."""
+
+    rewards: Mapping[str, Chosen]
+    specification: Specification
+
+    @property
+    def digest(self) -> str:
+        """8 hex digits that stand for all the advantages follow from, versions and options of the scorers included."""
+        identity = {
+            "specification": asdict(self.specification),
+            "scorers": {name: chosen.directory for name, chosen in self.rewards.items()},
+        }
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+
+    @property
+    def scorers(self) -> list[Chosen]:
+        """Every reward once, and the guards, which watch always."""
+        chosen = {one.directory: one for one in (*self.rewards.values(), choose(GUARDS))}
+        return list(chosen.values())
+
+
+def select(config: ScoreConfig, rewards: Mapping[str, float] | None = None) -> Selection:
+    """Resolve the names of [score].rewards, or of `rewards` when given. Raises UserError for a wrong one."""
+    weights = dict(config.rewards if rewards is None else rewards)
+    if not weights:
+        raise UserError("no reward is given", "name at least one, like rewards = { ocr = 1.0 } under [score]")
+    chosen: dict[str, Chosen] = {}
+    for name, weight in weights.items():
+        base, component = split_name(name)
+        chosen[base] = chosen.get(base) or choose(base, config.options.get(base))
+        if component and component not in chosen[base].components:
+            known = ", ".join(chosen[base].components)
+            raise UserError(f"reward {base!r} has no component {component!r}", f"it has {known}")
+        if not math.isfinite(weight):
+            raise UserError(f"the weight of reward {name!r} is {weight}", "weights are finite numbers")
+    specification = Specification(weights, config.combine, config.spread, config.min_spread, config.best_of_n)
+    return Selection(chosen, specification)
+
+
+def group_of(key: str) -> str:
+    """The group of a sample: its key without the sample number."""
+    return key.rpartition("-s")[0]
+
+
+def score_table(chosen: Chosen, keys: Sequence[str], scored: Sequence[Scored]) -> pd.DataFrame:
+    """One row per sample: the columns of shards/README.md, NaN and a reason where there is no score."""
+    import pandas as pd
+
+    final = dict(zip(keys, scored, strict=True))
+    for group in dict.fromkeys(map(group_of, keys)):
+        members = [key for key in keys if group_of(key) == group]
+        final.update(zip(members, chosen.after_group([final[key] for key in members]), strict=True))
+    rows = [_row(chosen, key, final[key]) for key in keys]
+    columns = ["key", "prompt_id", "sample", "reward", "status", *chosen.components]
+    return pd.DataFrame(rows, columns=[*columns, "text"] if chosen.keeps_text else columns)
+
+
+def _row(chosen: Chosen, key: str, scored: Scored) -> dict[str, Any]:
+    matched = SAMPLE_KEY.fullmatch(key)
+    assert matched
+    values = {name: math.nan if scored.reason else float(scored.components[name]) for name in chosen.components}
+    row = {
+        "key": key,
+        "prompt_id": int(matched[2]),
+        "sample": int(matched[3]),
+        "reward": values[chosen.components[0]],
+        "status": scored.reason or "ok",
+        **values,
+    }
+    if chosen.keeps_text:
+        row["text"] = None if scored.text is None else json.dumps(list(scored.text), ensure_ascii=False)
+    return row
+
+
+def provenance(chosen: Chosen) -> dict[str, str]:
+    """What a score file says about where its numbers come from."""
+    return {
+        "scorer": chosen.name,
+        "class": chosen.target,
+        "version": chosen.version,
+        "options": json.dumps(dict(chosen.options), sort_keys=True),
+    }
+
+
+def read_rewards(stage: Stage, selection: Selection) -> pd.DataFrame:
+    """Columns key, prompt_id, sample, shard, group, status and one per reward named in the specification.
+
+    `status` is the first reason for a missing reward, "" when all are there. Raises UserError when a shard has no scores.
+    """
+    import pandas as pd
+
+    frame: pd.DataFrame | None = None
+    for base, chosen in selection.rewards.items():
+        table = _read(stage, chosen)
+        if frame is None:
+            frame = table[["key", "prompt_id", "sample", "shard"]].copy()
+            frame["group"], frame["status"] = frame["key"].map(group_of), ""
+        for name, weight in selection.specification.weights.items():
+            if split_name(name)[0] == base:
+                column = (table[split_name(name)[1] or "reward"]).to_numpy()
+                frame[name] = column
+                absent = (frame["status"] == "") & pd.isna(column) & (weight != 0.0)
+                frame.loc[absent, "status"] = table.loc[absent, "status"]
+    assert frame is not None
+    return frame
+
+
+def _read(stage: Stage, chosen: Chosen) -> pd.DataFrame:
+    import pandas as pd
+
+    tables = []
+    for shard in stage.shards():
+        if not sidecar.scored(stage, shard, chosen.directory):
+            raise UserError(
+                f"shard {shard} of {stage.path} has no scores of {chosen.name!r} ({chosen.directory})",
+                "run `rushes score` without --advantages-only",
+            )
+        tables.append(sidecar.read_scores(stage, chosen.directory, [shard]).assign(shard=shard))
+    return pd.concat(tables, ignore_index=True)
+
+
+def write_advantages(stage: Stage, selection: Selection, max_missing: float) -> dict[str, Any]:
+    """Compute and write the advantages of a fully scored stage; returns the summary, which is written last.
+
+    Raises RunFailed when more than the share `max_missing` of the rewards is missing, and UserError for a stage that is
+    not scored. The same scores and configuration always give the same files.
+    """
+    rewards = read_rewards(stage, selection)
+    check_missing(rewards.loc[rewards["status"] != "", "status"].tolist(), len(rewards), max_missing, stage)
+    table = advantages(rewards, selection.specification)
+    kv = {"specification": json.dumps(asdict(selection.specification), sort_keys=True)}
+    for shard in sorted(set(rewards["shard"])):
+        part = table[rewards["shard"] == shard].reset_index(drop=True)
+        sidecar.write_advantages(stage, int(shard), selection.digest, part, kv)
+    summary = summarise(stage, selection, rewards, table)
+    path = stage.advantage_dir(selection.digest) / "summary.json"
+    publish_replace(path, to_json(summary, path))
+    return summary
+
+
+def check_missing(reasons: Sequence[str], samples: int, max_missing: float, stage: Stage) -> None:
+    """Raises RunFailed, naming the commonest reason, when more than a share `max_missing` of the rewards is missing."""
+    if len(reasons) <= max_missing * samples:
+        return
+    reason, count = Counter(reasons).most_common(1)[0]
+    raise RunFailed(
+        f"{stage.path}: {len(reasons)} of {samples} samples have no reward, {count} of them because: {reason}",
+        f"mend that and score again; [score].max_missing = {max_missing:g} is the share that is accepted",
+    )
+
+
+def summarise(stage: Stage, selection: Selection, rewards: pd.DataFrame, table: pd.DataFrame) -> dict[str, Any]:
+    """Counts and means of a stage, as plain JSON values; None where nothing was scored."""
+    reasons = table["reason"]
+    used = rewards.loc[table["weight"] > 0, "group"].nunique()
+    scorers = {name: _means(stage, chosen) for name, chosen in selection.rewards.items()}
+    exact = [one["components"].get("exact") for one in scorers.values() if "exact" in one["components"]]
+    guards = choose(GUARDS)
+    watched = all(sidecar.scored(stage, shard, guards.directory) for shard in stage.shards())
+    no_spread = rewards.loc[reasons == NO_SPREAD, "group"].nunique()
+    return {
+        "schema": 1,
+        "specification": asdict(selection.specification),
+        "samples": len(table),
+        "groups": int(rewards["group"].nunique()),
+        "used_groups": int(used),
+        "dropped_no_spread": int(no_spread),
+        "missing": int((reasons == MISSING).sum()),
+        "missing_reasons": dict(Counter(rewards.loc[reasons == MISSING, "status"]).most_common(8)),
+        "not_chosen": int((reasons == NOT_CHOSEN).sum()),
+        "mean_reward": _number(table["reward"].mean()),
+        "std_reward": _number(table["reward"].std(ddof=0)),
+        "mean_group_std": _number(table.groupby(rewards["group"])["reward"].std(ddof=0).mean()),
+        "exact_share": exact[0] if exact else None,
+        "rewards": scorers,
+        "guards": _means(stage, guards)["components"] if watched else None,
+    }
+
+
+def _means(stage: Stage, chosen: Chosen) -> dict[str, Any]:
+    table = _read(stage, chosen)
+    return {
+        "scorer": chosen.directory,
+        "mean": _number(table["reward"].mean()),
+        "missing": int(table["reward"].isna().sum()),
+        "components": {name: _number(table[name].mean()) for name in chosen.components},
+    }
+
+
+def _number(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None

@@ -1,0 +1,168 @@
+"""What a scoring process does: decode the videos of a job once, give them to every reward; and the processes."""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import json
+import math
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from score.reward import Chosen, Reward, Scored, Video
+from shards.errors import UserError
+from shards.reader import Shard, open_shard
+from shards.run import Stage
+from shards.video import decode_mp4
+
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENCV_FOR_THREADS_NUM": "1"}
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's mallopt
+
+
+@dataclass(frozen=True)
+class Job:
+    """Some samples of one shard and the rewards that have not seen them."""
+
+    stage: Stage
+    shard: int
+    keys: tuple[str, ...]
+    rewards: tuple[Chosen, ...]
+
+
+def score_job(job: Job) -> dict[str, list[Scored]]:
+    """Scores of the job's samples in the order of its keys, by scorer directory.
+
+    Raises UserError when the shard is damaged or a reward cannot work at all (weights missing).
+    """
+    with open_shard(job.stage, job.shard) as shard:
+        videos = [_video(shard, key) for key in job.keys]
+    return {chosen.directory: _score(chosen, videos) for chosen in job.rewards}
+
+
+def _video(shard: Shard, key: str) -> Video | str:
+    """The decoded sample, or why it cannot be decoded."""
+    meta, data = shard.meta(key), shard.video(key)
+    try:
+        frames = decode_mp4(data, key)
+    except UserError as error:
+        return error.problem
+    return Video(key, frames, str(meta["prompt"]), meta.get("target"), float(meta.get("fps", 16)), meta)
+
+
+def _score(chosen: Chosen, videos: Sequence[Video | str]) -> list[Scored]:
+    reward = _built(chosen)
+    readable = [video for video in videos if isinstance(video, Video)]
+    found = iter(judge_all(reward, readable))
+    return [Scored(reason=video) if isinstance(video, str) else next(found) for video in videos]
+
+
+def judge_all(reward: Reward, videos: Sequence[Video]) -> list[Scored]:
+    """Score videos together; when that fails, one by one, so that one bad video does not take the others with it."""
+    if not videos:
+        return []
+    try:
+        return _checked(reward, videos)
+    except UserError:
+        raise
+    except Exception:
+        return [_judge_one(reward, video) for video in videos]
+
+
+def _judge_one(reward: Reward, video: Video) -> Scored:
+    try:
+        return _checked(reward, [video])[0]
+    except UserError:
+        raise
+    except Exception as error:
+        return Scored(reason=f"{type(error).__name__}: {error}"[:500])
+
+
+def _checked(reward: Reward, videos: Sequence[Video]) -> list[Scored]:
+    """What the reward says, with numbers that are absent or not finite turned into a reason."""
+    scored = list(reward(videos))
+    if len(scored) != len(videos):
+        raise ValueError(f"reward {reward.name!r} gave {len(scored)} scores for {len(videos)} videos")
+    return [_finite(reward, one) for one in scored]
+
+
+def _finite(reward: Reward, scored: Scored) -> Scored:
+    if scored.reason:
+        return scored
+    bad = [name for name in reward.components if not math.isfinite(scored.components.get(name, math.nan))]
+    return Scored(text=scored.text, reason=f"{bad[0]} is not a number") if bad else scored
+
+
+_rewards: dict[str, Reward] = {}
+
+
+def _built(chosen: Chosen) -> Reward:
+    """The reward, built once per process and kept: its model is what takes long."""
+    name = json.dumps([chosen.directory, dict(chosen.options)], sort_keys=True)
+    if name not in _rewards:
+        _rewards[name] = chosen.build()
+    return _rewards[name]
+
+
+class Inline(Executor):
+    """An executor that works in the calling process, when there is one worker."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Run now; the future is finished when it is returned."""
+        future: Future[Any] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+_pools: dict[int, Executor] = {}
+
+
+def executor(workers: int) -> Executor:
+    """Processes that stay alive with their models, so that the next iteration need not load them. Inline for 1."""
+    if workers == 1:
+        return Inline()
+    if workers not in _pools:
+        context = multiprocessing.get_context("spawn")
+        _pools[workers] = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
+    return _pools[workers]
+
+
+@atexit.register
+def discard_executors() -> None:
+    """Stop all worker processes; the next call of `executor` starts new ones."""
+    while _pools:
+        _pools.popitem()[1].shutdown(wait=False, cancel_futures=True)
+
+
+def start_worker() -> None:
+    """Before anything heavy is imported: one thread per library, memory kept between calls, end with the parent.
+
+    Several threads per process spin while they wait and slow each other down on a busy machine; processes do not.
+    """
+    os.environ.update(ONE_THREAD)
+    keep_memory()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def keep_memory() -> None:
+    """Tell glibc's allocator to keep freed memory: a detector that maps and unmaps 400 MB per frame spends a quarter of
+    its time in page faults. Nothing happens with another C library."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        for parameter, value in ((M_MMAP_MAX, 0), (M_TOP_PAD, 2**28), (M_TRIM_THRESHOLD, 2**31 - 1)):
+            library.mallopt(parameter, value)
+
+
+def _end_with_parent() -> None:
+    """A killed parent must not leave workers behind that wait for jobs for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -1,0 +1,265 @@
+"""Integrity: reads every byte of a run, a stage or a shard and lists all that is not as it was written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import stat as status
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from shards import index, sidecar
+from shards.errors import UserError
+from shards.files import TEMPORARY, is_abandoned, read_json, sha256_file
+from shards.locate import locate
+from shards.reader import checked_index, read_manifest
+from shards.run import Run, Stage
+from shards.tar import REPAIR, Damaged
+
+if TYPE_CHECKING:
+    import pyarrow
+
+Kind = Literal["damaged", "incomplete", "leftover"]
+LEFTOVER = "delete it, or run the stage again, which sweeps"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One fault. `damaged` is an error; `incomplete` is work that can be done; `leftover` wastes space and no more."""
+
+    kind: Kind
+    problem: str
+    """What is wrong, with the file and the member it is wrong in."""
+    hint: str
+
+
+def verify(path: str | Path) -> list[Problem]:
+    """All faults of a run, a stage or a shard. Reads everything once; needs no model and no torch.
+
+    Raises UserError when `path` is none of these. Faults do not raise: an empty list means that all is well.
+    """
+    place = locate(path)
+    if place.tar is not None:
+        return _attempt(lambda: scan_tar(Path(path)))
+    if place.shard is not None:
+        return list(_shard_problems(place.stages[0], place.shard))
+    problems = [problem for stage in place.stages for problem in _stage_problems(stage)]
+    roots = {stage.run_path for stage in place.stages} if len(place.stages) > 1 else set()
+    for root in sorted(roots):
+        problems += _attempt(lambda root=root: Run(root).config) if (root / "run.toml").exists() else []
+        problems += _leftovers(root, recursive=False)
+    return problems
+
+
+def scan_tar(path: Path) -> list[index.Row]:
+    """The rows of a tar, all its checksums verified. Raises Damaged."""
+    return index.scan(_map_plain(path), str(path))
+
+
+def _stage_problems(stage: Stage) -> Iterator[Problem]:
+    yield from _attempt(lambda: _check_plan(stage))
+    yield from _leftovers(stage.path, recursive=True)
+    committed = stage.shards()
+    for shard in committed:
+        yield from _shard_problems(stage, shard)
+    yield from _attempt(lambda: _check_one_policy(stage, committed))
+    yield from _uncommitted(stage, committed)
+    for folder in [*(stage.path / "score" / name for name in sidecar.scorers(stage)), *_specification_folders(stage)]:
+        yield from _strays(folder, committed)
+        yield from _attempt(lambda folder=folder: _check_one_schema(folder))
+    yield from _policy_problems(stage)
+
+
+def _shard_problems(stage: Stage, shard: int) -> Iterator[Problem]:
+    """Faults of one shard and of the tables that belong to it."""
+    try:
+        manifest = read_manifest(stage, shard)
+    except UserError as error:
+        yield _problem(error)
+        return
+    yield from _attempt(lambda: _check_bytes(stage, shard, manifest))
+    rows, problems = _result(lambda: scan_tar(stage.shard_path(shard)))
+    table, more = _result(lambda: checked_index(stage, shard, manifest))
+    yield from [*problems, *more]
+    if rows is not None:
+        yield from _attempt(lambda: _check_rows(stage, shard, manifest, rows))
+        if table is not None:
+            yield from _attempt(lambda: _check_index(stage.index_path(shard), table, rows))
+    keys = [row["key"] for row in rows] if rows is not None else table.column("key").to_pylist() if table else None
+    if keys is not None:
+        yield from _sidecar_problems(stage, shard, keys)
+    if stage.work_path(shard).is_dir():
+        yield Problem("leftover", f"{stage.work_path(shard)}: the spool of a committed shard is still there", LEFTOVER)
+
+
+def _check_bytes(stage: Stage, shard: int, manifest: dict[str, Any]) -> None:
+    path, expected = stage.shard_path(shard), manifest["tar"]
+    buffer = _map_plain(path)
+    if len(buffer) != expected["bytes"]:
+        raise Damaged(f"{path}: has {len(buffer)} bytes, committed were {expected['bytes']}", REPAIR)
+    if hashlib.sha256(buffer).hexdigest() != expected["sha256"]:
+        raise Damaged(f"{path}: is not what was committed (sha256)", REPAIR)
+
+
+def _check_rows(stage: Stage, shard: int, manifest: dict[str, Any], rows: list[index.Row]) -> None:
+    """Keys are those of the plan, and every record is of this plan and this policy."""
+    path, keys = stage.shard_path(shard), [row["key"] for row in rows]
+    if keys != stage.keys(shard):
+        raise Damaged(f"{path}: its samples are not those of plan.json, or in another order", REPAIR)
+    if (manifest["samples"], manifest["keys_sha256"]) != (len(keys), index.keys_sha256(keys)):
+        raise Damaged(f"{stage.manifest_path(shard)}: its samples are not those of {path.name}", REPAIR)
+    if manifest["plan_sha256"] != stage.plan_sha256():
+        raise Damaged(f"{stage.manifest_path(shard)}: committed for another plan.json", REPAIR)
+    buffer = _map_plain(path)
+    wanted = {"plan_sha256": manifest["plan_sha256"], "policy": (manifest["policy"] or {}).get("fingerprint")}
+    for row in rows:
+        record = json.loads(bytes(buffer[row["json_offset"] : row["json_offset"] + row["json_bytes"]]))
+        for name, value in wanted.items():
+            if name in record and record[name] != value:
+                raise Damaged(f"{path}: {row['key']}.json was sampled with another {name}", REPAIR)
+
+
+def _check_index(path: Path, table: pyarrow.Table, rows: list[index.Row]) -> None:
+    found = table.to_pylist()
+    for row, other in zip(rows, found, strict=False):
+        if row != other:
+            names = [name for name in row if row[name] != other[name]]
+            raise Damaged(f"{path}: {row['key']} differs from the tar in {', '.join(names)}", REPAIR)
+    if len(rows) != len(found):
+        raise Damaged(f"{path}: has {len(found)} rows for {len(rows)} samples", REPAIR)
+
+
+def _sidecar_problems(stage: Stage, shard: int, keys: list[str]) -> Iterator[Problem]:
+    paths = [stage.score_path(name, shard) for name in sidecar.scorers(stage)]
+    paths += [stage.advantage_path(name, shard) for name in sidecar.specifications(stage)]
+    for path in paths:
+        if path.exists():
+            yield from _attempt(lambda path=path: sidecar.check(stage, shard, path, keys))
+        else:
+            yield Problem("incomplete", f"{path} is missing: shard {shard} has no such table", sidecar.SCORE_AGAIN)
+
+
+def _strays(folder: Path, committed: list[int]) -> Iterator[Problem]:
+    """Tables of shards that do not exist, and files that are no tables and would break a reader of the folder."""
+    known = {f"shard-{shard:06d}.parquet" for shard in committed} | {"summary.json"}
+    for name in sorted(os.listdir(folder)):
+        if name not in known and not name.startswith("."):
+            yield Problem("damaged", f"{folder / name}: belongs to no committed shard", "delete it")
+
+
+def _check_one_schema(folder: Path) -> None:
+    import pyarrow.parquet
+
+    first = None
+    for path in sorted(folder.glob("shard-*.parquet")):
+        try:
+            schema = pyarrow.parquet.read_schema(path).remove_metadata()
+        except (OSError, pyarrow.ArrowException):
+            continue  # reported as a damaged table already
+        first = first or schema
+        if schema != first:
+            raise Damaged(
+                f"{path}: its columns differ from those of the files beside it", f"delete it; {sidecar.SCORE_AGAIN}"
+            )
+
+
+def _check_plan(stage: Stage) -> None:
+    plan = stage.plan()
+    if plan is None:
+        if stage.shards():
+            raise Damaged(f"{stage.plan_path} is missing", "restore it from a copy")
+        return
+    try:
+        promised = [group for shard in plan["shards"] for group in shard]
+        described = [group["key"] for group in plan["groups"]]
+        count = int(plan["group_size"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise Damaged(f"{stage.plan_path} is damaged: {error}", "restore it from a copy") from error
+    if len(set(promised)) != len(promised) or sorted(promised) != sorted(described) or count < 1:
+        raise Damaged(f"{stage.plan_path}: its shards do not hold each of its groups once", "restore it from a copy")
+
+
+def _check_one_policy(stage: Stage, committed: list[int]) -> None:
+    """All shards of a stage were sampled by one policy."""
+    found: dict[str, int] = {}
+    for shard in committed:
+        manifest, _ = _result(lambda shard=shard: read_manifest(stage, shard))
+        if manifest is not None:
+            found.setdefault(str((manifest["policy"] or {}).get("fingerprint")), shard)
+    if len(found) > 1:
+        shards = ", ".join(str(shard) for shard in found.values())
+        raise Damaged(f"{stage.path}: shards {shards} were sampled by different policies", REPAIR)
+
+
+def _uncommitted(stage: Stage, committed: list[int]) -> Iterator[Problem]:
+    names = {stage.shard_path(shard).name for shard in committed} | {"index", "manifest"}
+    folder = stage.path / "rollout"
+    for name in sorted(os.listdir(folder)) if folder.is_dir() else []:
+        if name not in names and not name.startswith("."):
+            yield Problem(
+                "incomplete", f"{folder / name}: no manifest commits it", "`rushes rollout` completes the shard"
+            )
+    missing = stage.expected() - len(committed) if stage.plan_path.exists() and not _attempt(stage.plan) else 0
+    if missing > 0:
+        yield Problem(
+            "incomplete", f"{stage.path}: {missing} shards are not sampled yet", "`rushes rollout` samples them"
+        )
+
+
+def _policy_problems(stage: Stage) -> Iterator[Problem]:
+    """The policy a stage trained: every adapter file that its commit record names."""
+    path = stage.policy_dir / "policy.json"
+    if not path.exists():
+        return
+    record, problems = _result(lambda: read_json(path))
+    yield from problems
+    for name, sha256 in (record or {}).get("adapters", {}).items():
+        adapter = stage.policy_dir / name
+        if not adapter.is_file():
+            yield Problem("damaged", f"{adapter} is missing, but {path} names it", "restore it, or train again")
+        elif sha256_file(adapter) != sha256:
+            yield Problem("damaged", f"{adapter} is not what {path} committed (sha256)", "restore it, or train again")
+
+
+def _leftovers(folder: Path, *, recursive: bool) -> list[Problem]:
+    """Private files of writers that are dead."""
+    paths = sorted(folder.rglob(f"{TEMPORARY}*") if recursive else folder.glob(f"{TEMPORARY}*"))
+    return [Problem("leftover", f"{path}: left by a killed writer", LEFTOVER) for path in paths if is_abandoned(path)]
+
+
+def _specification_folders(stage: Stage) -> list[Path]:
+    return [stage.advantage_dir(name) for name in sidecar.specifications(stage)]
+
+
+def _map_plain(path: Path) -> memoryview:
+    """The bytes of a file that is no link. Raises Damaged."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise Damaged(f"{path}: cannot be opened as a plain file: {error.strerror}", REPAIR) from error
+    try:
+        found = os.fstat(handle)
+        if not status.S_ISREG(found.st_mode) or not found.st_size:
+            raise Damaged(f"{path}: is empty or no plain file", REPAIR)
+        return memoryview(mmap.mmap(handle, 0, access=mmap.ACCESS_READ))
+    finally:
+        os.close(handle)
+
+
+def _attempt(check: Callable[[], object]) -> list[Problem]:
+    return _result(check)[1]
+
+
+def _result(check: Callable[[], Any]) -> tuple[Any, list[Problem]]:
+    try:
+        return check(), []
+    except UserError as error:
+        return None, [_problem(error)]
+
+
+def _problem(error: UserError) -> Problem:
+    return Problem("damaged", error.problem, error.hint)

@@ -1,0 +1,96 @@
+"""Tiny runs for the tests of training: two experts, a real rollout, advantages written beside the shards."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from rollout.generate import rollout
+from rollout.policy import Policy
+from shards.config import ModelConfig, RolloutConfig, RunConfig, TrainConfig
+from shards.reader import open_shard
+from shards.run import Run, Stage
+from shards.sidecar import write_advantages
+from tests.tiny_models import TEXT_LENGTH
+
+SPECIFICATION = "0a1b2c3d"
+GROUP = 5  # in batches of 2: the last chunk of a group is smaller
+ROLLOUT: dict[str, Any] = {
+    "prompts_per_iteration": 2,
+    "group_size": GROUP,
+    "batch_size": 2,
+    "height": 16,
+    "width": 16,
+    "frames": 5,
+    "steps": 6,
+    "high_steps": 1,
+    "low_steps": 2,
+    "guidance_scale": 2.0,
+    "guidance_scale_2": 1.5,
+}
+TRAIN: dict[str, Any] = {"lora_rank": 2, "lora_alpha": 4.0, "learning_rate": 1e-3}
+
+
+def make_run(path: Path, model: Path, train: dict[str, Any] | None = None, **rollout_settings: Any) -> Run:
+    """A run folder for a tiny model; keyword arguments replace settings of [rollout], `train` those of [train]."""
+    prompts = path.parent / f"{path.name}-prompts.txt"
+    prompts.write_text('a sign "FILM"\na sign "CAT"\na sign "DOG"\n', encoding="utf-8")
+    config = RunConfig(
+        model=ModelConfig(path=str(model), device="cpu", text_length=TEXT_LENGTH),
+        rollout=RolloutConfig(prompts=str(prompts), **(ROLLOUT | rollout_settings)),
+        train=TrainConfig(**(TRAIN | (train or {}))),
+    )
+    return Run.create(path, config)
+
+
+def load(run: Run) -> Policy:
+    """The model of a run."""
+    model = run.config.model
+    return Policy.load(model.path, dtype=model.dtype, device=model.device, text_length=model.text_length)
+
+
+def roll(run: Run, iteration: int, policy: Policy) -> Stage:
+    """Sample an iteration with the real rollout."""
+    stage = run.iteration(iteration)
+    rollout(run, stage, policy)
+    return stage
+
+
+def advantage_of(key: str) -> tuple[float, float]:
+    """Some advantage for a key, the same everywhere, and weight 1."""
+    return int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) / 2**31 - 1.0, 1.0
+
+
+def advise(stage: Stage, rule: Callable[[str], tuple[float, float]] = advantage_of, name: str = SPECIFICATION) -> None:
+    """Write the advantages of a stage: (advantage, weight) of each key by `rule`."""
+    for number in stage.shards():
+        frame = open_shard(stage, number).index[["key", "prompt_id", "sample"]].copy()
+        pairs = [rule(key) for key in frame["key"]]
+        frame = frame.assign(advantage=[one for one, _ in pairs], weight=[two for _, two in pairs])
+        write_advantages(stage, number, name, frame.assign(reward=0.5, reason=""), {})
+
+
+def weights(run: Run, iteration: int, folder: str = "") -> dict[str, torch.Tensor]:
+    """The published adapter weights of an iteration, `high_noise/…` and `low_noise/…`."""
+    from safetensors.torch import load_file
+
+    found = {}
+    for expert in ("high_noise", "low_noise"):
+        path = run.iteration(iteration).policy_dir / folder / expert / "pytorch_lora_weights.safetensors"
+        found |= {f"{expert}/{name}": value for name, value in load_file(path).items()}
+    return found
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Whether two sets of weights are the same, bit for bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def frame_of(stage: Stage) -> pd.DataFrame:
+    """The index of all shards of a stage."""
+    return pd.concat([open_shard(stage, number).index for number in stage.shards()], ignore_index=True)

@@ -1,0 +1,132 @@
+"""What an iteration trains on, decided once: shards, advantages and settings, frozen in `train/plan.json`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from shards.errors import UserError
+from shards.files import publish_new, read_json, to_json
+from shards.sidecar import advantaged, read_advantages, specifications
+from train.data import Inputs, Rollouts
+
+if TYPE_CHECKING:
+    from rollout.policy import Policy
+    from shards.config import RunConfig, TrainConfig
+    from shards.run import Run, Stage
+
+SCHEMA = 1
+FREE = {"save_every", "replay_samples", "replay_limit", "gradient_checkpointing", "max_policy_lag"}
+"""Settings of [train] that may change between a kill and a resume: they do not change the result."""
+
+
+def freeze(run: Run, stage: Stage) -> Inputs:
+    """Choose the inputs of an iteration, write them to `train/plan.json`, and open them; the first call decides.
+
+    Raises UserError when a shard or its advantages are missing, when two advantage specifications could be meant, and
+    when the run was frozen with other inputs or settings, naming them.
+    """
+    rollouts = Rollouts.open(stage)
+    path = stage.train_dir / "plan.json"
+    frozen = read_json(path) if path.exists() else None
+    specification = frozen["advantage"] if frozen else choose_specification(stage, run.config)
+    _check_advantages(stage, rollouts, specification)
+    ours = _plan(run.config, stage, rollouts, specification)
+    publish_new(path, to_json(ours, path))
+    differing = _differences(ours, read_json(path))
+    if differing:
+        raise UserError(
+            f"{path}: training began with other {', '.join(differing)}",
+            "restore them, or delete the iteration's train/ and policy/ folders to train it anew",
+        )
+    frame = read_advantages(stage, specification)
+    pairs = zip(frame["advantage"].tolist(), frame["weight"].tolist(), strict=True)
+    return Inputs(rollouts, specification, dict(zip(frame["key"].tolist(), pairs, strict=True)))
+
+
+def choose_specification(stage: Stage, config: RunConfig) -> str:
+    """The advantage specification to train on: the only one there is, or the one made with the run's [score].
+
+    Every specification's summary holds the [score] section it was made with under `config`. UserError when there is
+    none, or when that leaves a choice.
+    """
+    found = specifications(stage)
+    if not found:
+        raise UserError(f"{stage.path} has no advantages", f"run `rushes score --iteration {stage.iteration}` first")
+    if len(found) == 1:
+        return found[0]
+    wanted = config.score.model_dump(mode="json")
+    matching = [name for name in found if _summary(stage, name).get("config") == wanted]
+    if len(matching) != 1:
+        raise UserError(
+            f"{stage.path / 'advantage'} holds {len(found)} specifications ({', '.join(found)}) and "
+            f"{len(matching)} of them fit [score] in run.toml",
+            "remove the ones that are not meant, or run `rushes score --advantages-only` again",
+        )
+    return matching[0]
+
+
+def check_policy(rollouts: Rollouts, policy: Policy, fingerprint: str, settings: TrainConfig) -> int:
+    """Policies between the one that sampled the shards and the one about to be trained: 0 when they are the same.
+
+    Raises UserError, naming the shards, when they were sampled by another policy than `fingerprint` and the lag that
+    the plan admits is more than `max_policy_lag`; likewise when shards disagree with the plan.
+    """
+    stale = {
+        number: found
+        for number, shard in rollouts.shards.items()
+        if (found := {shard.meta(key)["policy"] for key in shard.keys}) != {fingerprint}
+    }
+    if not stale:
+        return 0
+    planned = rollouts.plan["policy"]
+    lag = rollouts.stage.iteration - int(planned.get("lag_of", rollouts.stage.iteration))
+    agree = all(found == {planned["fingerprint"]} for found in stale.values()) and len(stale) == len(rollouts.shards)
+    if agree and 0 < lag <= settings.max_policy_lag:
+        return lag
+    names = ", ".join(rollouts.stage.shard_path(number).name for number in sorted(stale)[:8])
+    others = ", ".join(sorted({str(one)[:12] for found in stale.values() for one in found}))
+    raise UserError(
+        f"{rollouts.stage.path / 'rollout'}: {names} came from policy {others}, "
+        f"but the policy to train is {fingerprint[:12]}",
+        "restore the policy folder of the iteration before, or sample this iteration again; shards of an older policy "
+        "are accepted up to train.max_policy_lag",
+    )
+
+
+def _plan(config: RunConfig, stage: Stage, rollouts: Rollouts, specification: str) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "iteration": stage.iteration,
+        "plan_sha256": stage.plan_sha256(),
+        "policy": rollouts.plan["policy"]["fingerprint"],
+        "shards": {str(number): shard.manifest["tar"]["sha256"] for number, shard in rollouts.shards.items()},
+        "advantage": specification,
+        "order_seed": rollouts.plan["seed"],
+        "train": {name: value for name, value in config.train.model_dump(mode="json").items() if name not in FREE},
+    }
+
+
+def _check_advantages(stage: Stage, rollouts: Rollouts, specification: str) -> None:
+    missing = [number for number in rollouts.shards if not advantaged(stage, number, specification)]
+    if missing:
+        names = ", ".join(stage.advantage_path(specification, number).name for number in missing[:8])
+        raise UserError(
+            f"{stage.advantage_dir(specification)} lacks the advantages of {len(missing)} shards, or has them for "
+            f"other shards: {names}",
+            f"run `rushes score --iteration {stage.iteration}`",
+        )
+
+
+def _summary(stage: Stage, specification: str) -> dict[str, Any]:
+    path = stage.advantage_dir(specification) / "summary.json"
+    return read_json(path) if path.exists() else {}
+
+
+def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """Names of what differs, `train.learning_rate` or `shards`."""
+    names = [name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
+    if "train" not in names or not isinstance(theirs.get("train"), dict):
+        return names
+    settings = ours["train"].keys() | theirs["train"].keys()
+    inner = [f"train.{name}" for name in sorted(settings) if ours["train"].get(name) != theirs["train"].get(name)]
+    return [name for name in names if name != "train"] + inner

@@ -1,0 +1,237 @@
+"""Training one iteration: prove the rollouts, update each expert in turn, publish the next policy."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from rollout.policy import Policy
+from rollout.schedule import EXPERT_NAMES
+from shards.errors import StillBusy, UserError
+from shards.files import publish_new, read_json, to_json
+from shards.run import Stage, claim
+from train import checkpoint
+from train.data import Inputs
+from train.freeze import check_policy, freeze
+from train.metrics import MetricsLog, guard, guard_groups
+from train.order import minibatches
+from train.replay import prove, replay_limit
+from train.update import ExpertTrainer
+
+if TYPE_CHECKING:
+    from shards.config import RunConfig, TrainConfig
+    from shards.progress import Progress
+    from shards.run import Run
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """What `train` did."""
+
+    skipped: bool
+    """True when the policy was there already and nothing was done."""
+    fingerprint: str
+    """Of the policy that is there now."""
+    updates: dict[str, int] = field(default_factory=dict)
+    """Optimizer steps of each expert in this iteration."""
+    replay: float | None = None
+    """Largest |log-ratio| of the replay gate; None when it did not run."""
+    warnings: list[str] = field(default_factory=list)
+    """What is worth a look, in plain words."""
+    seconds: float = 0.0
+
+
+def train(run: Run, iteration: int, policy: Policy | None = None, progress: Progress | None = None) -> TrainReport:
+    """Train the policy of one iteration on its shards and advantages and publish it; a second call does nothing.
+
+    `policy` is a loaded model to use instead of loading one; its adapters are set from the files. Killed at any moment
+    and called again, it goes on from its last checkpoint and ends with the weights of an undisturbed run (on a CPU, bit
+    for bit). Raises UserError for incomplete, stale or changed inputs, RunFailed when the replay gate fails, StillBusy
+    when another process trains this iteration.
+    """
+    stage = run.iteration(iteration)
+    record = policy_record(stage)
+    if record is not None:
+        return TrainReport(skipped=True, fingerprint=record["fingerprint"])
+    _check_settings(run.config)
+    with claim(stage, 0, "train") as ours:
+        if not ours:
+            raise StillBusy(f"{stage.path} is being trained by another process", "wait for it, or stop it")
+        return _train(run, stage, policy, progress)
+
+
+def policy_record(stage: Stage) -> dict[str, Any] | None:
+    """policy.json, the commit record of the policy an iteration trained; None before it is whole."""
+    path = stage.policy_dir / "policy.json"
+    return read_json(path) if path.exists() else None
+
+
+def load_policy(config: RunConfig) -> Policy:
+    """The model of a run, as rollout loads it."""
+    model = config.model
+    return Policy.load(
+        model.path, dtype=model.dtype, device=model.device, text_length=model.text_length, lora=model.lora
+    )
+
+
+def starting_policy(run: Run, iteration: int) -> Path | None:
+    """Folder of the policy an iteration starts from; None for iteration 0, which starts from the model itself.
+
+    UserError when the iteration before was not trained to its end.
+    """
+    if iteration == 0:
+        return None
+    before = run.iteration(iteration - 1)
+    if policy_record(before) is None:
+        raise UserError(f"{before.policy_dir} holds no policy", f"run `rushes train --iteration {iteration - 1}` first")
+    return before.policy_dir
+
+
+def _train(run: Run, stage: Stage, policy: Policy | None, progress: Progress | None) -> TrainReport:
+    started = time.monotonic()
+    config = run.config
+    inputs = freeze(run, stage)
+    policy = policy or load_policy(config)
+    start = starting_policy(run, stage.iteration)
+    policy.become(start)
+    lag = check_policy(inputs.rollouts, policy, policy.fingerprint(start)["fingerprint"], config.train)
+    if not policy.has_lora:
+        policy.add_lora(config.train.lora_rank, config.train.lora_alpha, config.rollout.seed)
+    covered = {name: found[0] for name in EXPERT_NAMES if (found := checkpoint.latest(_trainer_dir(stage, name)))}
+    replayed = None
+    if not covered and _must_prove(config.train, lag):
+        limit = replay_limit(policy, config.train.replay_limit)
+        replayed = prove(policy, inputs.rollouts, samples=config.train.replay_samples, limit=limit, progress=progress)
+    log = MetricsLog(stage.policy_dir, covered)
+    try:
+        averages = {
+            expert: _train_expert(policy, inputs, config, expert, start, log, progress) for expert in policy.expert_ids
+        }
+    finally:
+        log.close()
+    fingerprint = _publish(policy, stage, averages)
+    updates = {name: sum(record["expert"] == name for record in log.records) for name in EXPERT_NAMES}
+    return TrainReport(
+        skipped=False,
+        fingerprint=fingerprint,
+        updates={EXPERT_NAMES[expert]: updates[EXPERT_NAMES[expert]] for expert in policy.expert_ids},
+        replay=replayed.largest if replayed else None,
+        warnings=_warnings(policy, inputs, log, config.train, lag),
+        seconds=time.monotonic() - started,
+    )
+
+
+def _train_expert(
+    policy: Policy,
+    inputs: Inputs,
+    config: RunConfig,
+    expert: int,
+    start: Path | None,
+    log: MetricsLog,
+    progress: Progress | None,
+) -> dict[str, Tensor]:
+    """All updates of one expert, from where its last checkpoint left off; returns its averaged weights."""
+    stage, settings = inputs.rollouts.stage, config.train
+    trainer = ExpertTrainer(policy, inputs, settings, expert)
+    folder = _trainer_dir(stage, trainer.name)
+    done = _restore(trainer, folder, start)
+    batches = minibatches(
+        inputs.units(),
+        seed=inputs.rollouts.plan["seed"],
+        iteration=stage.iteration,
+        expert=expert,
+        updates=settings.updates_per_rollout,
+    )
+    if settings.recompute_log_probs and done < len(batches):
+        trainer.recompute_log_probs([unit for unit in inputs.units() if unit.expert == expert])
+    for number in range(done, len(batches)):
+        metrics = trainer.update(batches[number])
+        names = {"iteration": stage.iteration, "expert": trainer.name, "update": number + 1}
+        log.add(names | {"total_updates": trainer.state.updates} | metrics)
+        if (number + 1) % settings.save_every == 0 or number + 1 == len(batches):
+            checkpoint.save(folder, trainer.state, number + 1)
+        if progress:
+            progress(number + 1, len(batches), "updates", f"{trainer.name}, loss {metrics['loss']:.4g}")
+    if not batches:
+        checkpoint.save(folder, trainer.state, 0)
+    trainer.finish()
+    return {name: value.cpu() for name, value in trainer.state.ema.items()}
+
+
+def _restore(trainer: ExpertTrainer, folder: Path, start: Path | None) -> int:
+    """Take the state of the last checkpoint, or, at the first update of an iteration, the optimizer of the one before.
+
+    Returns the number of updates of this iteration that are done.
+    """
+    found = checkpoint.latest(folder)
+    if found is not None:
+        checkpoint.load(found[1], trainer.state)
+        trainer.moved = found[0] > 0
+        return found[0]
+    before = checkpoint.latest(start / "trainer" / trainer.name) if start else None
+    if before is not None:
+        checkpoint.load(before[1], trainer.state, weights=False)
+    return 0
+
+
+def _publish(policy: Policy, stage: Stage, averages: dict[int, dict[str, Tensor]]) -> str:
+    """Write the adapters, the averaged ones beside them, and policy.json last; returns the fingerprint."""
+    policy.use(None)
+    policy.save_lora(stage.policy_dir)
+    if any(averages.values()):
+        _save_averages(policy, stage.policy_dir / "ema", averages)
+    identity = policy.fingerprint(stage.policy_dir)
+    path = stage.policy_dir / "policy.json"
+    publish_new(path, to_json({"schema": SCHEMA, "iteration": stage.iteration, **identity}, path))
+    return str(identity["fingerprint"])
+
+
+def _save_averages(policy: Policy, folder: Path, averages: dict[int, dict[str, Tensor]]) -> None:
+    """Save the averaged weights through the policy's own writer, by putting them into the experts for a moment."""
+    weights = {expert: {name: value.data for name, value in policy.trainable(expert)} for expert in averages}
+    try:
+        for expert, average in averages.items():
+            for name, parameter in policy.trainable(expert):
+                parameter.data = average[name].to(parameter.data)
+        policy.save_lora(folder)
+    finally:
+        for expert, kept in weights.items():
+            for name, parameter in policy.trainable(expert):
+                parameter.data = kept[name]
+
+
+def _warnings(policy: Policy, inputs: Inputs, log: MetricsLog, settings: TrainConfig, lag: int) -> list[str]:
+    rollouts = inputs.rollouts
+    groups = {key.rpartition("-")[0]: False for key in inputs.advantages}
+    for key, (advantage, weight) in inputs.advantages.items():
+        groups[key.rpartition("-")[0]] |= weight > 0 and advantage != 0
+    sentences = guard_groups(sum(not alive for alive in groups.values()), len(groups))
+    steps = {unit.expert for unit in rollouts.units()}
+    sentences += [f"{EXPERT_NAMES[one]}: no step of it was sampled with noise, so it was not trained"
+                  for one in policy.expert_ids if one not in steps]  # fmt: skip
+    on_policy = settings.clip_range / 10 if lag == 0 and settings.objective == "grpo" else float("inf")
+    return sentences + guard(log.records, epsilon=settings.epsilon, on_policy_limit=on_policy)
+
+
+def _must_prove(settings: TrainConfig, lag: int) -> bool:
+    """The gate has nothing to say on recomputed log-probs, on shards known to be older, and without log-probs."""
+    return settings.objective == "grpo" and not settings.recompute_log_probs and lag == 0
+
+
+def _check_settings(config: RunConfig) -> None:
+    if config.train.full:
+        raise UserError("train.full is not supported yet", "train a LoRA: set train.full = false")
+    if config.train.objective == "grpo" and config.rollout.law == "ode":
+        raise UserError(
+            "rollout.law = ode has no log-probs to train on", "choose a stochastic law, or train.objective = nft"
+        )
+
+
+def _trainer_dir(stage: Stage, expert: str) -> Path:
+    return stage.policy_dir / "trainer" / expert
