@@ -1,4 +1,4 @@
-"""The rollout stage: samples the shards that do not exist yet, one expert at a time, and loses at most a chunk to a kill."""
+"""The rollout stage: samples the shards that are missing, one expert at a time; a kill loses at most a chunk."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from rollout.planning import load_policy, stage_plan, take_policy
@@ -207,8 +207,6 @@ def _circumstances(policy: Policy, seconds: float) -> dict[str, Any]:
 
 
 def _version(package: str) -> str:
-    from importlib.metadata import PackageNotFoundError
-
     try:
         return version(package)
     except PackageNotFoundError:  # run from a checkout

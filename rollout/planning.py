@@ -26,8 +26,8 @@ def load_policy(config: RunConfig) -> Policy:
 def policy_source(run: Run, stage: Stage) -> Path | None:
     """The policy folder a stage samples with; None for iteration 0, which has the model as [model] names it.
 
-    An evaluation takes the averaged weights where `eval.ema` asks for them and training kept them. Raises UserError when
-    the iteration before was not trained.
+    An evaluation takes the averaged weights where `eval.ema` asks for them and training kept them. Raises UserError
+    when the iteration before was not trained.
     """
     if stage.iteration == 0:
         return None
@@ -71,8 +71,8 @@ def stage_plan(run: Run, stage: Stage, policy: Policy, identity: dict[str, Any])
     prompts = _prompts(run, stage)
     _check_images(prompts, policy)
     size = evaluation.videos_per_prompt if evaluation else rollout.group_size
-    # an evaluation has small groups: as many videos a shard as a rollout, so that experts are swapped as seldom
-    per_shard = max(1, rollout.groups_per_shard * rollout.group_size // size) if evaluation else rollout.groups_per_shard
+    # an evaluation has small groups: as many videos a shard as in a rollout
+    per_shard = max(1, rollout.groups_per_shard * rollout.group_size // size)
     keys = [group_key(stage.iteration, prompt.id) for prompt in prompts]
     return {
         "schema": SCHEMA,

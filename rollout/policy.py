@@ -27,6 +27,7 @@ from rollout.policy_folder import (
     read_layout,
 )
 from rollout.policy_lora import (
+    NAMES,
     adapter_hashes,
     add_adapter,
     canonical_sha256,
@@ -36,7 +37,7 @@ from rollout.policy_lora import (
     remove_adapter,
     save_adapter,
 )
-from shards.errors import RunFailed, UserError
+from shards.errors import UserError
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -44,8 +45,8 @@ Module = TypeVar("Module", bound=nn.Module)
 class Policy:
     """A Wan model folder in memory. One loader for rollout and training, so that both compute the same bits.
 
-    All parts rest in host memory; `use(expert)` brings one expert to the device and sends the other away. Text encoder and
-    VAE are loaded when first needed and occupy the device only while they work.
+    All parts rest in host memory; `use(expert)` brings one expert to the device and sends the other away. Text encoder
+    and VAE are loaded when first needed and occupy the device only while they work.
     """
 
     def __init__(self, layout: Layout, dtype: str, device: torch.device, text_length: int) -> None:
@@ -139,16 +140,15 @@ class Policy:
             add_adapter(module, rank, alpha, seed + expert)
 
     def load_lora(self, folder: str | Path) -> None:
-        """The adapters of a policy folder, in place of those that are there. UserError when they are missing or foreign."""
+        """Put on the adapters of a policy folder. Raises UserError when they are missing or of another model."""
         self.use(None)
         for expert, module in self._experts.items():
             load_adapter(module, expert_folder(Path(folder), expert, len(self._experts)))
 
     def save_lora(self, folder: str | Path, states: Mapping[int, dict[str, Tensor]] | None = None) -> None:
-        """Write FOLDER/high_noise (and low_noise) as diffusers does; `states` replaces the adapter weights of an expert."""
-        names = ("high_noise", "low_noise")
+        """Write FOLDER/high_noise (and low_noise) as diffusers does; `states` replaces an expert's own weights."""
         for expert, module in self._experts.items():
-            save_adapter(module, Path(folder) / names[expert], (states or {}).get(expert))
+            save_adapter(module, Path(folder) / NAMES[expert], (states or {}).get(expert))
 
     def become(self, folder: Path | None) -> None:
         """Take on the adapters of a policy folder; None is the policy as loaded: the base model, or `model.lora`."""
@@ -165,7 +165,8 @@ class Policy:
 
         The switch is turned in the layers and not by peft's own call, which would also stop the adapters' gradients.
         """
-        layers = [layer for module in self._experts.values() for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+        modules = [module for expert in self._experts.values() for module in expert.modules()]
+        layers = [module for module in modules if isinstance(module, BaseTunerLayer)]
         before = [layer._disable_adapters for layer in layers]
         try:
             for layer in layers:
@@ -204,9 +205,9 @@ class Policy:
     ) -> Tensor:
         """Guided velocity [B,C,F,H,W], fp32, of latents x [B,C,F,H,W] fp32 at timestep t (0 to 1000); takes gradients.
 
-        prompt_embeds and negative_embeds are [B,L,D], padded; `condition` is what `encode_image` returned. With guidance
-        above 1, v = u + g (v - u) of two forwards of the same batch, as WanPipeline does: one forward of twice the batch
-        would round differently.
+        prompt_embeds and negative_embeds are [B,L,D], padded; `condition` is what `encode_image` returned. With
+        guidance above 1, v = u + g (v - u) of two forwards of the same batch, as WanPipeline does: one forward of twice
+        the batch would round differently.
         """
         module = self._experts[expert]
         first: nn.Parameter = module.patch_embedding.weight  # type: ignore[assignment, union-attr]
@@ -225,8 +226,11 @@ class Policy:
         return unconditional + guidance * (conditional - unconditional)
 
     def _inputs(self, x: Tensor, t: float, condition: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Model input and timestep: I2V stacks the condition on the channels; TI2V puts the clean first frame in place and
-        gives every token its own timestep, 0 for the given frame (pipeline_wan_i2v.py)."""
+        """Model input and timestep, as diffusers' pipeline_wan_i2v.py has them.
+
+        I2V stacks the condition on the channels. TI2V puts the clean first frame in place and gives every token its
+        own timestep, 0 for the given frame.
+        """
         if not self.layout.expand_timesteps:
             hidden = x if condition is None else torch.cat([x, condition.expand(x.shape[0], -1, -1, -1, -1)], 1)
             return hidden, torch.full((x.shape[0],), t, dtype=torch.float32, device=x.device)
@@ -253,7 +257,7 @@ class Policy:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> list[Tensor]:
-        """Embeddings of prompts, each [L,D] without padding, on the host; one prompt a forward, whatever its neighbours."""
+        """Embeddings of prompts, each [L,D] without padding, on the host; one prompt a forward."""
         tokenizer, encoder = self._text
         result = []
         with self._working(encoder):
@@ -271,7 +275,7 @@ class Policy:
         return result
 
     def pad(self, embeds: Tensor, batch: int) -> Tensor:
-        """Embeddings [L,D] repeated and padded with zeros, as the pipeline does: [batch, text_length, D] on the device."""
+        """Embeddings [L,D] repeated and padded with zeros, as in the pipeline: [batch,text_length,D] on the device."""
         padded = torch.zeros(batch, self.text_length, embeds.shape[1], dtype=embeds.dtype, device=self.device)
         padded[:, : embeds.shape[0]] = embeds.to(self.device)
         return padded
@@ -312,14 +316,19 @@ class Policy:
         with self._working(self._vae) as vae:
             mean, inverse_std = self._moments()
             # the pipeline divides by 1/std; multiplying by std would round differently
-            videos = [vae.decode(row.to(self.device).float() / inverse_std + mean, return_dict=False)[0] for row in latents[:, None]]
+            clean = [row.to(self.device).float() / inverse_std + mean for row in latents[:, None]]
+            videos = [vae.decode(row, return_dict=False)[0] for row in clean]
         frames: NDArray[np.float32] = self._processor.postprocess_video(torch.cat(videos), output_type="np")
         return (frames * 255).round().astype(np.uint8)
 
     @torch.no_grad()
     def encode_image(self, image: str | Path | Any, height: int, width: int, frames: int) -> Tensor:
-        """The condition of an image (path or PIL image), on the host, fp32: for I2V [1,4+C,F,H,W], the mask and the encoded
-        video that begins with the image; for TI2V [1,C,1,H,W], the clean first frame (pipeline_wan_i2v.prepare_latents)."""
+        """The condition of an image (path or PIL image), on the host, fp32.
+
+        I2V: [1,4+C,F,H,W], a mask and the encoded video that begins with the image and is grey after it. TI2V:
+        [1,C,1,H,W], the clean first frame. As `prepare_latents` of diffusers' pipeline_wan_i2v.py. Raises UserError for
+        a file that is no image.
+        """
         pixels = self._processor.preprocess(_open_image(image), height=height, width=width).to(self.device).float()
         video = pixels[:, :, None]
         if not self.layout.expand_timesteps:
@@ -376,4 +385,6 @@ def _open_image(image: Any) -> Any:
         with Image.open(image) as opened:
             return opened.convert("RGB")
     except OSError as error:
-        raise UserError(f"{image}: cannot be read as an image: {error}", "correct the image path in the prompts file") from None
+        raise UserError(
+            f"{image}: cannot be read as an image: {error}", "correct the path in the prompts file"
+        ) from None

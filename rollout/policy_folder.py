@@ -1,4 +1,4 @@
-"""A Wan model folder as diffusers saves it: its layout read from `model_index.json`, its parts loaded, its fingerprint."""
+"""A Wan model folder as diffusers saves it: its layout, its parts, its fingerprint."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
+from transformers.utils import logging as transformers_logging
 
 from shards.errors import RunFailed, UserError
 from shards.files import sha256_file
 
-EXPERT_FOLDERS = ("transformer", "transformer_2")  # WanPipeline: expert 0 is the high-noise one, expert 1 the low-noise one
+EXPERT_FOLDERS = ("transformer", "transformer_2")  # of the high-noise expert, of the low-noise one
 PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 FINGERPRINTED = (".json", ".safetensors", ".model", ".txt")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -61,7 +62,8 @@ def find_folder(path: str) -> Path:
     if not folder.exists() and path.count("/") == 1 and not path.startswith((".", "~")):
         folder = _download(path)
     if not folder.is_dir():
-        raise UserError(f"{path}: no such model folder", "model.path is a folder in WanPipeline layout, a hub id, or `words`")
+        hint = "model.path is a folder in WanPipeline layout, a hub id, or `words`"
+        raise UserError(f"{path}: no such model folder", hint)
     return folder
 
 
@@ -73,13 +75,14 @@ def read_layout(folder: Path) -> Layout:
     index = _read_config(folder / "model_index.json", "a Wan model folder is made by WanPipeline.save_pretrained")
     kind = index.get("_class_name")
     if kind not in PIPELINES:
-        raise UserError(f"{folder}/model_index.json: a {kind}, not a Wan pipeline", f"rushes samples {' and '.join(PIPELINES)}")
+        known = " and ".join(PIPELINES)
+        raise UserError(f"{folder}/model_index.json: a {kind}, not a Wan pipeline", f"rushes samples {known}")
     parts = tuple(name for name, value in index.items() if isinstance(value, list) and value and value[0] is not None)
     for name in ("tokenizer", "text_encoder", "vae", "scheduler", "transformer"):
         if name not in parts or not (folder / name).is_dir():
             raise UserError(f"{folder}: the part {name!r} is missing", "save the whole pipeline with save_pretrained")
     if "image_encoder" in parts:
-        raise UserError(f"{folder}: has an image encoder (Wan2.1 image-to-video)", "use Wan2.2 image-to-video, which has none")
+        raise UserError(f"{folder}: has an image encoder (Wan2.1 image-to-video)", "Wan2.2 image-to-video needs none")
     transformer = _read_config(folder / "transformer" / "config.json", "save the transformer with save_pretrained")
     vae = _read_config(folder / "vae" / "config.json", "save the VAE with save_pretrained")
     return Layout(
@@ -100,9 +103,9 @@ def read_layout(folder: Path) -> Layout:
 def load_transformer(layout: Layout, expert: int, dtype: str, memory_map: bool) -> nn.Module:
     """One expert in host memory, frozen, in eval mode.
 
-    The dtype is given to `from_pretrained` and never changed afterwards: diffusers keeps the time embedder, the norms and
-    the rotary table in fp32, and `.to(dtype)` would not. Memory-mapped tensors are aligned differently from fresh ones,
-    which sends CPU matrix products down another path (differences of 1e-6), so on a CPU the weights are read instead.
+    The dtype is given to `from_pretrained` and never changed afterwards: diffusers keeps the time embedder, the norms
+    and the rotary table in fp32, and `.to(dtype)` would not. Memory-mapped tensors are aligned differently from fresh
+    ones, which sends CPU matrix products down another path (differences of 1e-6): on a CPU the weights are read.
     """
     folder = layout.folder / EXPERT_FOLDERS[expert]
     model = _load(WanTransformer3DModel, folder, torch_dtype=DTYPES[dtype], disable_mmap=not memory_map)
@@ -118,9 +121,10 @@ def load_vae(layout: Layout, memory_map: bool) -> AutoencoderKLWan:
 def load_text(layout: Layout, dtype: str) -> tuple[PreTrainedTokenizerBase, UMT5EncoderModel]:
     """Tokenizer and text encoder in host memory.
 
-    Raises RunFailed when the token embeddings came out zero or untied: some versions of transformers load Wan's encoder so,
-    without a word, and every video is then noise (diffusers issue 4919 of vllm-omni, transformers PR 43880).
+    Raises RunFailed when the token embeddings came out zero or untied: some versions of transformers load Wan's encoder
+    so, without a word, and no video follows its prompt then.
     """
+    transformers_logging.disable_progress_bar()  # the stage has its own
     tokenizer = _load(AutoTokenizer, layout.folder / "tokenizer")
     encoder = _load(UMT5EncoderModel, layout.folder / "text_encoder", dtype=DTYPES[dtype]).eval().requires_grad_(False)
     table = encoder.get_input_embeddings().weight
@@ -145,7 +149,8 @@ def _load(kind: Any, folder: Path, **options: Any) -> Any:
         return kind.from_pretrained(folder, local_files_only=True, **options)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{folder}: cannot be loaded as {kind.__name__}: {line}", "the folder is damaged or foreign") from error
+        problem = f"{folder}: cannot be loaded as {kind.__name__}: {line}"
+        raise UserError(problem, "the folder is damaged or foreign") from error
 
 
 def _read_config(path: Path, hint: str) -> dict[str, Any]:
@@ -167,7 +172,8 @@ def _boundary(folder: Path, index: dict[str, Any], parts: tuple[str, ...]) -> fl
     if "transformer_2" not in parts:
         return None
     if ratio is None:
-        raise UserError(f"{folder}/model_index.json: two experts but no boundary_ratio", "set it (Wan2.2: 0.875 or 0.9)")
+        problem = f"{folder}/model_index.json: two experts but no boundary_ratio"
+        raise UserError(problem, "set it (Wan2.2: 0.875 or 0.9)")
     return float(ratio)
 
 
@@ -178,7 +184,8 @@ def _takes_image(folder: Path, index: dict[str, Any], transformer: dict[str, Any
         return "may" if index.get("expand_timesteps") else "never"
     if inputs == 2 * outputs + int(vae.get("scale_factor_temporal", 4)):  # noise, mask, encoded image
         return "must"
-    raise UserError(f"{folder}/transformer: {inputs} input and {outputs} output channels", "neither text nor image to video")
+    problem = f"{folder}/transformer: {inputs} input and {outputs} output channels"
+    raise UserError(problem, "neither text-to-video nor image-to-video")
 
 
 def _download(name: str) -> Path:
@@ -190,4 +197,5 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the hub client raises dozens of types, from bad names to dead networks
         line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{name}: no such model folder, and not to be had from the hub: {line}", "check model.path") from error
+        problem = f"{name}: no such model folder, and not to be had from the hub: {line}"
+        raise UserError(problem, "check model.path") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,8 @@ def canonical_sha256(value: Any) -> str:
 def add_adapter(module: nn.Module, rank: int, alpha: float, seed: int) -> None:
     """Put a trainable adapter on attention and feed-forward layers: A gaussian from `seed`, B zero, both fp32.
 
-    With B zero the model computes the same bits as without an adapter. peft would give the weights the dtype of the base;
-    in bfloat16 updates of 1e-4 would be rounded away.
+    With B zero the model computes the same bits as without an adapter. peft would give the weights the dtype of the
+    base; in bfloat16 updates of 1e-4 would be rounded away.
     """
     config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(TARGETS))  # type: ignore[arg-type]
     with torch.random.fork_rng(devices=[]):
@@ -54,10 +55,10 @@ def has_adapter(module: nn.Module) -> bool:
 
 
 def save_adapter(module: nn.Module, folder: Path, state: dict[str, Tensor] | None = None) -> None:
-    """Write FOLDER/pytorch_lora_weights.safetensors as `WanPipeline.save_lora_weights` does, with alpha in the metadata.
+    """Write FOLDER/pytorch_lora_weights.safetensors as `WanPipeline.save_lora_weights` does, alpha in the metadata.
 
-    Without that metadata diffusers would load the adapter with alpha = rank, silently. `state` replaces the module's own
-    adapter weights (averaged ones, or gathered from ranks), under the names `get_peft_model_state_dict` gives.
+    Without that metadata diffusers would load the adapter with alpha = rank, silently. `state` replaces the module's
+    own weights (by averaged ones, or gathered from ranks), under the names `get_peft_model_state_dict` gives.
     """
     state = get_peft_model_state_dict(module, adapter_name=ADAPTER) if state is None else state
     layers = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
@@ -67,7 +68,7 @@ def save_adapter(module: nn.Module, folder: Path, state: dict[str, Tensor] | Non
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".tmp-") as aside:
         WanPipeline.save_lora_weights(aside, transformer_lora_layers=layers, transformer_lora_adapter_metadata=metadata)
-        publish_replace(folder / WEIGHTS, (Path(aside) / WEIGHTS).read_bytes())
+        publish_replace(folder / WEIGHTS, _ordered((Path(aside) / WEIGHTS).read_bytes()))
 
 
 def load_adapter(module: nn.Module, folder: Path) -> None:
@@ -90,16 +91,17 @@ def load_adapter(module: nn.Module, folder: Path) -> None:
     if own != set(state):
         remove_adapter(module)
         example = sorted(own ^ set(state))[0]
-        raise UserError(f"{path}: does not fit this model, for example at {example}", "is it an adapter of another model?")
+        raise UserError(f"{path}: does not fit this model, for example at {example}", "an adapter of another model")
     try:
         set_peft_model_state_dict(module, state, adapter_name=ADAPTER)
     except RuntimeError as error:
         remove_adapter(module)
-        raise UserError(f"{path}: weights of other shapes than this model's: {error}", "an adapter of another model") from error
+        problem = f"{path}: weights of other shapes than this model's: {error}"
+        raise UserError(problem, "an adapter of another model") from error
 
 
 def expert_folder(folder: Path, expert: int, experts: int) -> Path:
-    """Where the adapter of an expert lies: FOLDER/high_noise, or FOLDER itself for a plain adapter of a one-expert model."""
+    """Where the adapter of an expert lies: FOLDER/high_noise, or, for a plain adapter of one expert, FOLDER itself."""
     inner = folder / NAMES[expert]
     return folder if experts == 1 and not inner.is_dir() and (folder / WEIGHTS).is_file() else inner
 
@@ -114,7 +116,7 @@ def adapter_hashes(folder: Path, experts: tuple[int, ...]) -> dict[str, str]:
 
 
 def _config_of(state: dict[str, Tensor], metadata: dict[str, Any] | None, path: Path) -> LoraConfig:
-    """The adapter's configuration: from the file's metadata, or read off the shapes (then alpha = rank, as diffusers)."""
+    """The adapter's configuration: from the metadata, or read off the shapes (then alpha = rank, as in diffusers)."""
     if metadata:
         plain = {key.removeprefix(PREFIX): value for key, value in metadata.items()}
         return LoraConfig(**plain)
@@ -125,6 +127,15 @@ def _config_of(state: dict[str, Tensor], metadata: dict[str, Any] | None, path: 
     rank = ranks.pop()
     targets = [name.removesuffix(".lora_A.weight") for name in downs]
     return LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
+
+
+def _ordered(data: bytes) -> list[bytes]:
+    """A safetensors file with its header in a fixed order; the library writes metadata in a random one."""
+    (length,) = struct.unpack_from("<Q", data)
+    header = json.loads(data[8 : 8 + length])
+    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors stay aligned
+    return [struct.pack("<Q", len(text)), text, data[8 + length :]]
 
 
 def _to_float(module: nn.Module) -> None:

@@ -6,7 +6,7 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,18 +41,19 @@ def words_folder() -> Path:
 def load_prompts(path: str | Path, need_target: bool) -> list[Prompt]:
     """All prompts of a file, in its order; `words` names the training prompts of the embedded model.
 
-    The suffix tells the format: .txt (a prompt a line, blank lines skipped), .jsonl or .ndjson (prompt, and if wanted target,
-    image, negative, tags; GenEval's metadata.jsonl is read too), .csv with these columns, .parquet. Without a `target`
-    field the target is what stands in quotation marks. Raises UserError, naming the line, for a file that is missing,
-    empty or not UTF-8, for a prompt with NUL bytes or above 100 kB, and, when a target is needed, for one without.
+    The suffix tells the format: .txt (a prompt a line, blank lines skipped), .jsonl or .ndjson (prompt, and if wanted
+    target, image, negative, tags; GenEval's metadata.jsonl is read too), .csv with these columns, .parquet. Without a
+    `target` field the target is what stands in quotation marks. Raises UserError, naming the line, for a file that is
+    missing, empty or not UTF-8, for a prompt with NUL bytes or above 100 kB, and, when a target is needed, for one
+    without.
     """
     file = words_folder() / "prompts" / "train.txt" if str(path) == "words" else Path(path).expanduser()
-    readers = {".txt": _read_text, ".jsonl": _read_json, ".ndjson": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
-    if file.suffix.lower() not in readers:
-        raise UserError(f"{file}: prompts of an unknown format", f"the suffix is one of {', '.join(readers)}")
+    reader = _READERS.get(file.suffix.lower())
+    if reader is None:
+        raise UserError(f"{file}: prompts of an unknown format", f"the suffix is one of {', '.join(_READERS)}")
     if not file.is_file():
         raise UserError(f"{file}: no such file", "name a prompts file in rollout.prompts or eval.prompts")
-    prompts = [_prompt(file, *row, need_target) for row in readers[file.suffix.lower()](file)]
+    prompts = [_prompt(file, *row, need_target) for row in reader(file)]
     if not prompts:
         raise UserError(f"{file}: holds no prompt", "write one prompt a line")
     return prompts
@@ -143,9 +144,9 @@ def _check_text(text: str, where: str) -> None:
     try:
         size = len(text.encode())
     except UnicodeEncodeError:
-        raise UserError(f"{where}: contains half a surrogate pair", "it cannot be written as UTF-8; correct it") from None
+        raise UserError(f"{where}: contains half a surrogate pair", "it cannot be UTF-8; correct it") from None
     if size > LARGEST:
-        raise UserError(f"{where}: {size} bytes, above the limit of {LARGEST}", "shorten it; a model reads about 512 tokens")
+        raise UserError(f"{where}: {size} bytes, above the limit of {LARGEST}", "a model reads about 512 tokens")
 
 
 def _target(text: str, where: str, needed: bool) -> str | None:
@@ -235,3 +236,12 @@ def _read_parquet(file: Path) -> Iterator[Row]:
 def _check_columns(file: Path, names: Sequence[str]) -> None:
     if "prompt" not in names:
         raise UserError(f"{file}: has no column `prompt`", f"its columns are: {', '.join(names) or 'none'}")
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    ".txt": _read_text,
+    ".jsonl": _read_json,
+    ".ndjson": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}

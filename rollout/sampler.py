@@ -6,7 +6,7 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +26,8 @@ EVALUATION = -1  # the iteration number in the seeds of an evaluation: the same 
 Tensors = dict[str, Tensor]
 
 
-class Chunk(NamedTuple):
+@dataclass(frozen=True)
+class Chunk:
     """Consecutive samples of one group. Training runs the same chunks again, in the same batch shape."""
 
     group: str

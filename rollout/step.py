@@ -1,4 +1,4 @@
-"""One sampling step: the model called, the next state drawn, its log-prob taken. Rollout and training share this code."""
+"""One sampling step: the model called, the next state drawn, its log-prob taken; for rollout and training alike."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def step_log_prob(
 ) -> Scored:
     """The log-prob of having gone from x to x_next at `step` of the plan, with everything that led to it.
 
-    x, x_next, x0_prev: [B,C,F,H,W] fp32, as they were stored; the expert of the step must be in use. Gradients reach the
-    policy's weights. Raises ValueError for a step without noise.
+    x, x_next, x0_prev: [B,C,F,H,W] fp32, as they were stored; the expert of the step must be in use. Gradients reach
+    the policy's weights. Raises ValueError for a step without noise.
     """
     inputs = Inputs(prompt_embeds, negative_embeds, condition)
     velocity = _velocity(policy, plan, step, x, inputs)
@@ -82,8 +82,8 @@ def take_step(
 ) -> Taken:
     """Go from x to the next state: with `noise` [B,C,F,H,W] by the plan's law, without it by the plan's solver.
 
-    The state is rounded to the storage dtype before its log-prob is taken and before the next step sees it: what is scored
-    is what is stored is what training replays, so that the ratio is exactly 1 until a weight moves.
+    The state is rounded to the storage dtype before its log-prob is taken and before the next step sees it: what is
+    scored is what is stored is what training replays, so that the ratio is exactly 1 until a weight moves.
     """
     velocity = _velocity(policy, plan, step, x, inputs)
     clean = clean_estimate(x, velocity, plan.sigmas[step])

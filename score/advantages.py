@@ -36,7 +36,7 @@ def advantages(rewards: pd.DataFrame, specification: Specification) -> pd.DataFr
 
     `rewards` has the columns key, prompt_id, sample, group and one per name in `specification.weights` (NaN = missing).
     Returns, in the same row order, key, prompt_id, sample, advantage, weight, reward, reason; weight is 0 for samples
-    that must not be trained on and `reason` says why ("" for the others); `reward` is the weighted sum, NaN when missing.
+    that must not be trained on and `reason` says why ("" for the others); `reward` is the weighted sum or NaN.
 
     A = (r - mean of the group) / standard deviation, with the population formula (ddof 0) and nothing added to the
     divisor, so a group that is kept has mean 0 and, for `spread="group"`, standard deviation 1. "normalise-first" does

@@ -114,7 +114,7 @@ def provenance(chosen: Chosen) -> dict[str, str]:
 def read_rewards(stage: Stage, selection: Selection) -> pd.DataFrame:
     """Columns key, prompt_id, sample, shard, group, status and one per reward named in the specification.
 
-    `status` is the first reason for a missing reward, "" when all are there. Raises UserError when a shard has no scores.
+    `status` is the first reason for a missing reward, "" when none is. Raises UserError when a shard has no scores.
     """
     import pandas as pd
 

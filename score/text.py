@@ -1,4 +1,4 @@
-"""Strings of the OCR reward: which text a prompt asks for, how two are compared, and the definitions of other systems."""
+"""Strings of the OCR reward: the text a prompt asks for, how two are compared, the definitions of other systems."""
 
 from __future__ import annotations
 
@@ -48,15 +48,16 @@ def normaliser(target: str, fold_confusables: bool = False) -> Callable[[str], s
     """The function that both the target and the read text go through before they are compared.
 
     NFKC (so that a superscript 2 is a 2), typographic to ASCII punctuation, case folded, and only letters and digits
-    kept; a target without any keeps all that is not white space instead. `fold_confusables`: 0/o, 1/i/l, 5/s are equal.
+    kept; a target without any keeps all visible characters instead. `fold_confusables`: 0/o, 1/i/l, 5/s are equal.
     """
     keep_all = not any(character.isalnum() for character in unicodedata.normalize("NFKC", target))
 
+    def keep(character: str) -> bool:
+        return character.isalnum() or (keep_all and unicodedata.category(character)[0] not in "ZC")
+
     def normalise(text: str) -> str:
         folded = unicodedata.normalize("NFKC", text).translate(_PUNCTUATION).casefold()
-        kept = "".join(
-            character for character in folded if character.isalnum() or (keep_all and not character.isspace())
-        )
+        kept = "".join(filter(keep, folded))
         return kept.translate(_CONFUSABLES) if fold_confusables else kept
 
     return normalise

@@ -153,8 +153,8 @@ class RunConfig(Section):
 # --- Reading and writing run.toml ------------------------------------------------------------------------------------
 
 
-def load_config(path: Path) -> RunConfig:
-    """Read a `run.toml`.
+def load_config(path: Path, sets: Iterable[str] = ()) -> RunConfig:
+    """Read a `run.toml`, and lay the settings of `--set` over it.
 
     Raises UserError for a file that is missing or no TOML, an unknown key (with the nearest right name), or a wrong type.
     """
@@ -169,7 +169,7 @@ def load_config(path: Path) -> RunConfig:
     found = values.get("schema", SCHEMA)
     if found != SCHEMA:
         raise UserError(f"{path}: schema {found}, but this program writes schema {SCHEMA}", "make a new run directory")
-    return parse_config(values, str(path))
+    return parse_config(apply_sets(values, sets), str(path))
 
 
 def read_preset(name: str) -> dict[str, Any]:

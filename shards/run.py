@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 SCHEMA = 1  # of plan, manifest, member and index; README.md has its history
 GROUP_KEY = re.compile(r"i(\d{6})-p(\d{6})")
 SAMPLE_KEY = re.compile(r"i(\d{6})-p(\d{6})-s(\d{2,3})")
+
+PLAN_NEEDS = {"shards": list, "groups": list, "group_size": int}  # what this package itself reads of a plan
 
 Kind = Literal["rollout", "eval"]
 
@@ -37,13 +39,17 @@ def sample_key(group: str, sample: int) -> str:
 class Run:
     """One run directory. Making the object touches no disk; `open` and `create` do."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, sets: Sequence[str] = ()) -> None:
         self.path = Path(path)
+        self.sets = tuple(sets)
 
     @classmethod
-    def open(cls, path: str | Path) -> Run:
-        """A run that exists. Raises UserError when `path` is not a run directory."""
-        run = cls(path)
+    def open(cls, path: str | Path, sets: Sequence[str] = ()) -> Run:
+        """A run that exists, with `section.key=value` settings laid over its run.toml for this call alone.
+
+        Raises UserError when `path` is not a run directory.
+        """
+        run = cls(path, sets)
         if not run.config_path.is_file():
             raise UserError(
                 f"{path} is not a run: it has no run.toml", f"`rushes init {path} --preset words` makes one"
@@ -52,11 +58,11 @@ class Run:
 
     @classmethod
     def create(cls, path: str | Path, config: RunConfig) -> Run:
-        """A new run with `config` as its run.toml. Raises UserError when there is one already."""
+        """A run with `config` as its run.toml. Raises UserError when there is one already that says something else."""
         from shards.config import dump_config
 
         run = cls(path)
-        if not publish_new(run.config_path, dump_config(config).encode()):
+        if not publish_new(run.config_path, dump_config(config).encode()) and run.config != config:
             raise UserError(f"{run.config_path} exists already", "choose another folder, or edit that file")
         return run
 
@@ -70,7 +76,7 @@ class Run:
         """The configuration in run.toml. Raises UserError for a wrong one."""
         from shards.config import load_config
 
-        return load_config(self.config_path)
+        return load_config(self.config_path, self.sets)
 
     def iteration(self, number: int) -> Stage:
         """The stage directory `iter-0003`."""
@@ -118,6 +124,10 @@ class Stage:
         """Where training freezes its input."""
         return self.path / "train"
 
+    def trained(self) -> bool:
+        """Whether training of this iteration has ended, which policy/policy.json decides."""
+        return (self.policy_dir / "policy.json").is_file()
+
     def shard_path(self, shard: int) -> Path:
         """The tar of a shard."""
         return self.path / "rollout" / f"shard-{shard:06d}.tar"
@@ -156,6 +166,9 @@ class Stage:
                 f"{self.plan_path} has schema {plan.get('schema')!r}; this version reads {SCHEMA}",
                 "use the version of rushes that wrote it",
             )
+        for name, kind in PLAN_NEEDS.items():
+            if not isinstance(plan.get(name), kind):
+                raise UserError(f"{self.plan_path} is damaged: it has no {name}", "restore it from a copy")
         return plan
 
     def plan_sha256(self) -> str:

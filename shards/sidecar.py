@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +12,7 @@ from shards import parquet
 from shards.errors import UserError
 from shards.files import publish_replace, sweep_temporary
 from shards.reader import checked_index, read_manifest
-from shards.run import Stage
+from shards.run import SCHEMA, Stage
 from shards.tar import Damaged
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ IDENTITY = {"key": "string", "prompt_id": "int64", "sample": "int64"}
 SCORES = IDENTITY | {"reward": "double", "status": "string"}  # then one double per component, then perhaps text
 ADVANTAGES = IDENTITY | {"advantage": "double", "weight": "double", "reward": "double", "reason": "string"}
 TEXT = "text"
+CONTENT = "content_sha256"
 SCORE_AGAIN = "`rushes score` fills in what is missing and keeps the rest"
 
 
@@ -79,9 +82,20 @@ def specifications(stage: Stage) -> list[str]:
     return _directories(stage.path / "advantage")
 
 
+def read_table(path: Path) -> tuple[pyarrow.Table, dict[str, str]]:
+    """One sidecar and its metadata, its values proven by their hash. Raises Damaged.
+
+    Page checksums do not cover all of a Parquet file: a flipped bit can change values without an error.
+    """
+    table, kv = parquet.read(path, SCORE_AGAIN)
+    if kv.get(CONTENT) != _content_sha256(table):
+        raise Damaged(f"{path}: the table is damaged: its values are not those written (sha256)", SCORE_AGAIN)
+    return table, kv
+
+
 def check(stage: Stage, shard: int, path: Path, keys: list[str]) -> pyarrow.Table:
     """One sidecar table. Raises Damaged unless it is whole, made for this shard, and has one row per key in order."""
-    table, kv = parquet.read(path, SCORE_AGAIN)
+    table, kv = read_table(path)
     if kv.get("shard_sha256") != read_manifest(stage, shard)["tar"]["sha256"]:
         raise Damaged(f"{path}: made for another shard {shard} (sha256)", f"delete it; {SCORE_AGAIN}")
     if "key" not in table.column_names:
@@ -107,7 +121,13 @@ def _write(
     table = table.take(sorted(range(len(keys)), key=lambda row: order[keys[row]]))
     _check_neighbours(path, table.schema)
     sweep_temporary(path.parent)
-    publish_replace(path, parquet.encode(table, {**kv, "schema": "1", "shard_sha256": manifest["tar"]["sha256"]}))
+    kv = {**kv, "schema": str(SCHEMA), "shard_sha256": manifest["tar"]["sha256"], CONTENT: _content_sha256(table)}
+    publish_replace(path, parquet.encode(table, kv))
+
+
+def _content_sha256(table: pyarrow.Table) -> str:
+    """Hash of names and values; json writes every float so that it reads back the same, NaN included."""
+    return hashlib.sha256(json.dumps(table.to_pydict()).encode()).hexdigest()
 
 
 def _as_table(frame: pandas.DataFrame, columns: dict[str, str], where: str) -> pyarrow.Table:

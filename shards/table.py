@@ -6,11 +6,11 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shards import index, parquet
+from shards import index
 from shards.errors import UserError
 from shards.locate import Place, locate
 from shards.run import Stage
-from shards.sidecar import scorers, specifications
+from shards.sidecar import read_table, scorers, specifications
 
 if TYPE_CHECKING:
     import pandas
@@ -81,8 +81,8 @@ def _stage_frame(stage: Stage, place: Place) -> pandas.DataFrame:
     frame = indices.drop(columns=[name for name in indices if name not in (*INDEX_COLUMNS, *LAST_COLUMNS, "status")])
     frame.insert(0, "kind", stage.kind)
     names = _scorer_names(scorers(stage))
-    scores = {name: _tables(stage.path / "score" / folder, hashes) for folder, name in names.items()}
-    scores = {name: table for name, table in scores.items() if table is not None}
+    tables = ((name, _tables(stage.path / "score" / folder, hashes)) for folder, name in names.items())
+    scores = {name: table for name, table in tables if table is not None}
     frame = frame.join(_judgement(stage, hashes, scores), on="key")
     frame["status"] = _status(frame.pop("status"), frame["key"], list(scores.values()))
     for name, table in scores.items():
@@ -111,7 +111,7 @@ def _tables(directory: Path, hashes: dict[int, str]) -> pandas.DataFrame | None:
     for shard, sha256 in hashes.items():
         path = directory / f"shard-{shard:06d}.parquet"
         if path.exists():
-            table, kv = parquet.read(path, "`rushes verify` lists all faults")
+            table, kv = read_table(path)
             tables += [table] if kv.get("shard_sha256") == sha256 else []
     return _to_pandas(pyarrow.concat_tables(tables)).set_index("key") if tables else None
 

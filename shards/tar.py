@@ -68,12 +68,14 @@ def wrap(name: str, payload: list[Buffer]) -> list[Buffer]:
 def members(buffer: memoryview, where: str) -> Iterator[Member]:
     """Walk a whole tar strictly. Raises Damaged, naming the byte, for anything the writer would not write."""
     offset = 0
-    while offset + len(END) < len(buffer):
+    while (block := bytes(buffer[offset : offset + len(END)])) != END:
+        if len(block) < BLOCK or not any(block):
+            raise Damaged(f"{where}: the end of the archive is missing at byte {offset}", REPAIR)
         member = member_at(buffer, offset, where)
         yield member
         offset = member.offset + member.size + -member.size % BLOCK
-    if bytes(buffer[offset:]) != END:
-        raise Damaged(f"{where}: the end of the archive is missing or damaged at byte {offset}", REPAIR)
+    if len(buffer) != offset + len(END):
+        raise Damaged(f"{where}: something follows the end of the archive at byte {offset}", REPAIR)
 
 
 def member_at(buffer: memoryview, offset: int, where: str) -> Member:

@@ -44,13 +44,13 @@ def verify(path: str | Path) -> list[Problem]:
     """
     place = locate(path)
     if place.tar is not None:
-        return _attempt(lambda: scan_tar(Path(path)))
+        return _attempt(scan_tar, Path(path))
     if place.shard is not None:
         return list(_shard_problems(place.stages[0], place.shard))
     problems = [problem for stage in place.stages for problem in _stage_problems(stage)]
     roots = {stage.run_path for stage in place.stages} if len(place.stages) > 1 else set()
     for root in sorted(roots):
-        problems += _attempt(lambda root=root: Run(root).config) if (root / "run.toml").exists() else []
+        problems += _attempt(_check_config, root) if (root / "run.toml").exists() else []
         problems += _leftovers(root, recursive=False)
     return problems
 
@@ -61,16 +61,16 @@ def scan_tar(path: Path) -> list[index.Row]:
 
 
 def _stage_problems(stage: Stage) -> Iterator[Problem]:
-    yield from _attempt(lambda: _check_plan(stage))
+    yield from _attempt(_check_plan, stage)
     yield from _leftovers(stage.path, recursive=True)
     committed = stage.shards()
     for shard in committed:
         yield from _shard_problems(stage, shard)
-    yield from _attempt(lambda: _check_one_policy(stage, committed))
+    yield from _attempt(_check_one_policy, stage, committed)
     yield from _uncommitted(stage, committed)
     for folder in [*(stage.path / "score" / name for name in sidecar.scorers(stage)), *_specification_folders(stage)]:
         yield from _strays(folder, committed)
-        yield from _attempt(lambda folder=folder: _check_one_schema(folder))
+        yield from _attempt(_check_one_schema, folder)
     yield from _policy_problems(stage)
 
 
@@ -81,14 +81,14 @@ def _shard_problems(stage: Stage, shard: int) -> Iterator[Problem]:
     except UserError as error:
         yield _problem(error)
         return
-    yield from _attempt(lambda: _check_bytes(stage, shard, manifest))
-    rows, problems = _result(lambda: scan_tar(stage.shard_path(shard)))
-    table, more = _result(lambda: checked_index(stage, shard, manifest))
+    yield from _attempt(_check_bytes, stage, shard, manifest)
+    rows, problems = _result(scan_tar, stage.shard_path(shard))
+    table, more = _result(checked_index, stage, shard, manifest)
     yield from [*problems, *more]
     if rows is not None:
-        yield from _attempt(lambda: _check_rows(stage, shard, manifest, rows))
+        yield from _attempt(_check_rows, stage, shard, manifest, rows)
         if table is not None:
-            yield from _attempt(lambda: _check_index(stage.index_path(shard), table, rows))
+            yield from _attempt(_check_index, stage.index_path(shard), table, rows)
     keys = [row["key"] for row in rows] if rows is not None else table.column("key").to_pylist() if table else None
     if keys is not None:
         yield from _sidecar_problems(stage, shard, keys)
@@ -138,7 +138,7 @@ def _sidecar_problems(stage: Stage, shard: int, keys: list[str]) -> Iterator[Pro
     paths += [stage.advantage_path(name, shard) for name in sidecar.specifications(stage)]
     for path in paths:
         if path.exists():
-            yield from _attempt(lambda path=path: sidecar.check(stage, shard, path, keys))
+            yield from _attempt(sidecar.check, stage, shard, path, keys)
         else:
             yield Problem("incomplete", f"{path} is missing: shard {shard} has no such table", sidecar.SCORE_AGAIN)
 
@@ -167,6 +167,10 @@ def _check_one_schema(folder: Path) -> None:
             )
 
 
+def _check_config(root: Path) -> None:
+    _ = Run(root).config
+
+
 def _check_plan(stage: Stage) -> None:
     plan = stage.plan()
     if plan is None:
@@ -187,7 +191,7 @@ def _check_one_policy(stage: Stage, committed: list[int]) -> None:
     """All shards of a stage were sampled by one policy."""
     found: dict[str, int] = {}
     for shard in committed:
-        manifest, _ = _result(lambda shard=shard: read_manifest(stage, shard))
+        manifest, _ = _result(read_manifest, stage, shard)
         if manifest is not None:
             found.setdefault(str((manifest["policy"] or {}).get("fingerprint")), shard)
     if len(found) > 1:
@@ -215,7 +219,7 @@ def _policy_problems(stage: Stage) -> Iterator[Problem]:
     path = stage.policy_dir / "policy.json"
     if not path.exists():
         return
-    record, problems = _result(lambda: read_json(path))
+    record, problems = _result(read_json, path)
     yield from problems
     for name, sha256 in (record or {}).get("adapters", {}).items():
         adapter = stage.policy_dir / name
@@ -250,13 +254,14 @@ def _map_plain(path: Path) -> memoryview:
         os.close(handle)
 
 
-def _attempt(check: Callable[[], object]) -> list[Problem]:
-    return _result(check)[1]
+def _attempt(check: Callable[..., object], *arguments: Any) -> list[Problem]:
+    return _result(check, *arguments)[1]
 
 
-def _result(check: Callable[[], Any]) -> tuple[Any, list[Problem]]:
+def _result(check: Callable[..., Any], *arguments: Any) -> tuple[Any, list[Problem]]:
+    """What a check returns, and the fault it raised."""
     try:
-        return check(), []
+        return check(*arguments), []
     except UserError as error:
         return None, [_problem(error)]
 

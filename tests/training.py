@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ from shards.sidecar import write_advantages
 from tests.tiny_models import TEXT_LENGTH
 
 SPECIFICATION = "0a1b2c3d"
-GROUP = 5  # in batches of 2: the last chunk of a group is smaller
+GROUP = 3  # in batches of 2: the last chunk of a group is smaller
 ROLLOUT: dict[str, Any] = {
     "prompts_per_iteration": 2,
     "group_size": GROUP,
@@ -94,3 +97,28 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 def frame_of(stage: Stage) -> pd.DataFrame:
     """The index of all shards of a stage."""
     return pd.concat([open_shard(stage, number).index for number in stage.shards()], ignore_index=True)
+
+
+def fork(run: Run, path: Path, **train: Any) -> Run:
+    """A copy of a run with other settings of [train]."""
+    shutil.copytree(run.path, path, ignore=shutil.ignore_patterns("run.toml"))
+    config = run.config.model_copy(update={"train": TrainConfig(**(run.config.train.model_dump() | train))})
+    return Run.create(path, config)
+
+
+def killed(action: Callable[[], object]) -> None:
+    """Run `action` in a forked process that must die of SIGKILL."""
+    process = os.fork()
+    if process == 0:
+        try:
+            action()
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(process, 0)
+    assert os.WIFSIGNALED(status)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+
+
+def kill_self(*_: object, **__: object) -> None:
+    """Die as of kill -9."""
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -23,6 +23,7 @@ from shards.errors import RunFailed, UserError
 
 KEEP = 2
 COMMIT = "commit.json"
+_ROOT = "trainer"  # one entry at the top: DCP does its bookkeeping once per entry there
 _NAME = re.compile(r"^update-(\d{6})$")
 
 
@@ -82,7 +83,7 @@ def load(path: Path, state: TrainerState, *, weights: bool = True) -> None:
     _check_same(path, tensors)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*single process.*")
-        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=_alone())
+        dcp.load({_ROOT: tensors}, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=_alone())
     for name, parameter in state.parameters.items():
         if weights:
             parameter.data.copy_(tensors[f"weight.{name}"])
@@ -116,7 +117,7 @@ def _write(folder: Path, tensors: dict[str, Tensor], update: int) -> None:
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*single process.*")
-        dcp.save(tensors, storage_writer=writer, no_dist=_alone())
+        dcp.save({_ROOT: tensors}, storage_writer=writer, no_dist=_alone())
     sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
     shapes = {name: list(value.shape) for name, value in sorted(tensors.items())}
     commit = folder / COMMIT

@@ -1,1 +1,0 @@
-"""Presets: what `rushes init --preset NAME` begins from, one TOML file each."""

@@ -1,0 +1,214 @@
+"""The command line as a user meets it: what it prints, where, and with which exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def rushes(*arguments: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own."""
+    command = [sys.executable, str(ROOT / "cli.py"), *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
+
+
+def refused(*arguments: str | Path, env: dict[str, str] | None = None) -> str:
+    """Run a command that must be refused as bad input: exit code 2, one line on stderr, nothing on stdout."""
+    result = rushes(*arguments, env=env)
+    assert result.returncode == 2, result.stderr
+    assert result.stdout == ""
+    lines = [line for line in result.stderr.splitlines() if line.startswith("rushes: ")]
+    assert len(lines) == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    return lines[0].removeprefix("rushes: ")
+
+
+@pytest.fixture(scope="module")
+def small(tiny_t2v2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on the tiny two-expert model that has been through one loop of one iteration."""
+    folder = tmp_path_factory.mktemp("cli")
+    prompts = folder / "prompts.txt"
+    prompts.write_text('"FILM" on blue\n"REEL" on red\n"CUT" on black\n', encoding="utf-8")
+    run = folder / "run"
+    assert make(run, tiny_t2v2, prompts).returncode == 0
+    result = rushes("loop", run, "--iterations", "1")
+    assert result.returncode == 0, result.stderr
+    return run
+
+
+def make(run: Path, model: Path, prompts: Path, *sets: str) -> subprocess.CompletedProcess[str]:
+    """`rushes init` of a run small enough for a test."""
+    values = [
+        f"model.path={model}", "model.text_length=24", f"rollout.prompts={prompts}", f"eval.prompts={prompts}",
+        "rollout.prompts_per_iteration=2", "rollout.group_size=3", "rollout.batch_size=2", "rollout.steps=6",
+        "rollout.groups_per_shard=1", "rollout.first_step=0", "rollout.low_steps=1", "eval.steps=4", "eval.limit=2",
+        "score.rewards={contrast=1.0}", "score.min_spread=0.0", "train.updates_per_rollout=1", *sets,
+    ]  # fmt: skip
+    options = [part for value in values for part in ("--set", value)]
+    return rushes("init", run, "--preset", "words", *options)
+
+
+@pytest.mark.parametrize("command", ["init", "rollout", "score", "train", "loop", "eval", "inspect", "verify"])
+def test_every_command_has_help_with_an_example(command: str) -> None:
+    result = rushes(command, "--help")
+    assert result.returncode == 0
+    assert f"rushes {command}" in result.stdout.split("Example:")[1]
+
+
+def test_help_takes_less_than_four_tenths_of_a_second_of_processor() -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert rushes("--help").returncode == 0
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    spent = (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime)
+    assert spent < 0.4
+
+
+def test_a_loop_leaves_everything_it_promises(small: Path) -> None:
+    iteration = small / "iter-0000"
+    assert (iteration / "rollout" / "shard-000001.tar").exists()
+    for expert in ("high_noise", "low_noise"):
+        assert (iteration / "policy" / expert / "pytorch_lora_weights.safetensors").exists()
+    metrics = [json.loads(line) for line in (iteration / "policy" / "metrics.jsonl").read_text().splitlines()]
+    assert {row["expert"] for row in metrics} == {"high_noise", "low_noise"}
+    assert list((iteration / "policy" / "tensorboard").iterdir())
+
+
+def test_a_second_loop_does_nothing_and_says_so(small: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in small.rglob("*") if path.is_file()}
+    result = rushes("loop", small, "--iterations", "1")
+    assert result.returncode == 0
+    assert "iter-0000 rollout: nothing to do: 6 videos are there" in result.stderr
+    assert "iter-0000 score: nothing to do" in result.stderr
+    assert "iter-0000 train: nothing to do" in result.stderr
+    assert {path: path.stat().st_mtime_ns for path in small.rglob("*") if path.is_file()} == before
+
+
+def test_eval_prints_a_table_on_stdout(small: Path) -> None:
+    result = rushes("eval", small)
+    assert result.returncode == 0, result.stderr
+    rows = [line.split() for line in result.stdout.splitlines()]
+    assert rows[0] == ["iteration", "videos", "reward", "±", "s.e.", "change"]
+    assert [row[0] for row in rows[1:]] == ["0", "1"]
+    assert rows[1][-1] == "+0.0000"
+
+
+def test_inspect_gives_csv_on_stdout(small: Path) -> None:
+    result = rushes("inspect", small, "--iteration", "0", "--format", "csv", "--columns", "key,reward", "--sort", "-reward")
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0] == "key,reward"
+    rewards = [float(line.split(",")[1]) for line in lines[1:]]
+    assert len(rewards) == 6
+    assert rewards == sorted(rewards, reverse=True)
+
+
+def test_verify_finds_nothing_in_a_whole_run_and_replays_it(small: Path) -> None:
+    result = rushes("verify", small, "--replay")
+    assert result.returncode == 0, result.stderr
+    assert "iter-0000 replay: largest |log-ratio| 0" in result.stderr
+
+
+def test_verify_names_what_is_damaged(small: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "run"
+    shutil.copytree(small, copy)
+    tar = copy / "iter-0000" / "rollout" / "shard-000000.tar"
+    tar.write_bytes(tar.read_bytes()[:-2048])
+    result = rushes("verify", copy)
+    assert result.returncode == 2
+    assert "shard-000000.tar" in result.stdout
+    assert rushes("train", copy, "--iteration", "0").returncode == 0  # done already: nothing is read
+    shutil.rmtree(copy / "iter-0000" / "policy")
+    assert "shard-000000.tar" in refused("train", copy, "--iteration", "0")
+
+
+def test_bad_input_is_named(tiny_t2v2: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text('"FILM" on blue\n')
+    assert refused("rollout", tmp_path / "nowhere") == (
+        f"{tmp_path}/nowhere is not a run: it has no run.toml"
+        f" (hint: `rushes init {tmp_path}/nowhere --preset words` makes one)"
+    )
+    assert refused("init", tmp_path / "a", "--preset", "wrods").startswith("unknown preset 'wrods' (hint: did you mean")
+    assert refused("loop", tmp_path / "a", "--iterations", "0") == (
+        "--iterations 0: nothing to do (hint: ask for at least one)"
+    )
+    assert refused("score", tmp_path / "a", "--reward", "ocr=much").startswith("--reward ocr=much: the weight is no number")
+    assert not (tmp_path / "a").exists()
+
+
+def test_an_unknown_reward_is_refused_before_anything_is_written(small: Path) -> None:
+    before = sorted(small.rglob("*"))
+    message = refused("score", small, "--iteration", "0", "--reward", "orc")
+    assert "'orc'" in message
+    assert "ocr" in message
+    assert sorted(small.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (b"", "no prompts"),
+        (b"\n  \n", "no prompts"),
+        (b'"FILM" \xff\n', "UTF-8"),
+        (b'"FI\x00LM"\n', "NUL"),
+        (b'"' + b"A" * 1_000_000 + b'"\n', "line 1"),
+    ],
+)
+def test_bad_prompts_are_refused_before_sampling(tiny_t2v2: Path, tmp_path: Path, content: bytes, part: str) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_bytes(content)
+    run = tmp_path / "run"
+    assert make(run, tiny_t2v2, prompts).returncode == 0
+    message = refused("rollout", run)
+    assert str(prompts) in message
+    assert part in message
+    assert not (run / "iter-0000" / "rollout").exists()
+
+
+def test_prompts_without_quotes_are_refused_when_the_reward_reads(tiny_t2v2: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\n")
+    run = tmp_path / "run"
+    make(run, tiny_t2v2, prompts, "score.rewards={ocr=1.0}")
+    message = refused("rollout", run)
+    assert f"{prompts}" in message
+    assert "line 1" in message
+
+
+def test_a_missing_or_foreign_model_is_refused(tiny_t2v2: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text('"FILM"\n')
+    run = tmp_path / "run"
+    make(run, tmp_path / "no-model", prompts)
+    assert "no-model" in refused("rollout", run)
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    other = tmp_path / "other"
+    make(other, tmp_path / "foreign", prompts)
+    assert "FluxPipeline" in refused("rollout", other)
+
+
+def test_a_run_with_another_model_than_its_plan_is_refused(small: Path, tiny_t2v: Path) -> None:
+    message = refused("rollout", small, "--iteration", "0", "--set", f"model.path={tiny_t2v}", "--set", "rollout.seed=9")
+    assert "plan.json" in message or "model" in message
+
+
+def test_array_tasks_share_the_work(small: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "run"
+    shutil.copytree(small, copy, ignore=shutil.ignore_patterns("iter-*", "eval"))
+    result = rushes("rollout", copy, env={"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "2", "SLURM_ARRAY_TASK_MIN": "0"})
+    assert result.returncode == 0, result.stderr
+    assert "--worker 5/2" in refused("rollout", copy, "--worker", "5/2")

@@ -1,0 +1,149 @@
+"""Prompt files of every format, their errors word by word, and how prompts are dealt out to iterations."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rollout.prompts import Prompt, load_prompts, prompts_of_iteration, quoted_text
+from shards.errors import UserError
+
+
+def write(folder: Path, name: str, content: str | bytes) -> Path:
+    path = folder / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def problem(path: Path, need_target: bool = False) -> str:
+    with pytest.raises(UserError) as error:
+        load_prompts(path, need_target)
+    return error.value.problem
+
+
+def test_text_keeps_line_numbers_and_skips_blank_lines(tmp_path: Path) -> None:
+    path = write(tmp_path, "p.txt", '\ufeffa sign that says "OPEN"\r\n\n  \nzwei Töne\u2028weiter\n')
+    prompts = load_prompts(path, need_target=False)
+    assert [(p.id, p.text, p.target) for p in prompts] == [
+        (0, 'a sign that says "OPEN"', "OPEN"),
+        (3, "zwei Töne\u2028weiter", None),
+    ]
+
+
+def test_json_lines_csv_and_parquet_agree(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": 'a "cat"', "target": "CAT", "image": "first.png", "negative": "blurry", "tags": "text,animal"},
+        {"prompt": "a, dog", "target": None, "image": None, "negative": None, "tags": None},
+    ]
+    lines = write(tmp_path, "p.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    frame = pd.DataFrame(rows)
+    frame.to_csv(tmp_path / "p.csv", index=False)
+    frame.to_parquet(tmp_path / "p.parquet")
+    expected = [
+        Prompt(0, 'a "cat"', "CAT", str(tmp_path.resolve() / "first.png"), "blurry", ("text", "animal")),
+        Prompt(1, "a, dog"),
+    ]
+    assert load_prompts(lines, False) == expected
+    assert load_prompts(tmp_path / "p.parquet", False) == expected
+    # a CSV cannot tell an empty field from an absent one: an empty negative prompt is a wish, not an absence
+    table = load_prompts(tmp_path / "p.csv", False)
+    assert table[0] == expected[0]
+    assert (table[1].text, table[1].target, table[1].image) == ("a, dog", None, None)
+
+
+def test_geneval_metadata(tmp_path: Path) -> None:
+    path = write(
+        tmp_path, "metadata.jsonl", '{"tag": "colors", "include": [{"class": "cow"}], "prompt": "a red cow"}\n'
+    )
+    assert load_prompts(path, False) == [Prompt(0, "a red cow", tags=("colors",))]
+
+
+@pytest.mark.parametrize(
+    ("text", "target"),
+    [
+        ('a sign "OPEN" and a "DAILY" board', "OPEN DAILY"),
+        ("a poster “Hello World”", "Hello World"),
+        ("ein Schild „Bäckerei“", "Bäckerei"),
+        ("une affiche « Café »", "Café"),
+        ("看板＂开放＂", "开放"),
+        ("it's one man's sign", ""),
+        ('empty "" quotes', ""),
+        ('a «book "x" here»', 'book "x" here'),
+    ],
+)
+def test_quoted_text(text: str, target: str) -> None:
+    assert quoted_text(text) == target
+
+
+@given(st.lists(st.text(alphabet="ab cé中", min_size=1, max_size=5), max_size=4))
+def test_every_quoted_span_is_found(spans: list[str]) -> None:
+    text = "x".join(f' "{span}" ' for span in spans)
+    assert quoted_text(text) == " ".join(span.strip() for span in spans if span.strip())
+
+
+def test_errors_name_the_line(tmp_path: Path) -> None:
+    path = write(tmp_path, "p.txt", "")
+    assert problem(path) == f"{path}: holds no prompt"
+    path = write(tmp_path, "p.txt", "fine\nalso fine\n\nbad \xff".encode("latin-1"))
+    assert problem(path) == f"{path}, line 4: not UTF-8 at byte 20"
+    path = write(tmp_path, "p.txt", "fine\na\0b\n")
+    assert problem(path) == f"{path}, line 2: contains a NUL byte"
+    path = write(tmp_path, "p.txt", "fine\n" + "é" * 50_001)
+    assert problem(path) == f"{path}, line 2: 100002 bytes, above the limit of 100000"
+    assert load_prompts(write(tmp_path, "q.txt", "é" * 50_000), False)[0].id == 0
+    path = write(tmp_path, "p.txt", 'a "b"\n\nno quotes\n')
+    assert problem(path, need_target=True) == f"{path}, line 3: no quoted text to be read"
+    path = write(tmp_path, "p.txt", 'a "b" and "c\n')
+    assert problem(path, True) == f'{path}, line 1: the quotation mark " at character 11 has no partner'
+    assert load_prompts(path, False)[0].target is None
+    path = write(tmp_path, "p.jsonl", '{"prompt": "a"}\n{"prompt": "b"\n')
+    assert problem(path).startswith(f"{path}, line 2: not JSON: ")
+    path = write(tmp_path, "p.jsonl", '{"prompt": "a"}\n\n["b"]\n')
+    assert problem(path) == f"{path}, line 3: not a JSON object"
+    path = write(tmp_path, "p.jsonl", '{"text": "a"}\n')
+    assert problem(path) == f"{path}, line 1: no prompt"
+    path = write(tmp_path, "p.jsonl", '{"prompt": "a\\ud800"}\n')
+    assert problem(path) == f"{path}, line 1: contains half a surrogate pair"
+    path = write(tmp_path, "p.jsonl", '{"prompt": "a", "target": 3}\n')
+    assert problem(path) == f"{path}, line 1: target is 3, not text"
+    path = write(tmp_path, "p.csv", "text\na\n")
+    assert problem(path) == f"{path}: has no column `prompt`"
+    path = write(tmp_path, "p.csv", "prompt\na\nb\0\n")
+    assert problem(path) == f"{path}, line 3: contains a NUL byte"
+    path = write(tmp_path, "p.parquet", b"PAR1 no")
+    assert problem(path).startswith(f"{path}: not readable as Parquet: ")
+    path = write(tmp_path, "p.docx", "a")
+    assert problem(path) == f"{path}: prompts of an unknown format"
+    assert problem(tmp_path / "missing.txt") == f"{tmp_path / 'missing.txt'}: no such file"
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 5))
+def test_every_prompt_is_used_before_any_repeats(total: int, count: int, seed: int) -> None:
+    prompts = [Prompt(3 * number, f"prompt {number}") for number in range(total)]
+    if count > total:
+        with pytest.raises(UserError, match=f"there are only {total} prompts"):
+            prompts_of_iteration(prompts, count, seed, 0)
+        return
+    used: Counter[int] = Counter()
+    for iteration in range(2 * total):
+        chosen = prompts_of_iteration(prompts, count, seed, iteration)
+        assert len({prompt.id for prompt in chosen}) == count
+        for prompt in chosen:
+            used[prompt.id] += 1
+            assert used[prompt.id] - min(used[p.id] for p in prompts) <= 2  # 2 only inside the iteration of a new pass
+        assert max(used.values()) - min(used[p.id] for p in prompts) <= 1
+
+
+def test_the_order_depends_on_seed_and_pass() -> None:
+    prompts = [Prompt(number, "") for number in range(40)]
+    orders = {tuple(p.id for p in prompts_of_iteration(prompts, 40, seed, k)) for seed in (0, 1) for k in (0, 1)}
+    assert len(orders) == 4
+    assert [p.id for p in prompts_of_iteration(prompts, 3, 0, 0)] == [
+        p.id for p in prompts_of_iteration(prompts, 3, 0, 0)
+    ]

@@ -1,0 +1,381 @@
+"""Training a tiny two-expert model on real rollouts: what moves, what does not, what survives, what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rollout.policy import Policy
+from shards.errors import StillBusy, UserError
+from shards.run import Run, claim
+from tests import training
+from train import checkpoint
+from train.data import Inputs, Rollouts, keys_of, read_chunk
+from train.freeze import check_policy, freeze
+from train.replay import log_probs
+from train.run import train
+from train.update import ExpertTrainer
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_t2v2: Path) -> Policy:
+    return Policy.load(str(tiny_t2v2), device="cpu", text_length=training.TEXT_LENGTH)
+
+
+@pytest.fixture(scope="module")
+def rolled(tiny_t2v2: Path, policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Iteration 0 sampled and scored, not trained."""
+    run = training.make_run(tmp_path_factory.mktemp("train") / "run", tiny_t2v2)
+    training.advise(training.roll(run, 0, policy))
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(rolled: Run, policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The same, trained without a disturbance."""
+    run = training.fork(rolled, tmp_path_factory.mktemp("train") / "trained")
+    report = train(run, 0, policy)
+    assert not report.skipped
+    assert report.replay == 0.0
+    assert report.updates == {"high_noise": 2, "low_noise": 2}
+    return run
+
+
+def metrics(run: Run, iteration: int = 0) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run.iteration(iteration).policy_dir / "metrics.jsonl").open()]
+
+
+def initial(run: Run, policy: Policy, folder: Path) -> dict[str, torch.Tensor]:
+    """The adapter weights training begins with."""
+    policy.become(None)
+    policy.add_lora(run.config.train.lora_rank, run.config.train.lora_alpha, run.config.rollout.seed)
+    policy.save_lora(folder / "iter-0000" / "policy")
+    policy.become(None)
+    return training.weights(Run(folder), 0)
+
+
+# --- What training does ----------------------------------------------------------------------------------------------
+
+
+def test_both_experts_move_and_the_policy_is_published(trained: Run, policy: Policy, tmp_path: Path) -> None:
+    before, after = initial(trained, policy, tmp_path), training.weights(trained, 0)
+    for expert in ("high_noise", "low_noise"):
+        assert any(not torch.equal(after[name], before[name]) for name in after if name.startswith(expert))
+    record = json.loads((trained.iteration(0).policy_dir / "policy.json").read_text())
+    assert record["fingerprint"] == policy.fingerprint(trained.iteration(0).policy_dir)["fingerprint"]
+    assert set(record["adapters"]) == {f"{expert}/pytorch_lora_weights.safetensors"
+                                       for expert in ("high_noise", "low_noise")}  # fmt: skip
+    averaged = training.weights(trained, 0, "ema")
+    assert not training.equal(averaged, after)
+    assert not training.equal(averaged, before)
+
+
+def test_averaged_weights_are_the_mean_of_the_path(rolled: Run, policy: Policy, tmp_path: Path) -> None:
+    """After one update with decay 0.75 they are a quarter of the way from the start."""
+    run = training.fork(rolled, tmp_path / "run", ema=0.75, updates_per_rollout=1)
+    train(run, 0, policy)
+    before, after = initial(run, policy, tmp_path / "start"), training.weights(run, 0)
+    for name, value in training.weights(run, 0, "ema").items():
+        torch.testing.assert_close(value, 0.75 * before[name] + 0.25 * after[name], rtol=0, atol=1e-7)
+
+
+def test_metrics_begin_on_policy_and_name_everything(trained: Run) -> None:
+    records = metrics(trained)
+    assert [(record["expert"], record["update"]) for record in records] == [
+        ("high_noise", 1), ("high_noise", 2), ("low_noise", 1), ("low_noise", 2)]  # fmt: skip
+    for record in records:
+        first = record["update"] == 1
+        assert (record["ratio_min"] == record["ratio_max"] == 1.0) == first
+        assert (record["mean_shift"] == 0.0) == first
+        assert (record["kl"] == 0.0) == first
+        assert record["gradient_norm"] > 0
+        assert record["learning_rate"] == 1e-3
+    assert sum(record["rows"] for record in records if record["expert"] == "low_noise") == 2 * training.GROUP * 2
+    assert list((trained.iteration(0).policy_dir / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_the_second_call_does_nothing(trained: Run, policy: Policy) -> None:
+    files = {path: path.stat().st_mtime_ns for path in trained.path.rglob("*")}
+    report = train(trained, 0, policy)
+    assert report.skipped
+    assert {path: path.stat().st_mtime_ns for path in trained.path.rglob("*")} == files
+
+
+def test_training_again_gives_the_same_bits(rolled: Run, trained: Run, policy: Policy, tmp_path: Path) -> None:
+    again = training.fork(rolled, tmp_path / "run", gradient_checkpointing=True, save_every=2)
+    train(again, 0, policy)
+    assert training.equal(training.weights(again, 0), training.weights(trained, 0))
+    assert training.equal(training.weights(again, 0, "ema"), training.weights(trained, 0, "ema"))
+
+
+def test_the_next_iteration_continues_the_optimizer(trained: Run, policy: Policy, tmp_path: Path) -> None:
+    run = training.fork(trained, tmp_path / "run", warmup=8)
+    training.advise(training.roll(run, 1, policy))
+    report = train(run, 1, policy)
+    assert report.replay == 0.0
+    assert [record["total_updates"] for record in metrics(run, 1)] == [3, 4, 3, 4]
+    assert metrics(run, 1)[0]["learning_rate"] == pytest.approx(1e-3 * 3 / 8)
+    assert not training.equal(training.weights(run, 1), training.weights(run, 0))
+
+
+# --- What does not move ----------------------------------------------------------------------------------------------
+
+
+def test_without_advantage_nothing_moves(rolled: Run, policy: Policy, tmp_path: Path) -> None:
+    run = training.fork(rolled, tmp_path / "run")
+    training.advise(run.iteration(0), lambda key: (0.0, 1.0))
+    report = train(run, 0, policy)
+    assert report.updates == {"high_noise": 2, "low_noise": 2}
+    assert training.equal(training.weights(run, 0), initial(run, policy, tmp_path / "start"))
+    assert any("no advantage" in sentence for sentence in report.warnings)
+
+
+def test_a_sample_of_weight_0_has_no_say(rolled: Run, policy: Policy, tmp_path: Path) -> None:
+    results = []
+    for number, odd in enumerate((0.0, 4.0)):
+        run = training.fork(rolled, tmp_path / str(number))
+        training.advise(run.iteration(0), lambda key, odd=odd: (odd, 0.0) if key.endswith("s01") else (
+            training.advantage_of(key)))  # fmt: skip
+        train(run, 0, policy)
+        results.append(training.weights(run, 0))
+        assert sum(record["rows"] for record in metrics(run)) == 2 * (training.GROUP - 1) * 3
+    assert training.equal(*results)
+
+
+def test_a_chunk_of_weight_0_is_not_even_read(rolled: Run, policy: Policy, tmp_path: Path) -> None:
+    run = training.fork(rolled, tmp_path / "run")
+    training.advise(run.iteration(0), lambda key: (1.0, float(key.endswith("s02"))))
+    inputs = freeze(run, run.iteration(0))
+    assert {unit.first for unit in inputs.units()} == {2}
+
+
+def test_all_groups_dropped_publishes_the_same_policy(rolled: Run, policy: Policy, tmp_path: Path) -> None:
+    run = training.fork(rolled, tmp_path / "run")
+    training.advise(run.iteration(0), lambda key: (0.0, 0.0))
+    report = train(run, 0, policy)
+    assert report.updates == {"high_noise": 0, "low_noise": 0}
+    assert training.equal(training.weights(run, 0), initial(run, policy, tmp_path / "start"))
+
+
+# --- The gradient ----------------------------------------------------------------------------------------------------
+
+
+def gradient(policy: Policy, inputs: Inputs, run: Run, expert: int) -> dict[str, torch.Tensor]:
+    trainer = ExpertTrainer(policy, inputs, run.config.train, expert)
+    units = [unit for unit in inputs.units() if unit.expert == expert]
+    total = inputs.weight(units)
+    for unit in units:
+        trainer.backward(unit, total)
+    result = {name: value.grad.clone() for name, value in trainer.state.parameters.items() if value.grad is not None}
+    trainer.finish()
+    return result
+
+
+@pytest.mark.parametrize("objective", ["grpo", "nft"])
+def test_chunks_add_up_to_one_big_batch(objective: str, rolled: Run, policy: Policy, tmp_path: Path) -> None:
+    """Chunks of 2 and 1 and one of 3 give one gradient; fp32 sums differ in their order only."""
+    run = training.fork(rolled, tmp_path / "run", objective=objective)
+    training.advise(run.iteration(0), lambda key: (training.advantage_of(key)[0], float(not key.endswith("s00"))))
+    inputs = freeze(run, run.iteration(0))
+    whole = dataclasses.replace(
+        inputs, rollouts=dataclasses.replace(inputs.rollouts, plan=inputs.rollouts.plan | {"batch_size": training.GROUP})
+    )
+    policy.become(None)
+    policy.add_lora(2, 4.0, 0)
+    for expert in policy.expert_ids:
+        small, big = gradient(policy, inputs, run, expert), gradient(policy, whole, run, expert)
+        scale = max(value.abs().max().item() for value in big.values())
+        assert scale > 0
+        for name in big:
+            torch.testing.assert_close(small[name], big[name], rtol=0, atol=1e-5 * scale)
+
+
+def test_the_gradient_is_the_mean_over_rows_that_count(rolled: Run, policy: Policy, tmp_path: Path) -> None:
+    """On policy and without KL it is -mean(advantage * d log_prob): taken here row by row from the step's own code."""
+    from rollout.step import step_log_prob
+
+    run = training.fork(rolled, tmp_path / "run", kl_beta=0.0)
+    inputs = freeze(run, run.iteration(0))
+    policy.become(None)
+    policy.add_lora(2, 4.0, 0)
+    found = gradient(policy, inputs, run, 1)
+    rows = []
+    for unit in (unit for unit in inputs.units() if unit.expert == 1):
+        chunk = read_chunk(inputs.rollouts, policy, unit)
+        scored = step_log_prob(policy, inputs.rollouts.schedule, unit.step, chunk.x, chunk.x_next, chunk.prompt,
+                               chunk.negative)  # fmt: skip
+        rows += [training.advantage_of(key)[0] * value
+                 for key, value in zip(keys_of(unit), scored.log_prob, strict=True)]  # fmt: skip
+    assert len(rows) == 2 * training.GROUP * 2
+    (-torch.stack(rows).mean()).backward()
+    for name, parameter in policy.trainable(1):
+        if parameter.grad is not None:
+            torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-8)
+            parameter.grad = None
+
+
+@pytest.mark.parametrize("settings", [
+    {"kl": "transition", "kl_beta": 1.0, "step_weight": "inverse-gradient"},
+    {"ratio_norm": True, "step_weight": "std"},
+    {"objective": "nft", "kl_beta": 0.1},
+    {"recompute_log_probs": True},
+])  # fmt: skip
+def test_every_variant_trains(settings: dict[str, Any], rolled: Run, policy: Policy, tmp_path: Path) -> None:
+    run = training.fork(rolled, tmp_path / "run", **settings)
+    report = train(run, 0, policy)
+    assert report.updates == {"high_noise": 2, "low_noise": 2}
+    assert not training.equal(training.weights(run, 0), initial(run, policy, tmp_path / "start"))
+    assert all(record["ratio_max"] == 1.0 for record in metrics(run) if record["update"] == 1)
+
+
+def test_recomputed_log_probs_are_the_stored_ones(rolled: Run, trained: Run, policy: Policy, tmp_path: Path) -> None:
+    run = training.fork(rolled, tmp_path / "run", recompute_log_probs=True)
+    assert train(run, 0, policy).replay is None
+    assert training.equal(training.weights(run, 0), training.weights(trained, 0))
+
+
+# --- What survives ---------------------------------------------------------------------------------------------------
+
+
+def at_update(expert: str, update: int) -> Callable[..., None]:
+    def progress(done: int, total: int, unit: str, note: str = "") -> None:
+        if unit == "updates" and done == update and note.startswith(expert):
+            training.kill_self()
+
+    return progress
+
+
+@pytest.mark.parametrize("where", [
+    ("high_noise", 1), ("high_noise", 2), ("low_noise", 1), ("low_noise", 2), "in a checkpoint", "in the commit"],
+    ids=str)  # fmt: skip
+def test_kill_and_resume_end_in_the_same_bits(
+    where: Any, rolled: Run, trained: Run, policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = training.fork(rolled, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        progress = at_update(*where) if isinstance(where, tuple) else None
+        if where == "in a checkpoint":
+            patch.setattr(checkpoint.os, "rename", training.kill_self)
+        if where == "in the commit":
+            patch.setattr("train.run.publish_new", training.kill_self)
+        training.killed(lambda: train(run, 0, policy, progress))
+    assert not (run.iteration(0).policy_dir / "policy.json").exists()
+    train(run, 0, policy)
+    assert training.equal(training.weights(run, 0), training.weights(trained, 0))
+    assert training.equal(training.weights(run, 0, "ema"), training.weights(trained, 0, "ema"))
+    kept = [{name: value for name, value in record.items() if name != "seconds"} for record in metrics(run)]
+    assert kept == [{name: value for name, value in record.items() if name != "seconds"} for record in metrics(trained)]
+
+
+# --- What is refused -------------------------------------------------------------------------------------------------
+
+
+def test_shards_of_another_policy_are_refused_by_name(
+    rolled: Run, tiny_t2v2: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model = shutil.copytree(tiny_t2v2, tmp_path / "model")
+    file = model / "transformer" / "diffusion_pytorch_model.safetensors"
+    values = load_file(file)
+    values["proj_out.bias"] = values["proj_out.bias"] + 1.0
+    save_file(values, file)
+    other = Policy.load(str(model), device="cpu", text_length=training.TEXT_LENGTH)
+    run = training.fork(rolled, tmp_path / "run")
+    with pytest.raises(UserError, match=r"shard-000000\.tar, shard-000001\.tar came from policy") as caught:
+        train(run, 0, other)
+    assert other.fingerprint(None)["fingerprint"][:12] in caught.value.problem
+    assert not run.iteration(0).policy_dir.exists()
+
+
+def test_a_known_lag_is_accepted_up_to_the_limit(rolled: Run, policy: Policy) -> None:
+    rollouts = Rollouts.open(rolled.iteration(0))
+    lagging = dataclasses.replace(
+        rollouts,
+        plan=rollouts.plan | {"policy": rollouts.plan["policy"] | {"lag_of": -1}},
+    )
+    settings = rolled.config.train
+    with pytest.raises(UserError, match="came from policy"):
+        check_policy(lagging, policy, "e" * 64, settings)
+    assert check_policy(lagging, policy, "e" * 64, settings.model_copy(update={"max_policy_lag": 1})) == 1
+    with pytest.raises(UserError, match="came from policy"):
+        check_policy(rollouts, policy, "e" * 64, settings.model_copy(update={"max_policy_lag": 1}))
+
+
+def test_a_missing_shard_is_refused_by_name(rolled: Run, policy: Policy, tmp_path: Path) -> None:
+    run = training.fork(rolled, tmp_path / "run")
+    run.iteration(0).manifest_path(1).unlink()
+    with pytest.raises(UserError, match=r"lacks 1 of 2 shards: shard-000001\.tar"):
+        train(run, 0, policy)
+
+
+def test_missing_advantages_are_refused(rolled: Run, policy: Policy, tmp_path: Path) -> None:
+    run = training.fork(rolled, tmp_path / "run")
+    run.iteration(0).advantage_path(training.SPECIFICATION, 1).unlink()
+    with pytest.raises(UserError, match=r"lacks the advantages of 1 shards.*shard-000001\.parquet"):
+        train(run, 0, policy)
+    shutil.rmtree(run.iteration(0).path / "advantage")
+    with pytest.raises(UserError, match="has no advantages"):
+        train(run, 0, policy)
+
+
+def test_two_specifications_are_a_question(rolled: Run, policy: Policy, tmp_path: Path) -> None:
+    run = training.fork(rolled, tmp_path / "run")
+    training.advise(run.iteration(0), name="ffffffff")
+    with pytest.raises(UserError, match="holds 2 specifications"):
+        train(run, 0, policy)
+
+
+def test_settings_are_frozen_by_the_first_call(rolled: Run, policy: Policy, tmp_path: Path) -> None:
+    run = training.fork(rolled, tmp_path / "run")
+    training.killed(lambda: train(run, 0, policy, at_update("high_noise", 1)))
+    other = training.fork(run, tmp_path / "other", learning_rate=2e-3)
+    with pytest.raises(UserError, match=r"training began with other train\.learning_rate"):
+        train(other, 0, policy)
+
+
+def test_advantages_that_come_later_are_not_used(rolled: Run, trained: Run, policy: Policy, tmp_path: Path) -> None:
+    run = training.fork(rolled, tmp_path / "run")
+    training.killed(lambda: train(run, 0, policy, at_update("high_noise", 1)))
+    training.advise(run.iteration(0), lambda key: (-9.0, 1.0), name="00000000")
+    train(run, 0, policy)
+    assert training.equal(training.weights(run, 0), training.weights(trained, 0))
+
+
+def test_two_trainers_do_not_share_an_iteration(rolled: Run, policy: Policy, tmp_path: Path) -> None:
+    run = training.fork(rolled, tmp_path / "run")
+    with claim(run.iteration(0), 0, "train"), pytest.raises(StillBusy, match="being trained by another process"):
+        train(run, 0, policy)
+
+
+def test_an_untrained_iteration_before_is_named(rolled: Run, policy: Policy, tmp_path: Path) -> None:
+    run = training.fork(rolled, tmp_path / "run")
+    os.rename(run.iteration(0).path, run.iteration(1).path)
+    with pytest.raises(UserError):
+        train(run, 1, policy)
+
+
+# --- That it learns --------------------------------------------------------------------------------------------------
+
+
+def test_good_samples_become_likelier_and_bad_ones_less(trained: Run, policy: Policy) -> None:
+    """Over all transitions, the change of log-prob that training brought goes along with the advantage."""
+    rollouts = Rollouts.open(trained.iteration(0))
+    policy.become(trained.iteration(0).policy_dir)
+    gains: dict[int, float] = {0: 0.0, 1: 0.0}
+    for unit in rollouts.units():
+        policy.use(unit.expert)
+        chunk = read_chunk(rollouts, policy, unit)
+        change = log_probs(policy, rollouts, chunk) - chunk.log_prob
+        advantages = torch.tensor([training.advantage_of(key)[0] for key in chunk.keys])
+        gains[unit.expert] += float((advantages * change).sum())
+    assert gains[0] > 0
+    assert gains[1] > 0
