@@ -270,7 +270,7 @@ def print_evaluation(rows: list[dict[str, Any]]) -> None:
 
 def prove(path: Path) -> None:
     """Replay every finished iteration of a run with the policy that made it; raises RunFailed where one differs."""
-    from train.replay import prove_iteration
+    from train.run import prove_iteration
 
     run = open_run(path, [])
     policy = load_policy(run)

@@ -51,12 +51,13 @@ def find_checkpoint(path: str | Path, step: int | None = None) -> Checkpoint:
     configuration this reader does not cover.
     """
     place = Path(path)
-    named = re.fullmatch(r"checkpoint-(\d+)", place.resolve().name)
+    full = place.absolute()  # links are not followed: a download may be made of them
+    named = re.fullmatch(r"checkpoint-(\d+)", full.name)
     step = None if step == -1 else step
     if named and place.is_dir() and not (place / CONFIG).is_file():
         if step not in (None, int(named[1])):
             raise UserError(f"step {step} was asked for, but checkpoint {place} is step {named[1]}", "drop `step`")
-        above = (folder for folder in place.resolve().parents if (folder / CONFIG).is_file())
+        above = (folder for folder in full.parents if (folder / CONFIG).is_file())
         folder, root = place, next(above, None) or _root(place)
     else:
         root = _root(place)

@@ -119,12 +119,14 @@ def _read_split(checkpoint: Checkpoint, base_model: Path, names: Names) -> dict[
         if not file.is_file():
             raise UserError(f"no {FULL} and no {file.name} in {checkpoint.folder}", AGAIN)
     others = _load_tensors(others_file)
-    adapter = {re.sub(r"\.lora_([AB])\.weight$", r".lora_\1.default.weight", k): v for k, v in _safe(adapter_file)}
-    pairs = {key for pair in names.lora.values() for key in pair}
+    adapter = dict(_safe(adapter_file))
+    full_names = {key.replace(".default.", "."): key for pair in names.lora.values() for key in pair}
     known = {*names.plain, names.head}
     _refuse_differences(others_file, missing=set(), unexpected=set(others) - known)
-    _refuse_differences(adapter_file, missing=pairs - set(adapter), unexpected=set(adapter) - known - pairs)
-    stored = others | adapter
+    _refuse_differences(
+        adapter_file, missing=set(full_names) - set(adapter), unexpected=set(adapter) - known - set(full_names)
+    )
+    stored = others | {full_names.get(key, key): tensor for key, tensor in adapter.items()}
     absent = {file_name: name for file_name, name in names.plain.items() if file_name not in stored}
     from_base = {file_name: name for file_name, name in absent.items() if _frozen(name, checkpoint)}
     _refuse_differences(others_file, missing=set(absent) - set(from_base), unexpected=set())

@@ -36,18 +36,6 @@ def read(path: str | Path, hint: str) -> tuple[pyarrow.Table, dict[str, str]]:
     return table.replace_schema_metadata(None), kv
 
 
-def read_kv(path: str | Path) -> dict[str, str] | None:
-    """Only the metadata of a Parquet file; None when it is missing or unreadable."""
-    import pyarrow
-
-    try:
-        with _open(path) as file:
-            metadata = file.schema_arrow.metadata or {}
-        return {key.decode(): value.decode() for key, value in metadata.items()}
-    except (OSError, pyarrow.ArrowException, UnicodeDecodeError):
-        return None
-
-
 def _open(path: str | Path) -> Any:
     import pyarrow.parquet
 

@@ -88,9 +88,18 @@ def read_table(path: Path) -> tuple[pyarrow.Table, dict[str, str]]:
     Page checksums do not cover all of a Parquet file: a flipped bit can change values without an error.
     """
     table, kv = parquet.read(path, SCORE_AGAIN)
-    if kv.get(CONTENT) != _content_sha256(table):
+    try:
+        genuine = kv.get(CONTENT) == content_sha256(table)
+    except ValueError:  # bytes that are no text any more
+        genuine = False
+    if not genuine:
         raise Damaged(f"{path}: the table is damaged: its values are not those written (sha256)", SCORE_AGAIN)
     return table, kv
+
+
+def content_sha256(table: pyarrow.Table) -> str:
+    """Hash of the names and values of a table; json writes every float so that it reads back the same, NaN included."""
+    return hashlib.sha256(json.dumps(table.to_pydict(), default=repr).encode()).hexdigest()
 
 
 def check(stage: Stage, shard: int, path: Path, keys: list[str]) -> pyarrow.Table:
@@ -121,13 +130,8 @@ def _write(
     table = table.take(sorted(range(len(keys)), key=lambda row: order[keys[row]]))
     _check_neighbours(path, table.schema)
     sweep_temporary(path.parent)
-    kv = {**kv, "schema": str(SCHEMA), "shard_sha256": manifest["tar"]["sha256"], CONTENT: _content_sha256(table)}
+    kv = {**kv, "schema": str(SCHEMA), "shard_sha256": manifest["tar"]["sha256"], CONTENT: content_sha256(table)}
     publish_replace(path, parquet.encode(table, kv))
-
-
-def _content_sha256(table: pyarrow.Table) -> str:
-    """Hash of names and values; json writes every float so that it reads back the same, NaN included."""
-    return hashlib.sha256(json.dumps(table.to_pydict()).encode()).hexdigest()
 
 
 def _as_table(frame: pandas.DataFrame, columns: dict[str, str], where: str) -> pyarrow.Table:
@@ -191,8 +195,13 @@ def _read(stage: Stage, files: list[tuple[int, Path]]) -> pandas.DataFrame:
 
 
 def _done(stage: Stage, shard: int, path: Path) -> bool:
-    kv = parquet.read_kv(path)
-    return kv is not None and kv.get("shard_sha256") == read_manifest(stage, shard)["tar"]["sha256"]
+    if not path.exists():
+        return False
+    try:
+        _, kv = read_table(path)
+    except Damaged:
+        return False
+    return kv.get("shard_sha256") == read_manifest(stage, shard)["tar"]["sha256"]
 
 
 def _chosen(stage: Stage, shards: Sequence[int] | None) -> Sequence[int]:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 
 from shards.errors import RunFailed, UserError
 from train import checkpoint
@@ -115,7 +114,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(dcp, "save", full)
+    monkeypatch.setattr(checkpoint.state_dict_saver, "save", full)
     with pytest.raises(RunFailed, match="No space left on device"):
         checkpoint.save(tmp_path / "trainer", make_state(), 1)
     assert list((tmp_path / "trainer").iterdir()) == []

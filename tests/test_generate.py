@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from rollout import generate
-from rollout.generate import RolloutReport, regenerate, rollout
+from rollout.generate import regenerate, rollout
 from rollout.planning import load_policy
 from rollout.policy import Policy
 from rollout.sampler import Chunk, Sampler
@@ -90,14 +90,18 @@ def contents(stage: Stage) -> dict[str, Any]:
     return found
 
 
-def same(one: Any, other: Any) -> bool:
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[name], other[name]) for name in one)
+def differences(one: Any, other: Any, name: str = "") -> list[str]:
+    """Where two trees of values differ in a single bit; an empty list when they do not."""
     if isinstance(one, tuple):
-        return all(same(a, b) for a, b in zip(one, other, strict=True))
+        one, other = dict(enumerate(one)), dict(enumerate(other))
+    if isinstance(one, dict):
+        if one.keys() != other.keys():
+            return [f"{name}: {sorted(map(str, one.keys() ^ other.keys()))}"]
+        return [found for key in one for found in differences(one[key], other[key], f"{name}/{key}")]
     if isinstance(one, torch.Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
-    return bool(one == other)
+        equal = one.dtype == other.dtype and torch.equal(one, other)
+        return [] if equal else [f"{name}: {(one.float() - other.float()).abs().max()}"]
+    return [] if one == other else [name]
 
 
 def sample_parts(sample: Sample) -> tuple[Any, ...]:
@@ -190,7 +194,7 @@ def test_every_sample_can_be_made_again_from_its_seeds(finished: tuple[Run, Stag
     stored = contents(stage)
     for key in open_shard(stage, 0).keys:
         if key.endswith(("00", "02")):
-            assert same(sample_parts(regenerate(run, stage, key, policy)), stored[key])
+            assert differences(sample_parts(regenerate(run, stage, key, policy)), stored[key]) == []
     with pytest.raises(UserError, match="is not a sample of"):
         regenerate(run, stage, "i000000-p000099-s00", policy)
     with pytest.raises(UserError, match="its groups have 3 samples"):
@@ -235,29 +239,28 @@ def test_a_killed_stage_goes_on_and_makes_the_same_bytes(
         report = rollout(run, stage, policy)
     assert len(again) == {1: 8, 3: 6, 5: 5, 7: 3}[after]  # what was lost, and not more
     assert report.done + report.skipped == 6
-    assert same(contents(stage), contents(finished[1]))
+    assert differences(contents(stage), contents(finished[1])) == []
 
 
 def test_workers_share_the_shards(tiny_t2v2: Path, policy: Policy, tmp_path: Path) -> None:
-    run = make_run(tmp_path, tiny_t2v2, groups_per_shard=1, prompts_per_iteration=3, group_size=1, frames=1)
+    run = make_run(tmp_path, tiny_t2v2, groups_per_shard=1, prompts_per_iteration=3, group_size=2, frames=1)
     stage = run.iteration(0)
     order: list[str] = []
 
     def progress(done: int, total: int, unit: str, note: str = "") -> None:
-        assert (total, unit) == (3 - len(stage.shards()) if not order else total, "videos")
+        assert (total, unit) == (6, "videos")
         order.append(note.split(",")[0])
 
     with pytest.raises(UserError, match="worker 2/2 does not exist"):
         rollout(run, stage, policy, worker=(2, 2))
-    rollout(run, stage, policy, worker=(0, 3)) if False else None
     with claim(stage, 2, "rollout") as held:
         assert held
         report = rollout(run, stage, policy, progress, worker=(1, 2))
-    assert (report.done, report.busy) == (2, 1)
+    assert (report.done, report.skipped, report.busy) == (4, 0, 1)
     assert list(dict.fromkeys(order)) == ["shard 1", "shard 0"]
     assert stage.shards() == [0, 1]
     report = rollout(run, stage, policy, worker=(0, 2))
-    assert (report.done, report.skipped, report.busy) == (1, 2, 0)
+    assert (report.done, report.skipped, report.busy) == (2, 4, 0)
     assert stage.shards() == [0, 1, 2]
 
 
@@ -281,7 +284,7 @@ def test_bfloat16_storage_is_replayed_exactly(tiny_t2v2: Path, policy: Policy, t
         assert scored.log_prob.item() == meta["log_prob"][position]
     initial = {shard.meta(key)["noise_seeds"]["initial"] for key in shard.keys}
     assert len(initial) == 1
-    assert same(sample_parts(regenerate(run, stage, key, policy)), contents(stage)[key])
+    assert differences(sample_parts(regenerate(run, stage, key, policy)), contents(stage)[key]) == []
 
 
 def test_evaluation_is_deterministic_and_takes_the_same_noise_for_every_policy(
@@ -302,10 +305,8 @@ def test_evaluation_is_deterministic_and_takes_the_same_noise_for_every_policy(
     assert other._seed(shard.groups[0], 0, -1) == shard.meta(shard.keys[0])["noise_seeds"]["initial"]
 
 
-def test_later_iterations_need_and_take_the_trained_policy(
-    tiny_t2v2: Path, policy: Policy, tmp_path: Path
-) -> None:
-    run = make_run(tmp_path, tiny_t2v2, prompts_per_iteration=1, group_size=1, frames=1)
+def test_later_iterations_need_and_take_the_trained_policy(tiny_t2v2: Path, policy: Policy, tmp_path: Path) -> None:
+    run = make_run(tmp_path, tiny_t2v2, prompts_per_iteration=1, group_size=2, frames=1)
     stage = run.iteration(1)
     with pytest.raises(UserError, match=r"iteration 1 samples with the policy that iteration 0 trains") as error:
         rollout(run, stage, policy)
@@ -319,7 +320,7 @@ def test_later_iterations_need_and_take_the_trained_policy(
     identity = policy.fingerprint(folder)
     (folder / "policy.json").write_text(json.dumps({"schema": 1, **identity, "iteration": 0}))
     policy.become(None)
-    assert rollout(run, stage, policy).done == 1
+    assert rollout(run, stage, policy).done == 2
     assert policy.has_lora
     plan = stage.plan() or {}
     assert plan["policy"]["fingerprint"] == identity["fingerprint"]
@@ -329,7 +330,7 @@ def test_later_iterations_need_and_take_the_trained_policy(
     assert rollout(run, evaluation, policy).done == 3
     policy.become(None)
     key = next(key for key in tuned if "-s" in key)
-    assert same(sample_parts(regenerate(run, stage, key, policy)), tuned[key])
+    assert differences(sample_parts(regenerate(run, stage, key, policy)), tuned[key]) == []
     weights = folder / "low_noise" / "pytorch_lora_weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
     with pytest.raises(UserError, match=r"its files are not those its policy\.json names"):
@@ -353,9 +354,7 @@ def test_changed_settings_and_models_are_refused(
 
 
 @pytest.mark.parametrize(("layout", "size"), [("tiny_i2v2", 32), ("tiny_ti2v", 64)])
-def test_images_become_conditions(
-    layout: str, size: int, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_images_become_conditions(layout: str, size: int, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     model = request.getfixturevalue(layout)
     pixels = (np.arange(size * size * 3) % 251).reshape(size, size, 3).astype("uint8")
     Image.fromarray(pixels).save(tmp_path / "first.png")
@@ -374,14 +373,12 @@ def test_images_become_conditions(
     with torch.no_grad():
         scored = step_log_prob(policy, plan, step, pair[:1], pair[1:], prompt, negative, text["condition"])
     assert scored.log_prob.item() == shard.meta(key)["log_prob"][0]
-    assert same(sample_parts(regenerate(run, stage, key, policy)), contents(stage)[key])
+    assert differences(sample_parts(regenerate(run, stage, key, policy)), contents(stage)[key]) == []
     if size == 64:
         assert torch.equal(shard.latents(key, [4])[:, :, 0], text["condition"][:, :, 0])
 
 
-def test_a_missing_or_superfluous_image_is_named(
-    tiny_i2v2: Path, tiny_t2v: Path, tmp_path: Path
-) -> None:
+def test_a_missing_or_superfluous_image_is_named(tiny_i2v2: Path, tiny_t2v: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path / "a", tiny_i2v2)
     with pytest.raises(UserError, match=r"prompt \d \('a sign .*'\) has no image, but the model is image-to-video"):
         rollout(run, run.iteration(0))
@@ -390,7 +387,3 @@ def test_a_missing_or_superfluous_image_is_named(
     run = make_run(tmp_path / "b", tiny_t2v, prompts=prompts, prompts_per_iteration=1)
     with pytest.raises(UserError, match="has an image, but the model is text-to-video"):
         rollout(run, run.iteration(0))
-
-
-def test_the_report_counts(finished: tuple[Run, Stage]) -> None:
-    assert RolloutReport(1, 2, 0.5).busy == 0

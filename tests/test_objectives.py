@@ -45,7 +45,7 @@ def test_policy_loss_golden(log_ratio: float, advantage: float, loss: float, cli
 def test_policy_loss_is_never_below_the_unclipped_one_and_clipping_stops_the_gradient(
     log_ratio: float, advantage: float, clip: float
 ) -> None:
-    assume(abs(abs(math.exp(log_ratio) - 1.0) - clip) > 1e-6)  # on the edge itself half a gradient is as right as a whole
+    assume(abs(abs(math.exp(log_ratio) - 1.0) - clip) > 1e-6)  # on the edge half a gradient is as right as all of it
     value = torch.tensor([log_ratio], requires_grad=True)
     result = policy_loss(value, torch.tensor([advantage]), clip)
     assert result.loss.item() >= -advantage * math.exp(log_ratio) - 1e-4

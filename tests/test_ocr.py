@@ -207,9 +207,9 @@ def test_reading_order_of_little() -> None:
     assert reading_order(boxes_of([(0, 30, 8, 20), (0, 0, 8, 20)])) == [1, 0]  # two tall letters: no angle
 
 
-def test_a_jittered_line_scores_fully(reader: TextReader) -> None:
-    frame = draw(("NOW", 150, 8), ("OPEN", 8, 14), size=30, shape=(64, 256))
-    words = video([frame], '"OPEN NOW"')
+def test_a_tilted_line_scores_fully(reader: TextReader) -> None:
+    level = draw(("OPEN", 20, 70), ("NOW", 160, 70), size=34, shape=(160, 288))
+    words = video([np.asarray(Image.fromarray(level).rotate(10, resample=Image.Resampling.BICUBIC))], '"OPEN NOW"')
     assert OCR()([words])[0].components["similarity"] == 1
     assert OCR(mode="flow_grpo_video")([words])[0].text == ["NOW OPEN"]
 

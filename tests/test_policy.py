@@ -311,12 +311,12 @@ def test_foreign_folders_are_refused_word_by_word(folders: dict[str, Path], tmp_
 
 def test_foreign_adapters_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     policy = load(folders["t2v2"])
-    with pytest.raises(UserError, match="high_noise/pytorch_lora_weights.safetensors: no such file"):
+    with pytest.raises(UserError, match=r"high_noise/pytorch_lora_weights\.safetensors: no such file"):
         policy.load_lora(tmp_path)
     wide = load(folders["ti2v"])
     wide.add_lora(rank=2, alpha=4, seed=0)
     wide.save_lora(tmp_path)
-    with pytest.raises(UserError, match="low_noise/pytorch_lora_weights.safetensors: no such file"):
+    with pytest.raises(UserError, match=r"low_noise/pytorch_lora_weights\.safetensors: no such file"):
         policy.load_lora(tmp_path)
     path = tmp_path / "high_noise" / "pytorch_lora_weights.safetensors"
     path.write_bytes(b"not safetensors")

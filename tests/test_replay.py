@@ -14,7 +14,7 @@ from shards.errors import RunFailed
 from shards.run import Run
 from tests import training
 from train.data import Rollouts, read_chunk
-from train.replay import log_probs, prove, replay_limit, sample_units
+from train.replay import log_probs, prove, prove_iteration, replay_limit, sample_units
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_the_gate_names_value_sample_step_expert_and_shard(run: Run, policy: Pol
 def test_a_wrong_batch_shape_is_what_the_chunks_avoid(run: Run, policy: Policy) -> None:
     """The gate's log-probs are those of the stored chunk, row by row."""
     rollouts = Rollouts.open(run.iteration(0))
-    unit = next(unit for unit in rollouts.units() if unit.count == 2)
+    unit = next(unit for unit in rollouts.units() if unit.size == 2)
     policy.use(unit.expert)
     chunk = read_chunk(rollouts, policy, unit)
     assert chunk.x.shape[0] == 2
@@ -98,7 +98,7 @@ def test_the_sample_covers_every_shard_and_expert_and_repeats(run: Run) -> None:
     assert {(unit.shard, unit.expert) for unit in chosen} == {(0, 0), (0, 1), (1, 0), (1, 1)}
     assert chosen == sample_units(rollouts, 3)
     for shard, expert in {(unit.shard, unit.expert) for unit in chosen}:
-        assert 3 <= sum(unit.count for unit in chosen if (unit.shard, unit.expert) == (shard, expert)) <= 4
+        assert 3 <= sum(unit.size for unit in chosen if (unit.shard, unit.expert) == (shard, expert)) <= 4
 
 
 def test_the_limit_is_zero_on_a_cpu_whatever_the_setting(policy: Policy) -> None:
@@ -108,3 +108,7 @@ def test_the_limit_is_zero_on_a_cpu_whatever_the_setting(policy: Policy) -> None
 def test_a_copied_run_replays(run: Run, policy: Policy, tmp_path: Path) -> None:
     shutil.copytree(run.path, tmp_path / "copy")
     assert prove(policy, Rollouts.open(Run.open(tmp_path / "copy").iteration(0)), samples=4, limit=0.0).largest == 0.0
+
+
+def test_a_whole_iteration_is_proven_for_verify(run: Run, policy: Policy) -> None:
+    assert prove_iteration(run, 0, policy) == 0.0

@@ -24,8 +24,8 @@ from shards.run import Run, Stage, claim
 from shards.writer import seal
 from tests import shard_fixtures
 
-OWN = "tests.test_score_run:Sample"
-FLAKY = "tests.test_score_run:Flaky"
+OWN = f"{__name__}:Sample"
+FLAKY = f"{__name__}:Flaky"
 
 
 class Sample:
@@ -199,7 +199,7 @@ def test_a_failed_sample_is_missing_and_the_others_are_not(tmp_path: Path, how: 
 def test_too_many_failures_stop_the_stage_and_nothing_false_is_kept(tmp_path: Path) -> None:
     options = {FLAKY: {"bad": "s00 s01"}}
     run, stage = make(tmp_path / "run", config={"rewards": {FLAKY: 1.0}, "options": options})
-    with pytest.raises(RunFailed, match="of 6 samples have no reward.*the judge is ill"):
+    with pytest.raises(RunFailed, match=r"of 6 samples have no reward.*the judge is ill"):
         score(run, stage)
     assert not sidecar.scorers(stage)
     healed = {FLAKY: {"bad": ""}}
@@ -208,7 +208,7 @@ def test_too_many_failures_stop_the_stage_and_nothing_false_is_kept(tmp_path: Pa
 
 
 def test_a_reward_that_cannot_work_is_an_error_and_not_a_missing_value(tmp_path: Path) -> None:
-    run, stage = make(tmp_path / "run", config={"rewards": {"tests.test_score_run:Mute": 1.0}})
+    run, stage = make(tmp_path / "run", config={"rewards": {f"{__name__}:Mute": 1.0}})
     with pytest.raises(UserError, match="no weights here"):
         score(run, stage)
     assert not sidecar.scorers(stage)
@@ -311,7 +311,7 @@ def test_names_of_rewards() -> None:
         ("orc", {}, "did you mean 'ocr'"),
         ("ocr", {"intervall": 3}, "did you mean 'interval'"),
         ("nowhere.at_all:Reward", {}, "cannot import"),
-        ("tests.test_score_run:Absent", {}, "has no 'Absent'"),
+        (f"{__name__}:Absent", {}, "has no 'Absent'"),
         ("pathlib:Path", {}, "is not a reward"),
     ],
 )
@@ -321,7 +321,7 @@ def test_wrong_rewards_are_explained(name: str, options: dict[str, Any], words: 
 
 
 def test_wrong_components_and_weights_are_explained() -> None:
-    with pytest.raises(UserError, match="no component 'exakt'.*similarity"):
+    with pytest.raises(UserError, match=r"no component 'exakt'.*similarity"):
         tables.select(ScoreConfig(rewards={"ocr.exakt": 1.0}))
     with pytest.raises(UserError, match="is nan"):
         tables.select(ScoreConfig(), {"ocr": float("nan")})

@@ -16,6 +16,15 @@ import torch
 import webdataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from shards import tensors
+from shards.errors import UserError
+from shards.files import publish_new, publish_replace
+from shards.reader import open_shard, webdataset_pipeline
+from shards.run import Run, claim
+from shards.tar import header
+from shards.verify import verify
+from shards.writer import read_group, read_phase, seal, spooled, write_group, write_phase, write_sample
 from tests.shard_fixtures import (
     STATES,
     committed_stage,
@@ -26,15 +35,6 @@ from tests.shard_fixtures import (
     make_video,
     planned_stage,
 )
-
-from shards import tensors
-from shards.errors import UserError
-from shards.files import publish_new, publish_replace
-from shards.reader import open_shard, webdataset_pipeline
-from shards.run import Run, claim
-from shards.tar import header
-from shards.verify import verify
-from shards.writer import read_group, read_phase, seal, spooled, write_group, write_phase, write_sample
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SPECIAL = [0.0, -0.0, float("inf"), float("-inf"), float("nan"), 1e-40, 3.0e38]

@@ -16,6 +16,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+from shards import index
+from shards.errors import RunFailed, UserError
+from shards.files import sha256_file
+from shards.reader import open_shard, webdataset_pipeline
+from shards.run import Stage
+from shards.sidecar import CONTENT, content_sha256, read_scores, scored, write_advantages, write_scores
+from shards.tar import Damaged
+from shards.verify import verify
+from shards.writer import Sample, seal, spooled, write_group, write_sample
 from tests.shard_fixtures import (
     advantage_frame,
     committed_stage,
@@ -26,16 +36,6 @@ from tests.shard_fixtures import (
     planned_stage,
     score_frame,
 )
-
-from shards import index
-from shards.errors import RunFailed, UserError
-from shards.files import sha256_file
-from shards.reader import open_shard, webdataset_pipeline
-from shards.run import Stage
-from shards.sidecar import read_scores, scored, write_advantages, write_scores
-from shards.tar import Damaged
-from shards.verify import verify
-from shards.writer import Sample, seal, spooled, write_group, write_sample
 
 SCORER, SPEC = "ocr-12345678", "aaaaaaaa"
 KEY = "i000000-p000000-s01"
@@ -420,7 +420,8 @@ def forged(stage: Stage, path: Path, edit: Callable[[list[dict]], list[dict]]) -
     from shards import parquet
 
     table, kv = parquet.read(path, "")
-    path.write_bytes(parquet.encode(pyarrow.Table.from_pylist(edit(table.to_pylist()), schema=table.schema), kv))
+    table = pyarrow.Table.from_pylist(edit(table.to_pylist()), schema=table.schema)
+    path.write_bytes(parquet.encode(table, kv | {CONTENT: content_sha256(table)}))
 
 
 ROWS = {
@@ -482,7 +483,7 @@ def test_columns_that_differ_in_one_folder(stage: Stage) -> None:
 
     table, kv = parquet.read(stage.score_path(SCORER, 1), "")
     table = table.append_column("more", pyarrow.array([1.0] * len(table)))
-    stage.score_path(SCORER, 1).write_bytes(parquet.encode(table, kv))
+    stage.score_path(SCORER, 1).write_bytes(parquet.encode(table, kv | {CONTENT: content_sha256(table)}))
     assert "shard-000001.parquet: its columns differ" in faults(stage)
     with pytest.raises(Damaged, match=r"its columns are not those of shard-000000\.parquet"):
         read_scores(stage, SCORER)

@@ -1,4 +1,4 @@
-"""Writers that are killed, restarted and raced: no reader ever sees half a shard, and nothing is lost or left behind."""
+"""Writers that are killed, restarted and raced: no reader ever sees half a shard, nothing is lost or left behind."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.shard_fixtures import planned_stage
 
 from shards.files import sha256_file
 from shards.reader import open_shard
 from shards.run import Run, Stage
 from shards.verify import verify
+from tests.shard_fixtures import planned_stage
 
 ROOT = Path(__file__).parents[1]
 KILLS = 20

@@ -185,9 +185,8 @@ def test_chunks_add_up_to_one_big_batch(objective: str, rolled: Run, policy: Pol
     run = training.fork(rolled, tmp_path / "run", objective=objective)
     training.advise(run.iteration(0), lambda key: (training.advantage_of(key)[0], float(not key.endswith("s00"))))
     inputs = freeze(run, run.iteration(0))
-    whole = dataclasses.replace(
-        inputs, rollouts=dataclasses.replace(inputs.rollouts, plan=inputs.rollouts.plan | {"batch_size": training.GROUP})
-    )
+    plan = inputs.rollouts.plan | {"batch_size": training.GROUP}
+    whole = dataclasses.replace(inputs, rollouts=dataclasses.replace(inputs.rollouts, plan=plan))
     policy.become(None)
     policy.add_lora(2, 4.0, 0)
     for expert in policy.expert_ids:

@@ -351,8 +351,11 @@ def test_a_deterministic_step_has_no_log_prob():
     for std in (0.0, float("nan")):
         with pytest.raises(ValueError, match="deterministic"):
             tr.log_prob(x, v, std)
-    with pytest.raises(ValueError, match="deterministic"):
-        tr.gradient_scale("flow-sde", "exact", 0.2, 0.0, 0.7, 0.98)
+    for law, form, eta in [*STOCHASTIC, ("ode", "exact", 0.7)]:
+        last = (0.2, 0.1) if law == "ode" else (0.2, 0.0)
+        assert tr.kernel(law, form, *last, eta, 0.98) == (1.0, last[1] - last[0], 0.0)
+        with pytest.raises(ValueError, match="deterministic"):
+            tr.gradient_scale(law, form, *last, eta, 0.98)
 
 
 # --- gradients ----------------------------------------------------------------------------------------------------

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from shards.errors import RunFailed, UserError
 
@@ -83,7 +84,7 @@ def load(path: Path, state: TrainerState, *, weights: bool = True) -> None:
     _check_same(path, tensors)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*single process.*")
-        dcp.load({_ROOT: tensors}, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=_alone())
+        state_dict_loader.load({_ROOT: tensors}, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=_alone())
     for name, parameter in state.parameters.items():
         if weights:
             parameter.data.copy_(tensors[f"weight.{name}"])
@@ -114,10 +115,10 @@ def _tensors(state: TrainerState) -> dict[str, Tensor]:
 
 
 def _write(folder: Path, tensors: dict[str, Tensor], update: int) -> None:
-    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*single process.*")
-        dcp.save({_ROOT: tensors}, storage_writer=writer, no_dist=_alone())
+        state_dict_saver.save({_ROOT: tensors}, storage_writer=writer, no_dist=_alone())
     sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
     shapes = {name: list(value.shape) for name, value in sorted(tensors.items())}
     commit = folder / COMMIT

@@ -113,7 +113,7 @@ class Chunk:
 
 def keys_of(unit: Unit) -> list[str]:
     """Sample keys of a unit, in the order of the rollout's forward batch."""
-    return [sample_key(unit.group, sample) for sample in range(unit.first, unit.first + unit.count)]
+    return [sample_key(unit.group, sample) for sample in range(unit.first, unit.first + unit.size)]
 
 
 def read_chunk(rollouts: Rollouts, policy: Policy, unit: Unit) -> Chunk:
@@ -133,7 +133,7 @@ def read_final(rollouts: Rollouts, policy: Policy, unit: Unit) -> Chunk:
     """A unit for objectives that need no transition: `x` and `x_next` are both the final latents, log-probs are 0."""
     shard, last = rollouts.shards[unit.shard], rollouts.schedule.steps
     x0 = torch.cat([shard.latents(key, [last]) for key in keys_of(unit)]).float().to(policy.device)
-    return _chunk(rollouts, policy, unit, x0, x0, row([0.0] * unit.count, x0), {})
+    return _chunk(rollouts, policy, unit, x0, x0, row([0.0] * unit.size, x0), {})
 
 
 def row(values: Sequence[float], like: Tensor) -> Tensor:
@@ -147,5 +147,5 @@ def _chunk(
     text = rollouts.shards[unit.shard].group(unit.group)
     if "condition" in text:
         extra = extra | {"condition": text["condition"].to(policy.device)}
-    prompt, negative = (policy.pad(text[name], unit.count) for name in ("prompt", "negative"))
+    prompt, negative = (policy.pad(text[name], unit.size) for name in ("prompt", "negative"))
     return Chunk(unit, keys_of(unit), x, x_next, log_prob, prompt, negative, extra)

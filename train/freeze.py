@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shards.errors import UserError
@@ -46,16 +47,18 @@ def freeze(run: Run, stage: Stage) -> Inputs:
 def choose_specification(stage: Stage, config: RunConfig) -> str:
     """The advantage specification to train on: the only one there is, or the one made with the run's [score].
 
-    Every specification's summary holds the [score] section it was made with under `config`. UserError when there is
-    none, or when that leaves a choice.
+    UserError when there is none, or when that leaves a choice.
     """
     found = specifications(stage)
     if not found:
         raise UserError(f"{stage.path} has no advantages", f"run `rushes score --iteration {stage.iteration}` first")
     if len(found) == 1:
         return found[0]
-    wanted = config.score.model_dump(mode="json")
-    matching = [name for name in found if _summary(stage, name).get("config") == wanted]
+    score = config.score
+    wanted = {"weights": dict(score.rewards)} | {
+        name: getattr(score, name) for name in ("combine", "spread", "min_spread", "best_of_n")
+    }
+    matching = [name for name in found if _summary(stage, name).get("specification") == wanted]
     if len(matching) != 1:
         raise UserError(
             f"{stage.path / 'advantage'} holds {len(found)} specifications ({', '.join(found)}) and "
@@ -63,6 +66,25 @@ def choose_specification(stage: Stage, config: RunConfig) -> str:
             "remove the ones that are not meant, or run `rushes score --advantages-only` again",
         )
     return matching[0]
+
+
+def policy_record(stage: Stage) -> dict[str, Any] | None:
+    """policy.json, the commit record of the policy an iteration trained; None before it is whole."""
+    path = stage.policy_dir / "policy.json"
+    return read_json(path) if path.exists() else None
+
+
+def starting_policy(run: Run, iteration: int) -> Path | None:
+    """Folder of the policy an iteration starts from; None for iteration 0, which starts from the model itself.
+
+    UserError when the iteration before was not trained to its end.
+    """
+    if iteration == 0:
+        return None
+    before = run.iteration(iteration - 1)
+    if policy_record(before) is None:
+        raise UserError(f"{before.policy_dir} holds no policy", f"run `rushes train --iteration {iteration - 1}` first")
+    return before.policy_dir
 
 
 def check_policy(rollouts: Rollouts, policy: Policy, fingerprint: str, settings: TrainConfig) -> int:

@@ -20,7 +20,7 @@ class Unit(NamedTuple):
     """Group key, `i000003-p000017`."""
     first: int
     """Number of the chunk's first sample in its group; training repeats whole chunks, in the rollout's own shape."""
-    count: int
+    size: int
     """Samples in the chunk."""
     step: int
     """From `sigmas[step]` to `sigmas[step + 1]`."""

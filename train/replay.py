@@ -12,11 +12,13 @@ from rollout.schedule import EXPERT_NAMES
 from rollout.step import step_log_prob
 from shards.errors import RunFailed
 from train.data import Chunk, Rollouts, read_chunk
+from train.freeze import check_policy, starting_policy
 from train.order import Unit, generator
 
 if TYPE_CHECKING:
     from rollout.policy import Policy
     from shards.progress import Progress
+    from shards.run import Run
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,26 @@ def prove(
         worst = 0.0
         for unit in mine:
             worst = max(worst, _replay_unit(policy, rollouts, unit, limit))
-            transitions += unit.count
+            transitions += unit.size
             if progress:
-                progress(transitions, sum(unit.count for unit in chosen), "transitions", "replaying the rollouts")
+                progress(transitions, sum(unit.size for unit in chosen), "transitions", "replaying the rollouts")
         per_expert[EXPERT_NAMES[expert]] = worst
     return Replayed(max(per_expert.values(), default=0.0), transitions, per_expert)
+
+
+def prove_iteration(run: Run, iteration: int, policy: Policy, progress: Progress | None = None) -> float:
+    """Prove every committed transition of an iteration with the policy that sampled it; the largest |log-ratio|.
+
+    For `rushes verify --replay`. The policy takes on the weights the iteration was rolled out with. Raises RunFailed
+    above the limit, UserError when those weights are not there any more.
+    """
+    rollouts = Rollouts.open(run.iteration(iteration), partial=True)
+    start = starting_policy(run, iteration)
+    policy.become(start)
+    check_policy(rollouts, policy, policy.fingerprint(start)["fingerprint"], run.config.train)
+    limit = replay_limit(policy, run.config.train.replay_limit)
+    everything = sum(unit.size for unit in rollouts.units())
+    return prove(policy, rollouts, samples=everything, limit=limit, progress=progress).largest
 
 
 def sample_units(rollouts: Rollouts, samples: int) -> list[Unit]:
@@ -78,7 +95,7 @@ def sample_units(rollouts: Rollouts, samples: int) -> list[Unit]:
             if taken >= samples:
                 break
             chosen.append(mine[index])
-            taken += mine[index].count
+            taken += mine[index].size
     return chosen
 
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from rollout.policy import Policy
 from rollout.schedule import EXPERT_NAMES
 from shards.errors import StillBusy, UserError
-from shards.files import publish_new, read_json, to_json
+from shards.files import publish_new, to_json
 from shards.run import Stage, claim
 from train import checkpoint
-from train.data import Inputs
-from train.freeze import check_policy, freeze
+from train.data import Inputs, Rollouts
+from train.freeze import check_policy, freeze, policy_record, starting_policy
 from train.metrics import MetricsLog, guard, guard_groups
 from train.order import minibatches
 from train.replay import prove, replay_limit
@@ -46,6 +46,14 @@ class TrainReport:
     """What is worth a look, in plain words."""
     seconds: float = 0.0
 
+    def __str__(self) -> str:
+        if self.skipped:
+            return f"nothing to do: policy {self.fingerprint[:12]} is there"
+        proof = "" if self.replay is None else f", largest |log-ratio| of the replay {self.replay:.3g}"
+        steps = ", ".join(f"{count} updates of {name}" for name, count in self.updates.items())
+        words = "".join(f"\n  note: {sentence}" for sentence in self.warnings)
+        return f"{steps}{proof}; policy {self.fingerprint[:12]}; {self.seconds:.1f} s{words}"
+
 
 def train(run: Run, iteration: int, policy: Policy | None = None, progress: Progress | None = None) -> TrainReport:
     """Train the policy of one iteration on its shards and advantages and publish it; a second call does nothing.
@@ -66,10 +74,20 @@ def train(run: Run, iteration: int, policy: Policy | None = None, progress: Prog
         return _train(run, stage, policy, progress)
 
 
-def policy_record(stage: Stage) -> dict[str, Any] | None:
-    """policy.json, the commit record of the policy an iteration trained; None before it is whole."""
-    path = stage.policy_dir / "policy.json"
-    return read_json(path) if path.exists() else None
+def prove_iteration(run: Run, iteration: int, policy: Policy | None = None, progress: Progress | None = None) -> float:
+    """Replay every transition of an iteration with the policy that made it; returns the largest |log-ratio|.
+
+    Raises UserError for a policy that is not the one of the shards, RunFailed where a log-prob comes out otherwise.
+    """
+    rollouts = Rollouts.open(run.iteration(iteration), partial=True)
+    policy = policy or load_policy(run.config)
+    start = starting_policy(run, iteration)
+    policy.become(start)
+    check_policy(rollouts, policy, policy.fingerprint(start)["fingerprint"], run.config.train)
+    limit = replay_limit(policy, run.config.train.replay_limit)
+    return prove(
+        policy, rollouts, samples=len(rollouts.keys()) * rollouts.schedule.steps, limit=limit, progress=progress
+    ).largest
 
 
 def load_policy(config: RunConfig) -> Policy:
@@ -78,19 +96,6 @@ def load_policy(config: RunConfig) -> Policy:
     return Policy.load(
         model.path, dtype=model.dtype, device=model.device, text_length=model.text_length, lora=model.lora
     )
-
-
-def starting_policy(run: Run, iteration: int) -> Path | None:
-    """Folder of the policy an iteration starts from; None for iteration 0, which starts from the model itself.
-
-    UserError when the iteration before was not trained to its end.
-    """
-    if iteration == 0:
-        return None
-    before = run.iteration(iteration - 1)
-    if policy_record(before) is None:
-        raise UserError(f"{before.policy_dir} holds no policy", f"run `rushes train --iteration {iteration - 1}` first")
-    return before.policy_dir
 
 
 def _train(run: Run, stage: Stage, policy: Policy | None, progress: Progress | None) -> TrainReport:

@@ -199,7 +199,7 @@ class ExpertTrainer:
     def _fresh_noise(self, chunk: Chunk) -> Tensor:
         plan, group = self.inputs.rollouts.plan, self.inputs.rollouts.groups[chunk.unit.group]
         step = NFT_NOISE + chunk.unit.step
-        samples = range(chunk.unit.first, chunk.unit.first + chunk.unit.count)
+        samples = range(chunk.unit.first, chunk.unit.first + chunk.unit.size)
         seeds = [noise_seed(plan["seed"], plan["iteration"], group["prompt_id"], sample, step) for sample in samples]
         return torch.stack([noise(chunk.x.shape[1:], seed=seed) for seed in seeds])
 

@@ -235,8 +235,12 @@ def flow_matching_loss(model: WanTransformer3DModel, clean: Tensor, text: Tensor
     return (velocity - (noise - clean)).square().mean()
 
 
-def train_expert(work: Path, expert: str, steps: int) -> None:
-    """Train one expert on its own range of sigma; what is saved is the moving average of its weights."""
+def train_expert(work: Path, expert: str, steps: int, stop: int) -> None:
+    """Train one expert on its own range of sigma; what is saved is the moving average of its weights.
+
+    `steps` is the length of the learning-rate schedule and `stop` where training ends: early, on purpose, so that the
+    words are legible but imperfect.
+    """
     log = Log(work / "logs" / f"{expert}.jsonl")
     torch.manual_seed(3)
     data = torch.load(work / "latents.pt", weights_only=True)
@@ -255,8 +259,9 @@ def train_expert(work: Path, expert: str, steps: int) -> None:
         average = loss.item() if average is None else 0.99 * average + 0.01 * loss.item()
         if (step + 1) % 200 == 0:
             log(step=step + 1, loss=round(average, 4))
-        if (step + 1) % 1000 == 0 or step + 1 == steps:
+        if step + 1 == stop:
             averaged.module.save_pretrained(folder)
+            return
 
 
 # --- The folder ------------------------------------------------------------------------------------------------------
@@ -290,7 +295,7 @@ def run_stage(work: Path, stage: str, options: argparse.Namespace) -> None:
     elif stage == "assemble":
         assemble(work)
     else:
-        train_expert(work, stage, options.high_steps if stage == "high" else options.low_steps)
+        train_expert(work, stage, options.expert_steps, options.expert_stop)
 
 
 def install(work: Path) -> None:
@@ -328,8 +333,8 @@ def main() -> None:
     parser.add_argument("--vae-steps", type=int, default=2000)
     parser.add_argument("--text-steps", type=int, default=1200)
     parser.add_argument("--clips", type=int, default=12000)
-    parser.add_argument("--high-steps", type=int, default=6500)
-    parser.add_argument("--low-steps", type=int, default=6500)
+    parser.add_argument("--expert-steps", type=int, default=6500, help="length of the learning-rate schedule")
+    parser.add_argument("--expert-stop", type=int, default=2000, help="step at which the experts are good enough")
     parser.add_argument("--install", action="store_true", help="copy the finished folder into this package")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

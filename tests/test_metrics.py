@@ -1,0 +1,76 @@
+"""Metrics of training: whole lines only, and warnings that say what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from train.metrics import MetricsLog, guard, guard_groups, read
+
+
+def record(update: int, expert: str = "high_noise", **values: Any) -> dict[str, Any]:
+    healthy = {"ratio_min": 1.0, "ratio_max": 1.0, "clip_fraction": 0.2, "kl": 0.01, "gradient_norm": 0.5}
+    names = {"expert": expert, "update": update, "total_updates": update}
+    return names | healthy | {"gradient_rms": 1e-3, "loss": 0.5} | values
+
+
+def test_a_resume_keeps_what_the_checkpoint_covers(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, {})
+    for update in (1, 2, 3):
+        log.add(record(update))
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"expert": "high_no')  # a kill in the middle of a line
+    assert [one["update"] for one in read(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    log = MetricsLog(tmp_path, {"high_noise": 2})
+    log.add(record(3, loss=0.25))
+    log.close()
+    assert [one["loss"] for one in read(tmp_path / "metrics.jsonl")] == [0.5, 0.5, 0.25]
+
+
+def test_tensorboard_shows_every_number_once(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    MetricsLog(tmp_path, {}).add(record(1))
+    log = MetricsLog(tmp_path, {"high_noise": 1})
+    log.add(record(2, loss=0.25))
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(one.step, one.value) for one in events.Scalars("high_noise/loss")] == [(1, 0.5), (2, 0.25)]
+
+
+def test_healthy_training_is_silent() -> None:
+    assert guard([record(update) for update in range(1, 9)], epsilon=1e-15, on_policy_limit=1e-4) == []
+
+
+@pytest.mark.parametrize(("records", "words"), [
+    ([record(1, ratio_max=1.01)], "ratios up to 0.01 away from 1"),
+    ([record(1, gradient_rms=5e-9)], r"5e-09 per weight\) drowns in train.epsilon = 1e-08"),
+    ([record(1, gradient_norm=0.0)], "every gradient was 0"),
+    ([record(n, clip_fraction=0.9) for n in range(1, 7)], "more than 40% of the samples are clipped"),
+    ([record(n, clip_fraction=0.0) for n in range(1, 7)], "less than 5% of the samples are clipped"),
+    ([record(n, kl=0.01 * 4**n) for n in range(1, 7)], "raise train.kl_beta"),
+])  # fmt: skip
+def test_each_fault_has_its_sentence(records: list[dict[str, Any]], words: str) -> None:
+    import re
+
+    sentences = guard(records, epsilon=1e-8, on_policy_limit=1e-4)
+    assert len(sentences) == 1
+    assert re.search(words, sentences[0])
+    assert sentences[0].startswith("high_noise: ")
+
+
+def test_experts_are_judged_apart() -> None:
+    records = [record(1), record(1, "low_noise", gradient_norm=0.0)]
+    assert guard(records, epsilon=1e-15, on_policy_limit=1e-4) == [
+        "low_noise: every gradient was 0, so nothing was learned; look at the advantages"
+    ]
+
+
+def test_dead_groups_are_told_when_they_are_the_majority() -> None:
+    assert guard_groups(2, 4) == []
+    assert "3 of 4 groups have no advantage at all" in guard_groups(3, 4)[0]
+    assert guard_groups(0, 0) == []
