@@ -198,13 +198,13 @@ def do_rollout(run: Run, stage: Stage, policy: Policy | None, worker: str) -> No
 
 
 def do_score(run: Run, stage: Stage, worker: str, advantages_only: bool) -> dict[str, Any]:
-    """Score what is missing of one stage, say what happened, and give the summary of its rewards."""
+    """Score what is missing of one stage, say what happened, and give the summary of its rewards, if all are there."""
     from score.run import score as run_score
 
     with progress(f"{stage.name} score") as report:
         result = run_score(run, stage, advantages_only=advantages_only, progress=report, worker=worker_of(worker))
     say(f"{stage.name} score: {result}")
-    return result.summary
+    return result.summary or {}
 
 
 def do_train(run: Run, iteration: int, policy: Policy | None) -> None:
@@ -263,8 +263,8 @@ def print_evaluation(rows: list[dict[str, Any]]) -> None:
     """One line a policy on stdout: the mean reward with its standard error, and the change against the first."""
     print(f"{'iteration':>9}  {'videos':>6}  {'reward':>7}  {'± s.e.':>7}  {'change':>7}")
     for row in rows:
-        change = row["reward_mean"] - rows[0]["reward_mean"]
-        numbers = f"{row['reward_mean']:7.4f}  {row['reward_error']:7.4f}  {change:+7.4f}"
+        mean, error = row["mean_reward"], row["std_reward"] / row["samples"] ** 0.5
+        numbers = f"{mean:7.4f}  {error:7.4f}  {mean - rows[0]['mean_reward']:+7.4f}"
         print(f"{row['iteration']:>9}  {row['samples']:>6}  {numbers}")
 
 

@@ -58,10 +58,10 @@ def one_run(path: Path, seed: int, iterations: int, control: bool) -> dict[str, 
     for k in (0, iterations):
         cli.do_rollout(run, run.evaluation(k), policy, "")
         ends.append(cli.do_score(run, run.evaluation(k), "", False))
-    before, after = (float(end["reward_mean"]) for end in ends)
+    before, after = (float(end["mean_reward"]) for end in ends)
     result = {
         "seed": seed, "control": control, "before": before, "after": after, "gain": after - before,
-        "error": float(ends[1]["reward_error"]), "videos": int(ends[1]["samples"]), "seconds": seconds,
+        "error": ends[1]["std_reward"] / ends[1]["samples"] ** 0.5, "videos": ends[1]["samples"], "seconds": seconds,
     }  # fmt: skip
     stored.write_text(json.dumps(result, indent=1))
     return result

@@ -54,8 +54,7 @@ class Policy:
         self.boundary, self.expert_ids = layout.boundary, layout.expert_ids
         self.scheduler_config: Mapping[str, Any] = layout.scheduler_config
         self.start_lora: Path | None = None
-        memory_map = device.type != "cpu"
-        self._experts = {expert: load_transformer(layout, expert, dtype, memory_map) for expert in self.expert_ids}
+        self._experts = {expert: load_transformer(layout, expert, dtype, device) for expert in self.expert_ids}
         self._homes: dict[nn.Module, dict[str, Tensor]] = {}
 
     @classmethod
@@ -282,7 +281,7 @@ class Policy:
 
     @cached_property
     def _text(self) -> Any:
-        return load_text(self.layout, self.dtype)
+        return load_text(self.layout, self.dtype, self.device)
 
     # --- Video -------------------------------------------------------------------------------------------------------
 
@@ -344,7 +343,7 @@ class Policy:
 
     @cached_property
     def _vae(self) -> Any:
-        return load_vae(self.layout, self.device.type != "cpu")
+        return load_vae(self.layout, self.device)
 
     @cached_property
     def _processor(self) -> VideoProcessor:
@@ -385,6 +384,5 @@ def _open_image(image: Any) -> Any:
         with Image.open(image) as opened:
             return opened.convert("RGB")
     except OSError as error:
-        raise UserError(
-            f"{image}: cannot be read as an image: {error}", "correct the path in the prompts file"
-        ) from None
+        problem = f"{image}: cannot be read as an image: {error}"
+        raise UserError(problem, "correct the path in the prompts file") from None

@@ -100,25 +100,22 @@ def read_layout(folder: Path) -> Layout:
     )
 
 
-def load_transformer(layout: Layout, expert: int, dtype: str, memory_map: bool) -> nn.Module:
+def load_transformer(layout: Layout, expert: int, dtype: str, device: torch.device) -> nn.Module:
     """One expert in host memory, frozen, in eval mode.
 
     The dtype is given to `from_pretrained` and never changed afterwards: diffusers keeps the time embedder, the norms
-    and the rotary table in fp32, and `.to(dtype)` would not. Memory-mapped tensors are aligned differently from fresh
-    ones, which sends CPU matrix products down another path (differences of 1e-6): on a CPU the weights are read.
+    and the rotary table in fp32, and `.to(dtype)` would not.
     """
     folder = layout.folder / EXPERT_FOLDERS[expert]
-    model = _load(WanTransformer3DModel, folder, torch_dtype=DTYPES[dtype], disable_mmap=not memory_map)
-    return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
+    return _rest(_load(WanTransformer3DModel, folder, torch_dtype=DTYPES[dtype]), device)
 
 
-def load_vae(layout: Layout, memory_map: bool) -> AutoencoderKLWan:
+def load_vae(layout: Layout, device: torch.device) -> AutoencoderKLWan:
     """The VAE in host memory, fp32 whatever the transformers are (Wan's model cards load it so)."""
-    model = _load(AutoencoderKLWan, layout.folder / "vae", torch_dtype=torch.float32, disable_mmap=not memory_map)
-    return model.eval().requires_grad_(False)
+    return _rest(_load(AutoencoderKLWan, layout.folder / "vae", torch_dtype=torch.float32), device)
 
 
-def load_text(layout: Layout, dtype: str) -> tuple[PreTrainedTokenizerBase, UMT5EncoderModel]:
+def load_text(layout: Layout, dtype: str, device: torch.device) -> tuple[PreTrainedTokenizerBase, UMT5EncoderModel]:
     """Tokenizer and text encoder in host memory.
 
     Raises RunFailed when the token embeddings came out zero or untied: some versions of transformers load Wan's encoder
@@ -126,7 +123,7 @@ def load_text(layout: Layout, dtype: str) -> tuple[PreTrainedTokenizerBase, UMT5
     """
     transformers_logging.disable_progress_bar()  # the stage has its own
     tokenizer = _load(AutoTokenizer, layout.folder / "tokenizer")
-    encoder = _load(UMT5EncoderModel, layout.folder / "text_encoder", dtype=DTYPES[dtype]).eval().requires_grad_(False)
+    encoder = _rest(_load(UMT5EncoderModel, layout.folder / "text_encoder", dtype=DTYPES[dtype]), device)
     table = encoder.get_input_embeddings().weight
     if not bool(table.any()) or table.data_ptr() != encoder.shared.weight.data_ptr():
         raise RunFailed(f"{layout.folder}/text_encoder: the token embeddings were not loaded", "upgrade transformers")
@@ -141,6 +138,19 @@ def fingerprint_folder(layout: Layout) -> str:
     for part in layout.parts:
         files += [path for path in sorted((layout.folder / part).rglob("*")) if path.suffix in FINGERPRINTED]
     return canonical_sha256({path.relative_to(layout.folder).as_posix(): sha256_file(path) for path in files})
+
+
+def _rest(model: Any, device: torch.device) -> Any:
+    """A model frozen and in eval mode; on a CPU with its weights in memory of its own.
+
+    Tensors of a memory-mapped or buffered file begin at any multiple of 8 bytes, and CPU matrix products take another
+    path for each alignment: two loads of the same file differ by 1e-6. Fresh tensors are always aligned to 64 bytes.
+    On a GPU the mapped pages stay as they are, shared by all processes of a machine.
+    """
+    if device.type == "cpu":
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()
+    return model.eval().requires_grad_(False)
 
 
 def _load(kind: Any, folder: Path, **options: Any) -> Any:

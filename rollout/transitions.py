@@ -253,9 +253,9 @@ def _log_snr_gain(sigma: float, sigma_next: float, sigma_1: float) -> float:
 def _second_order_weight(sigma: float, sigma_next: float, eta: float, sigma_previous: float) -> float:
     """1/2 (1-s') (1 - q^(1+eta)) h/h0, with h and h0 the log-SNR gains of this step and of the one before.
 
-    From s_previous = 1 the gain h0 is infinite and the term vanishes.
+    From s_previous = 1 the gain h0 is infinite and the term vanishes. The step to s' = 0 stays of first order.
     """
-    if sigma_next == 0 or sigma_previous >= 1:
+    if sigma_next == 0:
         return 0.0
     h = _log_snr(sigma_next) - _log_snr(sigma)
     h0 = _log_snr(sigma) - _log_snr(sigma_previous)

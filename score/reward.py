@@ -25,6 +25,7 @@ ENTRY_POINTS = "rushes.rewards"
 RESERVED = {"key", "prompt_id", "sample", "reward", "status", "text", "group"}
 BUILT_IN = {
     "ocr": "score.ocr:OCR",
+    "videoalign": "score.videoalign:VideoAlign",
     "guards": "score.guards:Guards",
     "brightness": "score.guards:Brightness",
     "contrast": "score.guards:Contrast",

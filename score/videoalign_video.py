@@ -142,9 +142,9 @@ def resize(frames: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
 
 
 def normalise(frames: torch.Tensor) -> torch.Tensor:
-    """Frames [T,3,h,w] from 0..255 to CLIP's range, rounded to float32 where the reference's processor rounds."""
+    """Frames [T,3,h,w] of whole numbers 0..255 to CLIP's range, bit for bit what the reference's processor gives."""
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
-    return ((frames.double() * (1 / 255)).float() - mean) / std
+    return (frames / 255 - mean) / std
 
 
 def patchify(frames: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Shards and scores as one table: what `rushes inspect` prints. No torch; a thousand samples in half a second."""
+"""Shards and scores as one table: what `rushes inspect` prints. No torch; a thousand samples in under a second."""
 
 from __future__ import annotations
 

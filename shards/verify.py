@@ -71,6 +71,7 @@ def _stage_problems(stage: Stage) -> Iterator[Problem]:
     for folder in [*(stage.path / "score" / name for name in sidecar.scorers(stage)), *_specification_folders(stage)]:
         yield from _strays(folder, committed)
         yield from _attempt(_check_one_schema, folder)
+    yield from _attempt(_check_frozen, stage)
     yield from _policy_problems(stage)
 
 
@@ -197,6 +198,15 @@ def _check_one_policy(stage: Stage, committed: list[int]) -> None:
     if len(found) > 1:
         shards = ", ".join(str(shard) for shard in found.values())
         raise Damaged(f"{stage.path}: shards {shards} were sampled by different policies", REPAIR)
+
+
+def _check_frozen(stage: Stage) -> None:
+    """The shards training froze as its input are those that are there."""
+    path = stage.train_dir / "plan.json"
+    frozen = read_json(path).get("shards", {}) if path.exists() else {}
+    for number, sha256 in frozen.items():
+        if read_manifest(stage, int(number))["tar"]["sha256"] != sha256:
+            raise Damaged(f"{path}: shard {number} is not the one that was frozen (sha256)", REPAIR)
 
 
 def _uncommitted(stage: Stage, committed: list[int]) -> Iterator[Problem]:

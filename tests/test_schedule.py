@@ -180,6 +180,12 @@ def test_the_hash_sees_every_field():
     assert two_experts(config(seed=5, high_steps=1)).sha256 == plan.sha256
 
 
+def test_the_hash_is_that_of_the_canonical_json():
+    """Shards name their plan by it, so another release must find the same."""
+    plan = Plan((1.0, 0.5, 0.25, 0.0), (1000.0, 500.0, 250.0), (0, 0, 1), (4.0, 4.0, 3.0), "cps", "exact", 0.5, "euler")
+    assert plan.sha256 == "111c81bc66c0561d07e8b3de33649100eacbed839d726c076ef2e0d2fdc813f8"
+
+
 def test_a_law_with_one_form_is_recorded_in_it():
     assert one_expert(config(law="cps", form="euler-maruyama")).form == "exact"
     assert one_expert(config(law="flow-sde", form="euler-maruyama")).form == "euler-maruyama"

@@ -296,13 +296,12 @@ def test_ocr_text_is_kept_frame_by_frame(tmp_path: Path) -> None:
 
 
 def test_names_of_rewards() -> None:
-    assert {"ocr", "brightness", "contrast", "guards"} <= known().keys()
+    assert {"ocr", "videoalign", "brightness", "contrast", "guards"} <= known().keys()
     assert split_name("ocr") == ("ocr", "")
     assert split_name("videoalign.motion") == ("videoalign", "motion")
     assert split_name("my.module:Class.part") == ("my.module:Class", "part")
     for name in known():
-        if name != "videoalign":
-            assert choose(name).components
+        assert choose(name, {"checkpoint": "folder"} if name == "videoalign" else {}).components
 
 
 @pytest.mark.parametrize(

@@ -277,6 +277,16 @@ def test_publishing_reads_nothing_when_the_name_is_taken_and_replaces_when_asked
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["file", "many"]
 
 
+def test_the_first_to_finish_wins_a_race(tmp_path: Path) -> None:
+    def slow():
+        assert publish_new(tmp_path / "file", b"from the faster one")
+        yield b"from the slower one"
+
+    assert not publish_new(tmp_path / "file", slow())
+    assert (tmp_path / "file").read_bytes() == b"from the faster one"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_a_failing_source_publishes_nothing(tmp_path: Path) -> None:
     def source():
         yield b"half of it"

@@ -391,6 +391,18 @@ def test_half_updated_policy(stage: Stage) -> None:
     assert "policy.json is damaged" in faults(stage)
 
 
+def test_training_input_that_changed(stage: Stage) -> None:
+    plan = stage.train_dir / "plan.json"
+    plan.parent.mkdir()
+    sha256 = sha256_file(stage.shard_path(1))
+    plan.write_text(json.dumps({"shards": {"1": sha256}}))
+    assert faults(stage) == ""
+    plan.write_text(json.dumps({"shards": {"0": sha256}}))
+    assert "train/plan.json: shard 0 is not the one that was frozen" in faults(stage)
+    plan.write_text(json.dumps({"shards": {"9": sha256}}))
+    assert "shard 9 of" in faults(stage)
+
+
 # --- tables beside the shards -----------------------------------------------------------------------------------------
 
 

@@ -143,16 +143,23 @@ def test_rotary_of_the_vision_tower_rounds_every_step() -> None:
 
 
 def test_vq_and_mq_are_kept_over_prompts(build: Callable[..., VideoAlign], monkeypatch: pytest.MonkeyPatch) -> None:
-    reward = build(batch_size=2, mode="bfloat16", fps=1.5)  # bfloat16: without keeping, batches would move the scores
+    reward = build(batch_size=2, fps=1.5)
     seen: list[bytes] = []
     see = reward._network.see
     monkeypatch.setattr(reward._network, "see", lambda clip: seen.append(clip.digest) or see(clip))
-    scores = reward.score_videos([CLIP] * 5, PROMPTS)
-    again = reward.score_videos([CLIP], ["Something else altogether."])
+    scores = reward.score_videos([CLIP] * 3, PROMPTS[:3])
+    reward._network.rm_head.weight.mul_(2)  # what is computed from here on shows it
+    again = reward.score_videos([CLIP], PROMPTS[:1])[0]
     assert len(seen) == 1
-    assert len({(s["VQ"], s["MQ"], s["VQ_raw"], s["MQ_raw"]) for s in (*scores, *again)}) == 1
-    assert len({s["TA"] for s in (*scores, *again)}) == 6
-    assert reward.score_videos([source("v0")], PROMPTS[:1])[0]["VQ"] != scores[0]["VQ"]
+    assert len({(s["VQ_raw"], s["MQ_raw"]) for s in (*scores, again)}) == 1
+    assert len({s["TA_raw"] for s in scores}) == 3
+    assert again["TA_raw"] == pytest.approx(2 * scores[0]["TA_raw"], abs=1e-4)
+
+
+def test_other_frames_are_another_video(build: Callable[..., VideoAlign]) -> None:
+    frames, rate = source("v0")
+    first, second = build().score_videos([(frames, rate), (frames[::-1].copy(), rate)], PROMPTS[:1] * 2)
+    assert abs(first["VQ"] - second["VQ"]) > 1e-3
 
 
 def test_recent_forgets_the_oldest() -> None:

@@ -203,6 +203,8 @@ def test_split_files_with_other_keys(
     save_file(lora, adapter)
     torch.save({k: v for k, v in trained.items() if "rm_head" not in k}, others)
     check(f"{others}: missing key {PREFIX}rm_head.weight")
+    torch.save({k: v for k, v in trained.items() if "embed_tokens" not in k}, others)
+    check(f"{others}: missing key {PREFIX}model.embed_tokens.weight")
     torch.save(trained | {"stray.weight": torch.zeros(1)}, others)
     check(f"{others}: unexpected key stray.weight")
     torch.save(trained, others)

@@ -1,12 +1,12 @@
 """Speed of the OCR reward against plain `readtext` frame by frame, both measured in turn in one run.
 
-    python -m bench.score                            480x832 and 32x64 frames, all cores on both sides
-    python -m bench.score --sizes 64x160 --workers 1 --rounds 5
-    python -m bench.score --bf16                     with the detector in bfloat16, where the CPU has it
+    python bench/scoring.py                            480x832 and 32x64 frames, all cores on both sides
+    python bench/scoring.py --sizes 64x160 --workers 1 --rounds 5
+    python bench/scoring.py --bf16                     with the detector in bfloat16, where the CPU has it
 
 The plain side is one process with one torch thread per core, EasyOCR's own defaults, and its order of boxes. Ours is
-one process per core with one thread, as `rushes score` runs them. Loading is not timed. Every round times both sides on the
-same new frames, so that a busy machine slows both; ratios are of the medians of the rounds. The texts must be equal.
+one process per core with one thread, as `rushes score` runs them. Loading is not timed. Every round times both sides on
+the same new frames, so that a busy machine slows both; ratios are of the medians. The texts must be equal.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def compare(height: int, width: int, options: argparse.Namespace, pools: tuple[E
     equal = total = 0
     for turn in range(options.rounds + 1):
         frames = [draw(1000 * turn + n, height, width) for n in range(count)]
-        slow, expected = measure_plain(pools[0], frames, options.workers)
+        slow, expected = measure_plain(pools[0], frames, options.plain_threads or options.workers)
         fast, found = measure_ours(pools[1], frames, options.workers, options.bf16)
         if turn:
             seconds["plain"].append(slow)
@@ -127,6 +127,7 @@ def main() -> None:
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, help="processes, or threads on the plain side"
     )
+    parser.add_argument("--plain-threads", type=int, default=0, help="threads of the plain side (0: one per core)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--frames", type=int, default=0, help="frames of a round (0: by size)")
     parser.add_argument("--bf16", action="store_true")
@@ -138,7 +139,13 @@ def main() -> None:
     ):
         for size in options.sizes.split(","):
             height, width = map(int, size.split("x"))
-            print(json.dumps(compare(height, width, options, (slow, fast)) | {"workers": options.workers}), flush=True)
+            print(
+                json.dumps(
+                    compare(height, width, options, (slow, fast))
+                    | {"workers": options.workers, "plain_threads": options.plain_threads or options.workers}
+                ),
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
