@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shards.errors import StillBusy, UserError
+from shards.errors import UserError
 
 if TYPE_CHECKING:
     from rollout.policy import Policy
@@ -108,7 +108,8 @@ def loop(
 def evaluate(
     run: RunPath,
     iteration: Annotated[
-        list[int], typer.Option(help="policies to evaluate: 0 is the base, K the one after K iterations; first and last")
+        list[int],
+        typer.Option(help="policies to evaluate: 0 is the base, K the one after K iterations; first and last"),
     ] = [],  # noqa: B006
     sets: Sets = [],  # noqa: B006
 ) -> None:

@@ -2,9 +2,9 @@
 
     python bench/learn.py --seeds 5 --iterations 20 --out runs/learn
 
-Each seed is one whole run: base evaluation, the iterations, final evaluation, on held-out prompts and seeds. The control
-is the same run, except that advantages are permuted among all samples of an iteration before training. Finished runs are
-kept and not repeated.
+Each seed is one whole run: base evaluation, the iterations, final evaluation, on held-out prompts and seeds. The
+control is the same run, except that advantages are permuted among all samples of an iteration before training.
+Finished runs are kept and not repeated.
 """
 
 from __future__ import annotations

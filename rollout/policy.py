@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from rollout.policy_folder import (
     DTYPES,
+    EXPERT_FOLDERS,
     Layout,
     find_folder,
     fingerprint_folder,
@@ -26,6 +27,8 @@ from rollout.policy_folder import (
     load_vae,
     read_layout,
 )
+from rollout.policy_full import copy_base, full_hashes, is_full, load_full, save_full
+from rollout.policy_inputs import find_device, open_image
 from rollout.policy_lora import (
     NAMES,
     adapter_hashes,
@@ -38,6 +41,9 @@ from rollout.policy_lora import (
     save_adapter,
 )
 from shards.errors import UserError
+
+if TYPE_CHECKING:
+    from shards.config import ModelConfig
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -55,7 +61,16 @@ class Policy:
         self.scheduler_config: Mapping[str, Any] = layout.scheduler_config
         self.start_lora: Path | None = None
         self._experts = {expert: load_transformer(layout, expert, dtype, device) for expert in self.expert_ids}
+        self._bases: dict[int, nn.Module] = {}  # the base model's experts, while the policy has its own of all weights
         self._homes: dict[nn.Module, dict[str, Tensor]] = {}
+        self._active: int | None = None
+
+    @classmethod
+    def of(cls, model: ModelConfig) -> Policy:
+        """The model that [model] of run.toml names, as it was before any training. Raises UserError as `load` does."""
+        return cls.load(
+            model.path, dtype=model.dtype, device=model.device, text_length=model.text_length, lora=model.lora
+        )
 
     @classmethod
     def load(
@@ -67,7 +82,8 @@ class Policy:
         """
         if dtype not in DTYPES:
             raise UserError(f"model.dtype: {dtype!r} is unknown", f"one of {', '.join(DTYPES)}")
-        policy = cls(read_layout(find_folder(str(path))), dtype, _find_device(device), text_length)
+        where = find_device(device, dtype)
+        policy = cls(read_layout(find_folder(str(path))), dtype, where, text_length)
         if lora:
             policy.start_lora = Path(lora).expanduser()
             policy.load_lora(policy.start_lora)
@@ -90,6 +106,7 @@ class Policy:
                 self._leave(module)
         if expert is not None:
             self._enter(self._experts[expert])
+        self._active = expert
 
     def release(self) -> None:
         """Forget the text encoder and the VAE, and send the experts off the device; all come back when needed."""
@@ -149,21 +166,80 @@ class Policy:
         for expert, module in self._experts.items():
             save_adapter(module, Path(folder) / NAMES[expert], (states or {}).get(expert))
 
+    def train_all(self) -> None:
+        """Let every weight of every expert take gradients. The base model stays beside them in host memory, frozen.
+
+        That copy is the reference policy and costs what the base weights cost: 28 GB for each 14B expert in bfloat16.
+        """
+        assert not self.has_lora, "an adapter is trained instead of the weights, not with them"
+        if not self._bases:
+            self._replace(copy_base(self.layout, self.dtype, self.device))
+        for module in self._experts.values():
+            module.requires_grad_(True)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the policy has all weights of its own, not adapters on those of the base model."""
+        return bool(self._bases)
+
+    def save(self, folder: Path) -> None:
+        """Write what was trained: adapters, or whole transformer folders, below FOLDER/high_noise (and low_noise)."""
+        if not self.is_full:
+            return self.save_lora(folder)
+        for expert, module in self._experts.items():
+            save_full(module, folder / NAMES[expert], self.layout.folder / EXPERT_FOLDERS[expert])
+
     def become(self, folder: Path | None) -> None:
-        """Take on the adapters of a policy folder; None is the policy as loaded: the base model, or `model.lora`."""
+        """Take on the adapters or the transformers of a policy folder; which, its files tell.
+
+        None is the policy as loaded: the base model, or `model.lora`. Raises UserError for what is not of this model.
+        """
+        self.use(None)
         source = folder if folder is not None else self.start_lora
+        if source is not None and is_full(source):
+            self._drop_adapters()
+            return self._replace(load_full(self.layout, source, self.dtype, self.device))
+        if self._bases:
+            self._experts, self._bases = self._bases, {}
         if source is not None:
             return self.load_lora(source)
+        self._drop_adapters()
+
+    def _replace(self, experts: dict[int, nn.Module]) -> None:
+        """Put other weights in the place of the base model's, which are kept."""
         self.use(None)
+        self._bases = self._bases or self._experts
+        self._experts = experts
+
+    def _drop_adapters(self) -> None:
         for module in self._experts.values():
             remove_adapter(module)
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
-        """The reference policy: inside, the adapters are off and the base model speaks.
+        """The reference policy: inside, the base model speaks, and what was trained is off.
 
-        The switch is turned in the layers and not by peft's own call, which would also stop the adapters' gradients.
+        Adapters are switched off in the layers and not by peft's own call, which would also stop their gradients. A
+        fully trained expert leaves the device for the base model's: one swap, so ask for many velocities at once.
         """
+        with self._bases_in_place() if self.is_full else self._adapters_off():
+            yield
+
+    @contextlib.contextmanager
+    def _bases_in_place(self) -> Iterator[None]:
+        trained, active = self._experts, self._active
+        self.use(None)
+        self._experts = self._bases
+        self.use(active)
+        try:
+            yield
+        finally:
+            self.use(None)
+            self._experts = trained
+            self.use(active)
+
+    @contextlib.contextmanager
+    def _adapters_off(self) -> Iterator[None]:
         modules = [module for expert in self._experts.values() for module in expert.modules()]
         layers = [module for module in modules if isinstance(module, BaseTunerLayer)]
         before = [layer._disable_adapters for layer in layers]
@@ -181,12 +257,14 @@ class Policy:
         return fingerprint_folder(self.layout)
 
     def fingerprint(self, policy_dir: str | Path | None) -> dict[str, Any]:
-        """Identity of base and adapters: {"fingerprint", "base", "adapters": {path in the folder: sha256}}.
+        """Identity of base and policy: {"fingerprint", "base", "adapters": {path in the folder: sha256}}.
 
-        None stands for the policy as loaded. Raises UserError when the folder lacks an adapter.
+        After full training `adapters` names the files of the transformers instead. None stands for the policy as
+        loaded. Raises UserError when the folder lacks a file.
         """
         folder = Path(policy_dir) if policy_dir is not None else self.start_lora
-        adapters = {} if folder is None else adapter_hashes(folder, self.expert_ids)
+        hashes = full_hashes if folder is not None and is_full(folder) else adapter_hashes
+        adapters = {} if folder is None else hashes(folder, self.expert_ids)
         identity = {"base": self.base_fingerprint, "adapters": adapters}
         return {"fingerprint": canonical_sha256(identity), **identity}
 
@@ -328,7 +406,7 @@ class Policy:
         [1,C,1,H,W], the clean first frame. As `prepare_latents` of diffusers' pipeline_wan_i2v.py. Raises UserError for
         a file that is no image.
         """
-        pixels = self._processor.preprocess(_open_image(image), height=height, width=width).to(self.device).float()
+        pixels = self._processor.preprocess(open_image(image), height=height, width=width).to(self.device).float()
         video = pixels[:, :, None]
         if not self.layout.expand_timesteps:
             video = torch.cat([video, video.new_zeros(1, 3, frames - 1, height, width)], 2)
@@ -360,29 +438,3 @@ class Policy:
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_parameters()
     yield from module.named_buffers()
-
-
-def _find_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"model.device: {name!r} is no device", "auto, cpu, cuda or cuda:1") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"model.device: {name}, but this machine has no CUDA device", "set model.device = auto")
-    return device
-
-
-def _open_image(image: Any) -> Any:
-    """A PIL image in RGB; paths are opened. UserError when the file is no image."""
-    from PIL import Image
-
-    if not isinstance(image, str | Path):
-        return image.convert("RGB")
-    try:
-        with Image.open(image) as opened:
-            return opened.convert("RGB")
-    except OSError as error:
-        problem = f"{image}: cannot be read as an image: {error}"
-        raise UserError(problem, "correct the path in the prompts file") from None

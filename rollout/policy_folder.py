@@ -100,14 +100,16 @@ def read_layout(folder: Path) -> Layout:
     )
 
 
-def load_transformer(layout: Layout, expert: int, dtype: str, device: torch.device) -> nn.Module:
-    """One expert in host memory, frozen, in eval mode.
+def load_transformer(
+    layout: Layout, expert: int, dtype: str, device: torch.device, folder: Path | None = None
+) -> nn.Module:
+    """One expert in host memory, frozen, in eval mode: the base model's, or the trained one in `folder`.
 
     The dtype is given to `from_pretrained` and never changed afterwards: diffusers keeps the time embedder, the norms
     and the rotary table in fp32, and `.to(dtype)` would not.
     """
-    folder = layout.folder / EXPERT_FOLDERS[expert]
-    return _rest(_load(WanTransformer3DModel, folder, torch_dtype=DTYPES[dtype]), device)
+    source = layout.folder / EXPERT_FOLDERS[expert] if folder is None else folder
+    return _rest(_load(WanTransformer3DModel, source, torch_dtype=DTYPES[dtype]), device)
 
 
 def load_vae(layout: Layout, device: torch.device) -> AutoencoderKLWan:

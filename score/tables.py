@@ -111,16 +111,15 @@ def provenance(chosen: Chosen) -> dict[str, str]:
     }
 
 
-def read_rewards(stage: Stage, selection: Selection) -> pd.DataFrame:
+def side_by_side(scores: Mapping[str, pd.DataFrame], selection: Selection) -> pd.DataFrame:
     """Columns key, prompt_id, sample, shard, group, status and one per reward named in the specification.
 
-    `status` is the first reason for a missing reward, "" when none is. Raises UserError when a shard has no scores.
+    `scores` has a table per reward name. `status` is the first reason for a missing reward, "" when none is missing.
     """
     import pandas as pd
 
     frame: pd.DataFrame | None = None
-    for base, chosen in selection.rewards.items():
-        table = _read(stage, chosen)
+    for base, table in scores.items():
         if frame is None:
             frame = table[["key", "prompt_id", "sample", "shard"]].copy()
             frame["group"], frame["status"] = frame["key"].map(group_of), ""
@@ -134,7 +133,8 @@ def read_rewards(stage: Stage, selection: Selection) -> pd.DataFrame:
     return frame
 
 
-def _read(stage: Stage, chosen: Chosen) -> pd.DataFrame:
+def read_scores(stage: Stage, chosen: Chosen) -> pd.DataFrame:
+    """All scores of one reward with the column `shard`. Raises UserError when a shard has none."""
     import pandas as pd
 
     tables = []
@@ -154,14 +154,15 @@ def write_advantages(stage: Stage, selection: Selection, max_missing: float) -> 
     Raises RunFailed when more than the share `max_missing` of the rewards is missing, and UserError for a stage that is
     not scored. The same scores and configuration always give the same files.
     """
-    rewards = read_rewards(stage, selection)
+    scores = {name: read_scores(stage, chosen) for name, chosen in selection.rewards.items()}
+    rewards = side_by_side(scores, selection)
     check_missing(rewards.loc[rewards["status"] != "", "status"].tolist(), len(rewards), max_missing, stage)
     table = advantages(rewards, selection.specification)
     kv = {"specification": json.dumps(asdict(selection.specification), sort_keys=True)}
     for shard in sorted(set(rewards["shard"])):
         part = table[rewards["shard"] == shard].reset_index(drop=True)
         sidecar.write_advantages(stage, int(shard), selection.digest, part, kv)
-    summary = summarise(stage, selection, rewards, table)
+    summary = summarise(selection, scores, _read_guards(stage), rewards, table)
     path = stage.advantage_dir(selection.digest) / "summary.json"
     publish_replace(path, to_json(summary, path))
     return summary
@@ -178,14 +179,27 @@ def check_missing(reasons: Sequence[str], samples: int, max_missing: float, stag
     )
 
 
-def summarise(stage: Stage, selection: Selection, rewards: pd.DataFrame, table: pd.DataFrame) -> dict[str, Any]:
-    """Counts and means of a stage, as plain JSON values; None where nothing was scored."""
-    reasons = table["reason"]
-    used = rewards.loc[table["weight"] > 0, "group"].nunique()
-    scorers = {name: _means(stage, chosen) for name, chosen in selection.rewards.items()}
-    exact = [one["components"].get("exact") for one in scorers.values() if "exact" in one["components"]]
+def _read_guards(stage: Stage) -> pd.DataFrame | None:
     guards = choose(GUARDS)
     watched = all(sidecar.scored(stage, shard, guards.directory) for shard in stage.shards())
+    return read_scores(stage, guards) if watched else None
+
+
+def summarise(
+    selection: Selection,
+    scores: Mapping[str, pd.DataFrame],
+    guards: pd.DataFrame | None,
+    rewards: pd.DataFrame,
+    table: pd.DataFrame,
+) -> dict[str, Any]:
+    """Counts and means of a stage, as plain JSON values; None where nothing was scored.
+
+    `scores` and `guards` are tables of read_scores, `rewards` is side_by_side of them, `table` their advantages.
+    """
+    reasons = table["reason"]
+    used = rewards.loc[table["weight"] > 0, "group"].nunique()
+    scorers = {name: _means(chosen, scores[name]) for name, chosen in selection.rewards.items()}
+    exact = [one["components"]["exact"] for one in scorers.values() if "exact" in one["components"]]
     no_spread = rewards.loc[reasons == NO_SPREAD, "group"].nunique()
     return {
         "schema": 1,
@@ -202,12 +216,11 @@ def summarise(stage: Stage, selection: Selection, rewards: pd.DataFrame, table: 
         "mean_group_std": _number(table.groupby(rewards["group"])["reward"].std(ddof=0).mean()),
         "exact_share": exact[0] if exact else None,
         "rewards": scorers,
-        "guards": _means(stage, guards)["components"] if watched else None,
+        "guards": None if guards is None else _means(choose(GUARDS), guards)["components"],
     }
 
 
-def _means(stage: Stage, chosen: Chosen) -> dict[str, Any]:
-    table = _read(stage, chosen)
+def _means(chosen: Chosen, table: pd.DataFrame) -> dict[str, Any]:
     return {
         "scorer": chosen.directory,
         "mean": _number(table["reward"].mean()),

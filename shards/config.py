@@ -47,7 +47,9 @@ class RolloutConfig(Section):
     prompts: str = Field("words", description="prompts file, or `words`, the training prompts of the embedded model")
     negative_prompt: str = Field("", description="the other side of guidance (flow_grpo: empty)")
     seed: int = Field(0, ge=0, description="run seed; every noise tensor is derived from it")
-    prompts_per_iteration: int = Field(16, ge=1, description="groups in one iteration (DanceGRPO thread 16: at least 16)")
+    prompts_per_iteration: int = Field(
+        16, ge=1, description="groups in one iteration (DanceGRPO thread 16: at least 16)"
+    )
     group_size: int = Field(16, ge=2, description="videos of one prompt; advantages are taken among them (8 or more)")
     height: int = Field(240, ge=1, description="pixels (flow_grpo's Wan recipe)")
     width: int = Field(416, ge=1, description="pixels (flow_grpo's Wan recipe)")
@@ -61,17 +63,25 @@ class RolloutConfig(Section):
     eta: float = Field(0.7, ge=0, description="noise level of the law (Flow-GRPO, GenRL: 0.7)")
     solver: Solver = Field("euler", description="deterministic solver of the other steps")
     window: Window = Field("random", description="how the stochastic steps of a group are chosen")
-    high_steps: int = Field(2, ge=0, description="stochastic steps of a group on the high-noise expert (or the only one)")
+    high_steps: int = Field(
+        2, ge=0, description="stochastic steps of a group on the high-noise expert (or the only one)"
+    )
     low_steps: int = Field(1, ge=0, description="stochastic steps of a group on the low-noise expert")
     first_step: int = Field(1, ge=0, description="first step a window may take; step 0 is nearly pure noise")
     allow_untrained_expert: bool = Field(False, description="accept a window that never reaches one of two experts")
     same_initial_noise: bool = Field(False, description="one initial noise for all videos of a group")
     guidance_scale: float = Field(4.5, ge=0, description="guidance of the high-noise expert, or the only one")
-    guidance_scale_2: float | None = Field(None, description="guidance of the low-noise expert; needed with two experts")
+    guidance_scale_2: float | None = Field(
+        None, description="guidance of the low-noise expert; needed with two experts"
+    )
     storage_dtype: Dtype = Field("float32", description="dtype of stored latents; the loop rounds to it at every step")
-    batch_size: int = Field(1, ge=1, description="videos of a group in one forward pass; training replays the same batches")
+    batch_size: int = Field(
+        1, ge=1, description="videos of a group in one forward pass; training replays the same batches"
+    )
     groups_per_shard: int = Field(1, ge=1, description="groups in one shard; a shard of 0.5 to 2 GB is a good size")
-    video_crf: int = Field(12, ge=0, le=51, description="H.264 quality of the stored video; above 18 small text suffers")
+    video_crf: int = Field(
+        12, ge=0, le=51, description="H.264 quality of the stored video; above 18 small text suffers"
+    )
 
 
 class ScoreConfig(Section):
@@ -85,7 +95,9 @@ class ScoreConfig(Section):
     spread: Literal["group", "global", "largest-group"] = Field(
         "group", description="standard deviation that divides an advantage (UniRL: global, GenRL: largest-group)"
     )
-    min_spread: float = Field(1e-4, ge=0, description="groups with a smaller standard deviation are dropped and counted")
+    min_spread: float = Field(
+        1e-4, ge=0, description="groups with a smaller standard deviation are dropped and counted"
+    )
     best_of_n: int = Field(0, ge=0, description="keep the n/2 best and n/2 worst of a group; 0 keeps all")
     max_missing: float = Field(0.2, ge=0, le=1, description="share of missing rewards above which the stage stops")
     workers: int = Field(1, ge=1, description="processes that score at once, one torch thread each")
@@ -114,11 +126,19 @@ class TrainConfig(Section):
     step_weight: Literal["none", "std", "inverse-gradient"] = Field("none", description="weight of a step in the loss")
     ratio_norm: bool = Field(False, description="RatioNorm of GRPO-Guard: take the mean shift out of the log-ratio")
     nft_beta: float = Field(1.0, gt=0, description="mixing of DiffusionNFT's implicit policies")
-    ema: float = Field(0.9, ge=0, lt=1, description="decay per update of the weights used for evaluation; 0 turns it off")
+    ema: float = Field(
+        0.9, ge=0, lt=1, description="decay per update of the weights used for evaluation; 0 turns it off"
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
-    replay_samples: int = Field(8, ge=1, description="transitions of each expert and shard proven before the first update")
-    replay_limit: float = Field(1e-5, ge=0, description="largest |log-ratio| the gate accepts on a GPU; on a CPU it is 0")
-    recompute_log_probs: bool = Field(False, description="take old log-probs from this machine, for shards of other hardware")
+    replay_samples: int = Field(
+        8, ge=1, description="transitions of each expert and shard proven before the first update"
+    )
+    replay_limit: float = Field(
+        1e-5, ge=0, description="largest |log-ratio| the gate accepts on a GPU; on a CPU it is 0"
+    )
+    recompute_log_probs: bool = Field(
+        False, description="take old log-probs from this machine, for shards of other hardware"
+    )
     max_policy_lag: int = Field(0, ge=0, description="oldest shards accepted, in policies")
     save_every: int = Field(1, ge=1, description="updates between trainer checkpoints")
 
@@ -156,7 +176,7 @@ class RunConfig(Section):
 def load_config(path: Path, sets: Iterable[str] = ()) -> RunConfig:
     """Read a `run.toml`, and lay the settings of `--set` over it.
 
-    Raises UserError for a file that is missing or no TOML, an unknown key (with the nearest right name), or a wrong type.
+    Raises UserError for a file that is missing or no TOML, an unknown key (naming the nearest right one), a wrong type.
     """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -245,7 +265,11 @@ def _toml(value: Any) -> str:
     if isinstance(value, str):
         return _toml_string(value)
     if isinstance(value, dict):
-        return "{ " + ", ".join(f"{_toml_key(key)} = {_toml(inner)}" for key, inner in value.items()) + " }" if value else "{}"
+        return (
+            "{ " + ", ".join(f"{_toml_key(key)} = {_toml(inner)}" for key, inner in value.items()) + " }"
+            if value
+            else "{}"
+        )
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_toml(inner) for inner in value) + "]"
     return repr(value)
@@ -256,7 +280,7 @@ def _toml_key(key: str) -> str:
 
 
 def _toml_string(text: str) -> str:
-    """A basic string: the escapes of JSON are those of TOML, but TOML also wants DEL escaped and knows no surrogates."""
+    """A basic string: JSON's escapes are TOML's, but TOML also wants DEL escaped and knows no surrogates."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
@@ -276,7 +300,9 @@ def _user_error(error: ValidationError, where: str) -> UserError:
     if first["type"] == "extra_forbidden":
         names = _keys_of(sections)
         near = difflib.get_close_matches(key, names, 1, 0.0)
-        return UserError(f"{where}: {place}unknown key {key!r}", f"the nearest key is {near[0]!r}" if near else "remove it")
+        return UserError(
+            f"{where}: {place}unknown key {key!r}", f"the nearest key is {near[0]!r}" if near else "remove it"
+        )
     message = first["msg"][0].lower() + first["msg"][1:]
     hint = _description(sections, key) or "run.toml says what each key takes"
     return UserError(f"{where}: {place}{key}: {message}, but it is {first['input']!r}", hint)

@@ -102,7 +102,9 @@ def test_eval_prints_a_table_on_stdout(small: Path) -> None:
 
 
 def test_inspect_gives_csv_on_stdout(small: Path) -> None:
-    result = rushes("inspect", small, "--iteration", "0", "--format", "csv", "--columns", "key,reward", "--sort", "-reward")
+    result = rushes(
+        "inspect", small, "--iteration", "0", "--format", "csv", "--columns", "key,reward", "--sort", "-reward"
+    )
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert lines[0] == "key,reward"
@@ -143,7 +145,9 @@ def test_bad_input_is_named(tiny_t2v2: Path, tmp_path: Path) -> None:
     assert refused("loop", tmp_path / "a", "--iterations", "0") == (
         "--iterations 0: nothing to do (hint: ask for at least one)"
     )
-    assert refused("score", tmp_path / "a", "--reward", "ocr=much").startswith("--reward ocr=much: the weight is no number")
+    assert refused("score", tmp_path / "a", "--reward", "ocr=much").startswith(
+        "--reward ocr=much: the weight is no number"
+    )
     assert not (tmp_path / "a").exists()
 
 
@@ -200,7 +204,9 @@ def test_a_missing_or_foreign_model_is_refused(tiny_t2v2: Path, tmp_path: Path) 
 
 
 def test_a_run_with_another_model_than_its_plan_is_refused(small: Path, tiny_t2v: Path) -> None:
-    message = refused("rollout", small, "--iteration", "0", "--set", f"model.path={tiny_t2v}", "--set", "rollout.seed=9")
+    message = refused(
+        "rollout", small, "--iteration", "0", "--set", f"model.path={tiny_t2v}", "--set", "rollout.seed=9"
+    )
     assert "plan.json" in message or "model" in message
 
 
@@ -209,6 +215,8 @@ def test_array_tasks_share_the_work(small: Path, tmp_path: Path) -> None:
 
     copy = tmp_path / "run"
     shutil.copytree(small, copy, ignore=shutil.ignore_patterns("iter-*", "eval"))
-    result = rushes("rollout", copy, env={"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "2", "SLURM_ARRAY_TASK_MIN": "0"})
+    result = rushes(
+        "rollout", copy, env={"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "2", "SLURM_ARRAY_TASK_MIN": "0"}
+    )
     assert result.returncode == 0, result.stderr
     assert "--worker 5/2" in refused("rollout", copy, "--worker", "5/2")

@@ -23,7 +23,9 @@ def test_a_preset_survives_run_toml(preset: str, tmp_path: Path) -> None:
     assert load_config(path) == config
 
 
-@given(prompt=st.text(st.characters(exclude_categories=["Cs"])), weight=st.floats(allow_nan=False, allow_infinity=False))
+@given(
+    prompt=st.text(st.characters(exclude_categories=["Cs"])), weight=st.floats(allow_nan=False, allow_infinity=False)
+)
 def test_any_text_and_number_survive(prompt: str, weight: float) -> None:
     rollout = RunConfig().rollout.model_copy(update={"negative_prompt": prompt})
     score = RunConfig().score.model_copy(update={"rewards": {prompt: weight}, "options": {"ocr": {"mode": prompt}}})

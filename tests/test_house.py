@@ -64,7 +64,9 @@ def test_nobody_imports_the_command_line() -> None:
 
 def test_only_the_policy_touches_diffusers_models() -> None:
     files = [path for package in ALLOWED for path in (ROOT / package).rglob("*.py")]
-    users = {path.relative_to(ROOT).as_posix() for path in files if any(n.startswith("diffusers") for n in imports(path))}
+    users = {
+        path.relative_to(ROOT).as_posix() for path in files if any(n.startswith("diffusers") for n in imports(path))
+    }
     allowed = {name for name in users if name.startswith("rollout/policy") or name == "rollout/words/pretrain.py"}
     assert users - allowed <= {"rollout/grids.py"}  # the grids ask diffusers' own schedulers for their sigmas
 
@@ -77,7 +79,9 @@ def test_the_ground_floor_imports_nothing_heavy(path: Path) -> None:
 
 def test_every_file_says_what_lives_there() -> None:
     files = [path for package in (*ALLOWED, "bench", "tests") for path in (ROOT / package).rglob("*.py")]
-    silent = [path for path in files if path.stat().st_size and not ast.get_docstring(ast.parse(path.read_text("utf-8")))]
+    silent = [
+        path for path in files if path.stat().st_size and not ast.get_docstring(ast.parse(path.read_text("utf-8")))
+    ]
     assert not silent
 
 

@@ -197,20 +197,21 @@ def test_a_failed_sample_is_missing_and_the_others_are_not(tmp_path: Path, how: 
 
 
 def test_too_many_failures_stop_the_stage_and_nothing_false_is_kept(tmp_path: Path) -> None:
-    options = {FLAKY: {"bad": "s00 s01"}}
-    run, stage = make(tmp_path / "run", config={"rewards": {FLAKY: 1.0}, "options": options})
-    with pytest.raises(RunFailed, match=r"of 6 samples have no reward.*the judge is ill"):
+    options = {FLAKY: {"bad": "s00"}}  # one sample of the first shard is within the limit, two of two shards are not
+    run, stage = make(tmp_path / "run", config={"rewards": {FLAKY: 1.0}, "options": options}, groups=3)
+    with pytest.raises(RunFailed, match=r"2 of 9 samples have no reward.*the judge is ill"):
         score(run, stage)
     assert not sidecar.scorers(stage)
     healed = {FLAKY: {"bad": ""}}
     run.__dict__["config"] = RunConfig(score=ScoreConfig(rewards={FLAKY: 1.0}, options=healed))
-    assert score(run, stage).done == [0, 1]
+    assert score(run, stage).done == [0, 1, 2]
 
 
 def test_a_reward_that_cannot_work_is_an_error_and_not_a_missing_value(tmp_path: Path) -> None:
     run, stage = make(tmp_path / "run", config={"rewards": {f"{__name__}:Mute": 1.0}})
-    with pytest.raises(UserError, match="no weights here"):
+    with pytest.raises(UserError, match="^no weights here") as raised:
         score(run, stage)
+    assert raised.type is UserError
     assert not sidecar.scorers(stage)
 
 

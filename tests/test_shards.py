@@ -72,6 +72,8 @@ def test_tensors_round_trip_bit_for_bit(data: st.DataObject) -> None:
     found = tensors.decode(bytearray(payload), "here")
     stock = safetensors.torch.load(payload)
     assert found.keys() == stock.keys() == wanted.keys()
+    entries, _ = tensors.parse(memoryview(payload), "here")
+    assert all(entry.start % tensors.SIZES[entry.dtype] == 0 for entry in entries.values())  # aligned for any reader
     for name in wanted:
         assert same_bits(found[name], wanted[name])
         assert same_bits(stock[name], wanted[name])

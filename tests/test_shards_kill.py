@@ -7,30 +7,50 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from shards import index
 from shards.files import sha256_file
 from shards.reader import open_shard
 from shards.run import Run, Stage
+from shards.tar import Damaged, Member, members
 from shards.verify import verify
 from tests.shard_fixtures import planned_stage
 
 ROOT = Path(__file__).parents[1]
-KILLS = 20
+KILLS = 12  # of either kind
 SHAPE = {"groups": 4, "group_size": 4, "groups_per_shard": 2}
 
-# The writer as a process of its own. `salt` stands for kernels that are not deterministic across machines: it goes into
-# record, video and tensors of a sample, which must never be mixed.
+# The writer as a process of its own. With `fatal` > 0 it kills itself inside that system call of a publication, half of
+# the bytes written when it is a write. `salt` stands for kernels that are not deterministic across machines:
+# it goes into record, video and tensors of a sample, which must never be mixed.
 WRITER = """
-import sys
+import os, signal, sys
 import numpy as np
 from tests.shard_fixtures import make_group, make_sample
 from shards.run import Run
 from shards.writer import Sample, seal, spooled, write_group, write_sample
 
-run, salt, start = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+run, (salt, start, fatal) = sys.argv[1], map(int, sys.argv[2:])
+calls = 0
+
+def deadly(name, real):
+    def call(*arguments, **options):
+        global calls
+        calls += 1
+        if calls == fatal and name == "writev":
+            data = b"".join(arguments[1])
+            os.write(arguments[0], data[: len(data) // 2])
+        if calls == fatal:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments, **options)
+    return call
+
+for name in ("open", "writev", "fsync", "link", "unlink", "rmdir"):
+    setattr(os, name, deadly(name, getattr(os, name)))
 stage = Run(run).iteration(0)
 print("ready", flush=True)
 for turn in range(stage.expected()):
@@ -48,9 +68,9 @@ for turn in range(stage.expected()):
 """
 
 
-def start_writer(stage: Stage, salt: int = 0, start: int = 0) -> subprocess.Popen[str]:
+def start_writer(stage: Stage, salt: int = 0, start: int = 0, fatal: int = 0) -> subprocess.Popen[str]:
     """A writer that is past its imports."""
-    arguments = [sys.executable, "-c", WRITER, str(stage.run_path), str(salt), str(start)]
+    arguments = [sys.executable, "-c", WRITER, str(stage.run_path), str(salt), str(start), str(fatal)]
     writer = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert writer.stdout is not None
     assert writer.stdout.readline() == "ready\n", writer.communicate()[1]
@@ -64,8 +84,24 @@ def finish(writer: subprocess.Popen[str]) -> None:
 
 
 def damage(stage: Stage) -> list[str]:
-    """What a reader could trip over now. Work in progress and leftovers of the dead are not."""
-    return [problem.problem for problem in verify(stage.run_path) if problem.kind == "damaged"]
+    """What a reader, or the next writer, could trip over now. Work in progress and leftovers of the dead are not."""
+    found = [problem.problem for problem in verify(stage.run_path) if problem.kind == "damaged"]
+    for path in stage.path.glob("work/*/i*.tar"):
+        buffer = memoryview(path.read_bytes())
+        found += catch(lambda: index.sample_row(buffer, list(members(buffer, "spool")), "spool"))  # noqa: B023
+    for path in stage.path.glob("work/*/i*.safetensors"):
+        buffer = memoryview(path.read_bytes())
+        found += catch(lambda: index.group_columns(buffer, Member("spool", 0, len(buffer)), "spool"))  # noqa: B023
+    return found
+
+
+def catch(check: Callable[[], object]) -> list[str]:
+    """The damage a check finds."""
+    try:
+        check()
+    except Damaged as error:
+        return [str(error)]
+    return []
 
 
 def files(stage: Stage) -> dict[str, str]:
@@ -86,7 +122,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str
     return files(stage), seconds
 
 
-def test_killed_writers_lose_nothing(tmp_path: Path, undisturbed: tuple[dict[str, str], float]) -> None:
+@pytest.mark.parametrize("inside_a_call", [False, True], ids=["any time", "any system call"])
+def test_killed_writers_lose_nothing(
+    tmp_path: Path, undisturbed: tuple[dict[str, str], float], inside_a_call: bool
+) -> None:
     expected, seconds = undisturbed
     rng = random.Random(0)
     kills = runs = 0
@@ -95,13 +134,13 @@ def test_killed_writers_lose_nothing(tmp_path: Path, undisturbed: tuple[dict[str
         runs += 1
         while kills < KILLS and len(stage.shards()) < stage.expected():
             known = finished_samples(stage)
-            writer = start_writer(stage)
-            time.sleep(rng.random() * seconds / 2)
-            if writer.poll() is None:
-                writer.send_signal(signal.SIGKILL)
-                kills += 1
+            writer = start_writer(stage, fatal=rng.randrange(1, 70) if inside_a_call else 0)
+            if not inside_a_call:
+                time.sleep(rng.random() * seconds / 2)
+                writer.kill()
             writer.communicate()
             assert writer.returncode in (0, -signal.SIGKILL)
+            kills += writer.returncode != 0
             assert damage(stage) == []
             assert known <= finished_samples(stage)
         finish(start_writer(stage))

@@ -36,7 +36,8 @@ def scenes() -> list[Scene]:
 
 def split() -> tuple[list[Scene], list[Scene]]:
     """Scenes for post-training and the held-out ones for evaluation: every word, ink and paper is in both."""
-    train, held_out = [], []
+    train: list[Scene] = []
+    held_out: list[Scene] = []
     for scene in scenes():
         code = WORDS.index(scene.word) + list(INKS).index(scene.ink) + 2 * list(PAPERS).index(scene.paper)
         (held_out if code % 4 == 0 else train).append(scene)

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,7 +57,9 @@ def cosine(step: int, steps: int, peak: float, warmup: int = 100) -> float:
     return peak * (0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * (step - warmup) / max(1, steps - warmup))))
 
 
-def descend(parameters: list[nn.Parameter], steps: int, peak: float, decay: float) -> Iterator[Callable[[Tensor], None]]:
+def descend(
+    parameters: list[nn.Parameter], steps: int, peak: float, decay: float
+) -> Iterator[Callable[[Tensor], None]]:
     """Yield, `steps` times, a function that takes the loss of that step and moves the parameters by AdamW."""
     optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.95), weight_decay=decay)
 
@@ -107,7 +110,7 @@ def decode_unclamped(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
 
 
 def train_vae(work: Path, steps: int) -> None:
-    """Train the VAE, first on single frames, then on whole clips; write latents_mean and latents_std into its config."""
+    """Train the VAE, first on single frames, then on clips; write latents_mean and latents_std into its config."""
     log = Log(work / "logs" / "vae.jsonl")
     rng = np.random.default_rng(0)
     vae = new_vae()
@@ -136,9 +139,7 @@ def train_vae(work: Path, steps: int) -> None:
 
 def new_text_encoder() -> UMT5EncoderModel:
     """A two-layer UMT5 encoder over bytes."""
-    config = UMT5Config(
-        vocab_size=384, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, dropout_rate=0.0
-    )
+    config = UMT5Config(vocab_size=384, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, dropout_rate=0.0)
     return UMT5EncoderModel(config)
 
 
@@ -151,17 +152,17 @@ def random_prompts(count: int, rng: np.random.Generator) -> tuple[list[str], Ten
     for row in range(count):
         letters = rng.integers(0, 26, int(rng.integers(3, 6)))
         if row % 4:
-            letters = np.frombuffer(WORDS[rng.integers(len(WORDS))].encode(), np.uint8) - 65
+            letters = np.frombuffer(WORDS[rng.integers(len(WORDS))].encode(), np.uint8).astype(np.int64) - 65
         ink, paper = int(rng.integers(len(INKS))), int(rng.integers(len(PAPERS)))
         word = "".join(chr(65 + int(letter)) for letter in letters)
         prompts.append(Scene(word, list(INKS)[ink], list(PAPERS)[paper]).prompt)
-        labels[row, : len(letters)] = torch.from_numpy(letters.astype(np.int64))
+        labels[row, : len(letters)] = torch.from_numpy(letters)
         labels[row, 5], labels[row, 6] = ink, paper
     return prompts, labels
 
 
 def encode_text(encoder: UMT5EncoderModel, prompts: list[str]) -> tuple[Tensor, Tensor]:
-    """Embeddings as WanPipeline makes them (zero after the end of the text) and the mask, [n, TEXT_LENGTH, 64] and [n, …]."""
+    """Embeddings [n, TEXT_LENGTH, 64] as WanPipeline makes them, zero after the end of the text, and the mask."""
     tokens = ByT5Tokenizer()(
         prompts, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt"
     )
@@ -174,7 +175,9 @@ def train_text(work: Path, steps: int) -> None:
     log = Log(work / "logs" / "text.jsonl")
     rng = np.random.default_rng(1)
     encoder = new_text_encoder()
-    heads = nn.ModuleList([nn.Linear(64, 27) for _ in range(5)] + [nn.Linear(64, len(INKS)), nn.Linear(64, len(PAPERS))])
+    heads = nn.ModuleList(
+        [nn.Linear(64, 27) for _ in range(5)] + [nn.Linear(64, len(INKS)), nn.Linear(64, len(PAPERS))]
+    )
     parameters = [*encoder.parameters(), *heads.parameters()]
     for step, move in enumerate(descend(parameters, steps, peak=3e-3, decay=0.01)):
         prompts, labels = random_prompts(64, rng)
@@ -185,7 +188,11 @@ def train_text(work: Path, steps: int) -> None:
         move(torch.stack(losses).mean())
         if (step + 1) % 100 == 0:
             hits = torch.stack([(head(told).argmax(-1) == wanted[:, i]) for i, head in enumerate(heads)])
-            log(step=step + 1, loss=round(torch.stack(losses).mean().item(), 4), exact=round(hits.all(0).float().mean().item(), 4))
+            log(
+                step=step + 1,
+                loss=round(torch.stack(losses).mean().item(), 4),
+                exact=round(hits.all(0).float().mean().item(), 4),
+            )
     encoder.save_pretrained(work / "text_encoder")
 
 
@@ -224,7 +231,9 @@ def encode_latents(work: Path, clips: int) -> None:
             latents.append((vae.encode(torch.from_numpy(drawn)).latent_dist.mode() - mean) / std)
             indices += [every.index(scene) for scene in chosen]
         embeddings = encode_text(encoder, [scene.prompt for scene in every] + [""])[0]
-    torch.save({"latents": torch.cat(latents), "scene": torch.tensor(indices), "embeddings": embeddings}, work / "latents.pt")
+    torch.save(
+        {"latents": torch.cat(latents), "scene": torch.tensor(indices), "embeddings": embeddings}, work / "latents.pt"
+    )
 
 
 def flow_matching_loss(model: WanTransformer3DModel, clean: Tensor, text: Tensor, sigma: Tensor) -> Tensor:
@@ -246,9 +255,11 @@ def train_expert(work: Path, expert: str, steps: int, stop: int) -> None:
     data = torch.load(work / "latents.pt", weights_only=True)
     low, high = (BOUNDARY, 1.0) if expert == "high" else (0.0, BOUNDARY)
     model = new_transformer()
-    averaged = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998))
+    averaged: Any = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
+    )
     folder = work / ("transformer" if expert == "high" else "transformer_2")
-    average = None
+    average: float | None = None
     for step, move in enumerate(descend(list(model.parameters()), steps, peak=2e-3, decay=0.01)):
         rows = torch.randint(len(data["scene"]), (64,))
         scene = torch.where(torch.rand(64) < PROMPT_DROPOUT, len(data["embeddings"]) - 1, data["scene"][rows])
@@ -312,14 +323,21 @@ def install(work: Path) -> None:
 
 def run_all(options: argparse.Namespace) -> None:
     """Run the stages whose result is missing, the two experts side by side in processes of one thread each."""
-    results = {"vae": "vae", "text": "text_encoder", "latents": "latents.pt", "high": "transformer", "low": "transformer_2"}
+    results = {
+        "vae": "vae",
+        "text": "text_encoder",
+        "latents": "latents.pt",
+        "high": "transformer",
+        "low": "transformer_2",
+    }
     missing = [stage for stage, name in results.items() if not (options.out / name).exists()]
     for stage in missing:
         if stage not in ("high", "low"):
             run_stage(options.out, stage, options)
     command = [sys.executable, "-m", "rollout.words.pretrain", *sys.argv[1:], "--threads", "1", "--stage"]
     experts = [subprocess.Popen([*command, stage]) for stage in missing if stage in ("high", "low")]
-    if any([process.wait() for process in experts]):
+    codes = [process.wait() for process in experts]
+    if any(codes):
         raise SystemExit("an expert stopped before its end; run the command again")
     assemble(options.out)
 
