@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shards.errors import UserError
+from shards.errors import RunFailed, StillBusy, UserError
 
 if TYPE_CHECKING:
     from rollout.policy import Policy
@@ -58,10 +58,21 @@ def init(
 
 
 @app.command(epilog="Example:  rushes rollout runs/signs --iteration 0")
-def rollout(run: RunPath, iteration: Iteration = None, worker: WorkerOf = "", sets: Sets = []) -> None:  # noqa: B006
+def rollout(
+    run: RunPath,
+    iteration: Iteration = None,
+    dry_run: Annotated[bool, typer.Option(help="print the plan as a table and its size; load and write nothing")] = False,
+    worker: WorkerOf = "",
+    sets: Sets = [],  # noqa: B006
+) -> None:
     """Sample the shards of an iteration that do not exist yet."""
     opened = open_run(run, sets)
-    do_rollout(opened, opened.iteration(next_iteration(opened) if iteration is None else iteration), None, worker)
+    stage = opened.iteration(next_iteration(opened) if iteration is None else iteration)
+    if not dry_run:
+        return do_rollout(opened, stage, None, worker)
+    from rollout.preview import preview
+
+    print(preview(opened, stage))
 
 
 @app.command(epilog="Example:  rushes score runs/signs --iteration 0 --reward ocr=1.0")
@@ -80,10 +91,17 @@ def score(
 
 
 @app.command(epilog="Example:  rushes train runs/signs --iteration 0")
-def train(run: RunPath, iteration: Iteration = None, sets: Sets = []) -> None:  # noqa: B006
+def train(
+    run: RunPath,
+    iteration: Iteration = None,
+    advantage: Annotated[
+        str, typer.Option(metavar="SPEC8", help="advantages to train on, when several specifications were computed")
+    ] = "",
+    sets: Sets = [],  # noqa: B006
+) -> None:
     """Prove that the shards replay exactly, then update the policy."""
     opened = open_run(run, sets)
-    do_train(opened, next_iteration(opened) if iteration is None else iteration, None)
+    do_train(opened, next_iteration(opened) if iteration is None else iteration, None, advantage)
 
 
 @app.command(epilog="Example:  rushes loop runs/signs --iterations 10")
@@ -96,7 +114,7 @@ def loop(
     if iterations < 1:
         raise UserError(f"--iterations {iterations}: nothing to do", "ask for at least one")
     opened = open_run(run, sets)
-    policy = load_policy(opened)
+    policy = load_policy(opened) if next_iteration(opened) < iterations else None
     for k in range(iterations):
         stage = opened.iteration(k)
         do_rollout(opened, stage, policy, "")
@@ -125,22 +143,86 @@ def evaluate(
     print_evaluation(rows)
 
 
-@app.command(epilog="Example:  rushes inspect runs/signs --where 'reward < 0.5' --sort reward --format csv")
+@app.command(epilog="Example:  rushes judge clip.mp4 --prompt 'a sign that says \"OPEN\"' --reward ocr --reward motion")
+def judge(
+    videos: Annotated[list[Path], typer.Argument(metavar="VIDEO…", help="video files", show_default=False)],
+    reward: Annotated[
+        list[str],
+        typer.Option(metavar="NAME[:OPTION=VALUE,…]", help="a reward; as many as you like", show_default=False),
+    ],
+    prompt: Annotated[
+        list[str], typer.Option(metavar="TEXT", help="once for all videos, or once for each", show_default=False)
+    ],
+    target: Annotated[
+        list[str], typer.Option(metavar="TEXT", help="text that the video should show, likewise; else the quoted one")
+    ] = [],  # noqa: B006
+) -> None:
+    """Score video files outside a run: one JSON line a video on stdout, with all a reward says of it."""
+    import json
+
+    from score.judge import judge as judge_files
+
+    missing = 0
+    for record in judge_files(videos, prompt, reward, target):
+        print(json.dumps(record, ensure_ascii=False), flush=True)
+        missing += sum(verdict["status"] != "ok" for verdict in record["rewards"])
+    if missing:
+        raise RunFailed(f"{missing} scores are missing", "`status` on their lines says why")
+
+
+@app.command(
+    epilog="Examples:  rushes inspect runs/signs --where 'reward < 0.5' --sort reward --format csv;  "
+    "rushes inspect runs/signs i000003-p000017-s05"
+)
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="a run directory", show_default=False)],
+    key: Annotated[str, typer.Argument(metavar="[KEY]", help="one sample in full, its frames as PNG files")] = "",
     iteration: Annotated[int | None, typer.Option(help="only this iteration")] = None,
-    where: Annotated[str, typer.Option(help="pandas query, for example 'reward < 0.5'")] = "",
-    sort: Annotated[str, typer.Option(help="column to sort by; -column for descending")] = "",
+    evaluation: Annotated[bool, typer.Option("--eval", help="the evaluations instead of the rollouts")] = False,
+    where: Annotated[str, typer.Option(help="pandas query, for example 'reward < 0.5 and ocr.exact > 0'")] = "",
+    sort: Annotated[str, typer.Option(help="columns to sort by; -column for descending")] = "",
     columns: Annotated[str, typer.Option(help="columns to show, separated by commas")] = "",
-    group_by: Annotated[str, typer.Option(help="column to group by, for example prompt: count, mean, spread")] = "",
-    format: Annotated[str, typer.Option(help="table, csv, json or parquet (the last needs --out)")] = "table",
+    group_by: Annotated[str, typer.Option(help="columns to group by, for example prompt: count, mean, spread")] = "",
+    format: Annotated[str, typer.Option(help="table, csv, json, jsonl or parquet (the last needs --out)")] = "table",
     out: Annotated[Path | None, typer.Option(help="write here instead of to the terminal")] = None,
+    frames: Annotated[Path | None, typer.Option(help="with KEY: folder of the frames, else RUN/frames/KEY")] = None,
 ) -> None:
-    """Show samples, scores and advantages as one table."""
-    from shards import table
+    """Show samples, scores and advantages as one table, or one sample in full."""
+    from shards import query, sample, table
 
-    frame = table.select(table.samples(path, iteration), where, sort, columns, group_by)
-    table.emit(frame, format, out, sys.stdout)
+    if key:
+        if where or sort or columns or group_by or out or format not in ("table", "json"):
+            raise UserError(
+                f"{key} is one sample, not a table", "with KEY there are --eval, --frames and --format json"
+            )
+        text = sample.show(path, key, format, evaluation)
+        written = sample.write_frames(path, key, frames, evaluation)
+        print(text, end="")
+        say(f"{written[0].parent}: {len(written)} frames")
+        return
+    if frames:
+        raise UserError("--frames needs the KEY of a sample", "`rushes inspect RUN --columns key` lists the keys")
+    found = query.of_kind(table.samples(path, iteration), evaluation)
+    query.emit(query.select(found, where, sort, columns, group_by), format, out, sys.stdout)
+
+
+@app.command(epilog="Example:  rushes report runs/signs && xdg-open runs/signs/report/index.html")
+def report(
+    run: RunPath,
+    megabytes: Annotated[float, typer.Option(help="most that clips may take; the page says what was left out")] = 48.0,
+    tensorboard: Annotated[bool, typer.Option(help="also write rewards and guards for TensorBoard")] = False,
+) -> None:
+    """Make RUN/report/index.html: curves, clips, guards and costs in one file that needs no network."""
+    from shards.report import write_report
+
+    opened = open_run(run, [])
+    path = write_report(opened, megabytes)
+    say(f"{path}: {path.stat().st_size / 1e6:.1f} MB, open it in a browser")
+    if tensorboard:
+        from shards.board import write_board
+
+        write_board(opened)
+        say(f"show them with: tensorboard --logdir {run}")
 
 
 @app.command(epilog="Example:  rushes verify runs/signs --replay")
@@ -154,11 +236,38 @@ def verify(
     problems = verify_files(path)
     for problem in problems:
         print(problem)
-    if problems:
-        raise UserError(f"{path}: {len(problems)} problems", "delete what is damaged and run the stage again")
+    damaged = sum(problem.kind == "damaged" for problem in problems)
+    if damaged:
+        raise RunFailed(f"{path}: {damaged} damaged files", "delete what is damaged and run its stage again")
     say(f"{path}: everything published is whole")
     if replay:
         prove(path)
+
+
+@app.command(epilog="Example:  rushes export runs/signs --out exports/signs")
+def export(
+    run: RunPath,
+    out: Annotated[Path, typer.Option(help="folder to be made, with a model card in it", show_default=False)],
+    iteration: Annotated[int | None, typer.Option(help="export the policy this iteration trained; the last")] = None,
+    average: Annotated[bool, typer.Option(help="the averaged weights, where training kept them")] = True,
+    fuse: Annotated[bool, typer.Option(help="whole weights as a plain pipeline folder, instead of LoRA")] = False,
+) -> None:
+    """Write the policy as plain diffusers loads it, and prove it by loading it back."""
+    from rollout.export import export as run_export
+
+    opened = open_run(run, [])
+    last = max(next_iteration(opened) - 1, 0)
+    say(f"export: {run_export(opened, last if iteration is None else iteration, out, average=average, fuse=fuse)}")
+
+
+@app.command(name="plan-memory", epilog="Example:  rushes plan-memory runs/signs --set rollout.frames=81")
+def plan_memory(run: RunPath, sets: Sets = []) -> None:  # noqa: B006
+    """Print what each stage will need for this model and shape, from configuration files alone."""
+    from rollout.memory import plan_memory as needs
+    from rollout.memory import render
+
+    opened = open_run(run, sets)
+    print(render(opened, needs(opened)))
 
 
 # --- What the commands share -----------------------------------------------------------------------------------------
@@ -183,10 +292,7 @@ def load_policy(run: Run) -> Policy:
     """The model of a run, to be kept over several stages."""
     from rollout.policy import Policy
 
-    model = run.config.model
-    return Policy.load(
-        model.path, dtype=model.dtype, device=model.device, text_length=model.text_length, lora=model.lora
-    )
+    return Policy.of(run.config.model)
 
 
 def do_rollout(run: Run, stage: Stage, policy: Policy | None, worker: str) -> None:
@@ -196,6 +302,8 @@ def do_rollout(run: Run, stage: Stage, policy: Policy | None, worker: str) -> No
     with progress(f"{stage.name} rollout") as report:
         result = run_rollout(run, stage, policy, report, worker_of(worker))
     say(f"{stage.name} rollout: {result}")
+    if result.busy:
+        raise StillBusy(f"{stage.name}: other workers still hold {result.busy} shards", "nothing is left to claim")
 
 
 def do_score(run: Run, stage: Stage, worker: str, advantages_only: bool) -> dict[str, Any]:
@@ -208,12 +316,12 @@ def do_score(run: Run, stage: Stage, worker: str, advantages_only: bool) -> dict
     return result.summary or {}
 
 
-def do_train(run: Run, iteration: int, policy: Policy | None) -> None:
+def do_train(run: Run, iteration: int, policy: Policy | None, advantage: str = "") -> None:
     """Train one iteration and say what happened."""
     from train.run import train as run_train
 
     with progress(f"iter-{iteration:04d} train") as report:
-        result = run_train(run, iteration, policy, report)
+        result = run_train(run, iteration, policy, report, advantage)
     say(f"iter-{iteration:04d} train: {result}")
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from rollout.planning import load_policy, stage_plan, take_policy
+from rollout.planning import stage_plan, take_policy
 from rollout.policy import Policy
 from rollout.sampler import Chunk, Sampler, State, Tensors
 from shards.errors import UserError
@@ -40,6 +40,13 @@ class RolloutReport:
     busy: int = 0
     """Shards that other workers hold and have not finished."""
 
+    def __str__(self) -> str:
+        if not self.done:
+            return f"nothing to do: {self.skipped} videos are there"
+        rate = self.done / max(self.seconds, 1e-9)
+        there = f", {self.skipped} were there" if self.skipped else ""
+        return f"{self.done} videos sampled{there}; {self.seconds:.1f} s, {rate:.2f} videos/s"
+
 
 def rollout(
     run: Run,
@@ -59,9 +66,9 @@ def rollout(
     plan = stage.plan()
     if plan is not None and len(stage.shards()) == len(plan["shards"]):
         return RolloutReport(0, len(plan["groups"]) * plan["group_size"], time.monotonic() - began)
-    policy = policy or load_policy(run.config)
+    policy = policy or Policy.of(run.config.model)
     identity = take_policy(run, stage, policy)
-    plan = stage.publish_plan(stage_plan(run, stage, policy, identity))
+    plan = stage.publish_plan(stage_plan(run, stage, policy.layout, identity))
     work = _Work(stage, Sampler(policy, plan, stage.plan_sha256()), progress)
     busy = work.go(_order(len(plan["shards"]), worker))
     if busy:  # a worker may have died in the meantime

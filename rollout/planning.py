@@ -7,20 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from rollout.policy import Policy
+from rollout.policy_folder import Layout
+from rollout.policy_inputs import open_image
 from rollout.prompts import Prompt, load_prompts, prompts_of_iteration, words_folder
 from rollout.schedule import Plan, choose_window, make_plan
-from shards.config import RunConfig
 from shards.errors import RunFailed, UserError
 from shards.files import publish_new, read_json, to_json
 from shards.run import SCHEMA, Run, Stage, group_key
-
-
-def load_policy(config: RunConfig) -> Policy:
-    """The model that [model] names, as it was before any training. Raises UserError as Policy.load does."""
-    model = config.model
-    return Policy.load(
-        model.path, dtype=model.dtype, device=model.device, text_length=model.text_length, lora=model.lora
-    )
 
 
 def policy_source(run: Run, stage: Stage) -> Path | None:
@@ -60,16 +53,16 @@ def take_policy(run: Run, stage: Stage, policy: Policy) -> dict[str, Any]:
     return identity
 
 
-def stage_plan(run: Run, stage: Stage, policy: Policy, identity: dict[str, Any]) -> dict[str, Any]:
+def stage_plan(run: Run, stage: Stage, layout: Layout, identity: dict[str, Any]) -> dict[str, Any]:
     """The content of plan.json: a pure function of run.toml, the prompts file and the policy. Raises UserError."""
     config, rollout = run.config, run.config.rollout
     evaluation = config.eval if stage.kind == "eval" else None
-    policy.check_shape(rollout.height, rollout.width, rollout.frames)
+    layout.check_shape(rollout.height, rollout.width, rollout.frames)
     sampler = make_plan(
-        rollout, boundary=policy.boundary, scheduler_config=policy.scheduler_config, evaluation=evaluation
+        rollout, boundary=layout.boundary, scheduler_config=layout.scheduler_config, evaluation=evaluation
     )
     prompts = _prompts(run, stage)
-    _check_images(prompts, policy)
+    _check_images(prompts, layout, rollout.height, rollout.width)
     size = evaluation.videos_per_prompt if evaluation else rollout.group_size
     # an evaluation has small groups: as many videos a shard as in a rollout
     per_shard = max(1, rollout.groups_per_shard * rollout.group_size // size)
@@ -125,9 +118,13 @@ def _prompts(run: Run, stage: Stage) -> list[Prompt]:
     return prompts_of_iteration(every, rollout.prompts_per_iteration, rollout.seed, stage.iteration)
 
 
-def _check_images(prompts: Sequence[Prompt], policy: Policy) -> None:
-    """UserError when a prompt lacks the image its model starts from, or has one the model cannot take."""
-    takes = policy.layout.takes_image
+def _check_images(prompts: Sequence[Prompt], layout: Layout, height: int, width: int) -> None:
+    """UserError when a prompt lacks the image its model starts from, or has one that the model cannot take.
+
+    Every image is opened here, before anything is sampled, and must have the size of the video: silently scaled it
+    would be stretched.
+    """
+    takes = layout.takes_image
     for prompt in prompts:
         if prompt.image is None and takes == "must":
             raise UserError(
@@ -138,6 +135,11 @@ def _check_images(prompts: Sequence[Prompt], policy: Policy) -> None:
             raise UserError(
                 f"prompt {prompt.id} ({prompt.text[:60]!r}) has an image, but the model is text-to-video",
                 "remove the `image`, or take an image-to-video model",
+            )
+        if prompt.image is not None and (size := open_image(prompt.image).size) != (width, height):
+            raise UserError(
+                f"prompt {prompt.id}: {prompt.image} is {size[0]} wide and {size[1]} high, the video {width} and {height}",
+                "crop and scale the image to the size of the video, or set rollout.width and rollout.height",
             )
 
 

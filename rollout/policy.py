@@ -41,6 +41,7 @@ from rollout.policy_lora import (
     save_adapter,
 )
 from shards.errors import UserError
+from shards.files import read_json
 
 if TYPE_CHECKING:
     from shards.config import ModelConfig
@@ -86,7 +87,8 @@ class Policy:
         policy = cls(read_layout(find_folder(str(path))), dtype, where, text_length)
         if lora:
             policy.start_lora = Path(lora).expanduser()
-            policy.load_lora(policy.start_lora)
+            policy._check_base(policy.start_lora)
+            policy.become(None)
         return policy
 
     # --- Experts and where they are ----------------------------------------------------------------------------------
@@ -204,6 +206,16 @@ class Policy:
         if source is not None:
             return self.load_lora(source)
         self._drop_adapters()
+
+    def _check_base(self, folder: Path) -> None:
+        """UserError for a policy that says itself that it was trained on another base model."""
+        record = folder / "policy.json"
+        base = read_json(record).get("base") if record.is_file() else None
+        if base is not None and base != self.base_fingerprint:
+            raise UserError(
+                f"model.lora: {folder} was trained on another base model than {self.layout.folder}",
+                f"{record} has the fingerprint of its base; name that model in model.path",
+            )
 
     def _replace(self, experts: dict[int, nn.Module]) -> None:
         """Put other weights in the place of the base model's, which are kept."""
@@ -365,24 +377,11 @@ class Policy:
 
     def latent_shape(self, height: int, width: int, frames: int) -> tuple[int, int, int, int]:
         """(C, F, H, W) of the latents of a video of that size in pixels and frames."""
-        layout = self.layout
-        steps = (frames - 1) // layout.temporal_scale + 1
-        return layout.channels, steps, height // layout.spatial_scale, width // layout.spatial_scale
+        return self.layout.latent_shape(height, width, frames)
 
     def check_shape(self, height: int, width: int, frames: int) -> None:
         """Raise UserError for a size the model cannot make, naming the nearest it can."""
-        layout = self.layout
-        for name, value, patch in (("height", height, layout.patch[1]), ("width", width, layout.patch[2])):
-            unit = layout.spatial_scale * patch
-            if value % unit:
-                near = max(unit, round(value / unit) * unit)
-                raise UserError(f"rollout.{name} = {value}: not a multiple of {unit}", f"the nearest is {near}")
-        if (frames - 1) % layout.temporal_scale:
-            near = round((frames - 1) / layout.temporal_scale) * layout.temporal_scale + 1
-            raise UserError(f"rollout.frames = {frames}: not {layout.temporal_scale}k+1", f"the nearest is {near}")
-        sizes = zip(self.latent_shape(height, width, frames)[1:], layout.patch, strict=True)
-        if max(size // patch for size, patch in sizes) > layout.rope_length:
-            raise UserError(f"{height}x{width}, {frames} frames: beyond the model's positions", "make it smaller")
+        self.layout.check_shape(height, width, frames)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> NDArray[np.uint8]:

@@ -47,6 +47,25 @@ class Layout:
     def expert_ids(self) -> tuple[int, ...]:
         return (0,) if self.boundary is None else (0, 1)
 
+    def latent_shape(self, height: int, width: int, frames: int) -> tuple[int, int, int, int]:
+        """(C, F, H, W) of the latents of a video of that size in pixels and frames."""
+        steps = (frames - 1) // self.temporal_scale + 1
+        return self.channels, steps, height // self.spatial_scale, width // self.spatial_scale
+
+    def check_shape(self, height: int, width: int, frames: int) -> None:
+        """Raise UserError for a size the model cannot make, naming the nearest it can."""
+        for name, value, patch in (("height", height, self.patch[1]), ("width", width, self.patch[2])):
+            unit = self.spatial_scale * patch
+            if value % unit:
+                near = max(unit, round(value / unit) * unit)
+                raise UserError(f"rollout.{name} = {value}: not a multiple of {unit}", f"the nearest is {near}")
+        if (frames - 1) % self.temporal_scale:
+            near = round((frames - 1) / self.temporal_scale) * self.temporal_scale + 1
+            raise UserError(f"rollout.frames = {frames}: not {self.temporal_scale}k+1", f"the nearest is {near}")
+        sizes = zip(self.latent_shape(height, width, frames)[1:], self.patch, strict=True)
+        if max(size // patch for size, patch in sizes) > self.rope_length:
+            raise UserError(f"{height}x{width}, {frames} frames: beyond the model's positions", "make it smaller")
+
 
 def find_folder(path: str) -> Path:
     """The local folder of a model: the embedded `words`, a path, or the local copy of a hub repository.
@@ -81,6 +100,9 @@ def read_layout(folder: Path) -> Layout:
     for name in ("tokenizer", "text_encoder", "vae", "scheduler", "transformer"):
         if name not in parts or not (folder / name).is_dir():
             raise UserError(f"{folder}: the part {name!r} is missing", "save the whole pipeline with save_pretrained")
+    for name in ("text_encoder", "vae", "transformer", "transformer_2"):
+        if name in parts:
+            _check_weights(folder / name)
     if "image_encoder" in parts:
         raise UserError(f"{folder}: has an image encoder (Wan2.1 image-to-video)", "Wan2.2 image-to-video needs none")
     transformer = _read_config(folder / "transformer" / "config.json", "save the transformer with save_pretrained")
@@ -176,6 +198,18 @@ def _read_config(path: Path, hint: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path}: not a JSON object", hint)
     return values
+
+
+def _check_weights(folder: Path) -> None:
+    """UserError when a part of the model has no weights, or lacks one of the files its index names."""
+    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    hint = "copy or fetch the whole model folder; weights are safetensors, never pickled"
+    if not indexes and not any(folder.glob("*.safetensors")):
+        raise UserError(f"{folder}: holds no weights", hint)
+    for index in indexes:
+        for name in sorted(set(_read_config(index, hint).get("weight_map", {}).values())):
+            if not (folder / name).is_file():
+                raise UserError(f"{folder / name}: no such file, but {index.name} names it", hint)
 
 
 def _boundary(folder: Path, index: dict[str, Any], parts: tuple[str, ...]) -> float | None:

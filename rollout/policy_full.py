@@ -57,15 +57,19 @@ def load_full(layout: Layout, folder: Path, dtype: str, device: torch.device) ->
     for expert in layout.expert_ids:
         place = folder / NAMES[expert]
         if not (place / CONFIG).is_file():
-            raise UserError(f"{place / CONFIG}: no such file", "the policy folder is incomplete: train that iteration again")
+            raise UserError(
+                f"{place / CONFIG}: no such file", "the policy folder is incomplete: train that iteration again"
+            )
         if (place / CONFIG).read_bytes() != (layout.folder / EXPERT_FOLDERS[expert] / CONFIG).read_bytes():
-            raise UserError(f"{place}: not an expert of {layout.folder}", "its config.json differs from the base model's")
+            raise UserError(
+                f"{place}: not an expert of {layout.folder}", "its config.json differs from the base model's"
+            )
         found[expert] = load_transformer(layout, expert, dtype, device, place)
     return found
 
 
 def full_hashes(folder: Path, experts: tuple[int, ...]) -> dict[str, str]:
-    """sha256 of every file of the experts of a policy folder, by its path inside the folder. UserError if one is missing."""
+    """sha256 of every file of the experts of a policy folder, by its path inside. UserError where one is missing."""
     hashes: dict[str, str] = {}
     for expert in experts:
         files = sorted(path for path in (folder / NAMES[expert]).glob("*") if path.suffix in (".json", ".safetensors"))

@@ -84,20 +84,28 @@ def load_adapter(module: nn.Module, folder: Path) -> None:
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{path}: cannot be read as LoRA weights: {error}", "the file is damaged or foreign") from error
     state = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
+    config = _config_of(state, metadata, path)
     remove_adapter(module)
-    module.add_adapter(_config_of(state, metadata, path), adapter_name=ADAPTER)  # type: ignore[operator]
-    _to_float(module)
-    own = set(get_peft_model_state_dict(module, adapter_name=ADAPTER))
-    if own != set(state):
-        remove_adapter(module)
-        example = sorted(own ^ set(state))[0]
-        raise UserError(f"{path}: does not fit this model, for example at {example}", "an adapter of another model")
     try:
-        set_peft_model_state_dict(module, state, adapter_name=ADAPTER)
-    except RuntimeError as error:
+        module.add_adapter(config, adapter_name=ADAPTER)  # type: ignore[operator]
+    except ValueError as error:  # none of its layers is there
+        raise UserError(f"{path}: has no layer of this model", "an adapter of another model") from error
+    _to_float(module)
+    misfit = _misfit(state, get_peft_model_state_dict(module, adapter_name=ADAPTER))
+    if misfit:
         remove_adapter(module)
-        problem = f"{path}: weights of other shapes than this model's: {error}"
-        raise UserError(problem, "an adapter of another model") from error
+        raise UserError(f"{path}: does not fit this model: {misfit}", "an adapter of another model")
+    set_peft_model_state_dict(module, state, adapter_name=ADAPTER)
+
+
+def _misfit(state: dict[str, Tensor], own: dict[str, Tensor]) -> str:
+    """How the weights of an adapter differ from those a module has room for, by one example; empty when they fit."""
+    for name in sorted(own.keys() | state.keys()):
+        theirs, ours = (tuple(part[name].shape) if name in part else None for part in (state, own))
+        if theirs != ours:
+            known = f"is {list(ours)}" if ours else "does not exist"
+            return f"{name} is {list(theirs)} there, and here {known}" if theirs else f"{name} is missing there"
+    return ""
 
 
 def expert_folder(folder: Path, expert: int, experts: int) -> Path:

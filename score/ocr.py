@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -59,18 +60,19 @@ class OCR:
 
     def __call__(self, videos: Sequence[Video]) -> list[Scored]:
         """Read all chosen frames of all videos together and compare. A video without a target has no score."""
-        from score.reading import TextReader  # imports torch and EasyOCR
+        from score.reading import TextReader, confidence, joined  # imports torch and EasyOCR
 
-        reader = TextReader(**self._reading)
-        picked = [list(as_uint8(video.frames)[self.pick(len(video.frames))]) for video in videos]
-        lines = iter(
-            reader.lines(
-                [frame for frames in picked for frame in frames],
-                ordered=DEFINITIONS[self.mode].reading_order,
-                min_confidence=self.min_confidence,
-            )
-        )
-        return [self.judge(video, [next(lines) for _ in frames]) for video, frames in zip(videos, picked, strict=True)]
+        reader, ordered = TextReader(**self._reading), DEFINITIONS[self.mode].reading_order
+        picked = [self.pick(len(video.frames)) for video in videos]
+        chosen = [as_uint8(video.frames)[numbers] for video, numbers in zip(videos, picked, strict=True)]
+        found = iter(reader.read([frame for frames in chosen for frame in frames]))
+        scored = []
+        for video, numbers in zip(videos, picked, strict=True):
+            frames = [next(found) for _ in numbers]
+            texts = [joined(boxes, ordered=ordered, min_confidence=self.min_confidence) for boxes in frames]
+            sure = [confidence(boxes, self.min_confidence) for boxes in frames]
+            scored.append(replace(self.judge(video, texts), text=texts, confidence=sure, frames=numbers))
+        return scored
 
     def pick(self, count: int) -> list[int]:
         """Which of `count` frames are read: 0, interval, 2 interval, … (of 4k+1 frames also the last)."""

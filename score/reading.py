@@ -160,6 +160,12 @@ def joined(boxes: Sequence[Box], *, ordered: bool = True, min_confidence: float 
     return " ".join(kept[position].text for position in order)
 
 
+def confidence(boxes: Sequence[Box], min_confidence: float = 0.0) -> float:
+    """Mean confidence of the boxes that `joined` keeps; 0 for a frame without any."""
+    kept = [box.confidence for box in boxes if box.confidence > min_confidence and box.text]
+    return float(np.mean(kept)) if kept else 0.0
+
+
 def _canvas(frames: list[Frames], canvas_size: int) -> tuple[Tensor, float]:
     """Detector input [B, 3, H', W'] fp32, padded with black to multiples of 32, and the scale before padding."""
     import cv2

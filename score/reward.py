@@ -6,7 +6,6 @@ import difflib
 import hashlib
 import importlib
 import importlib.metadata
-import inspect
 import json
 import os
 import re
@@ -15,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
+from score.options import resolve
 from shards.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,6 +29,11 @@ BUILT_IN = {
     "guards": "score.guards:Guards",
     "brightness": "score.guards:Brightness",
     "contrast": "score.guards:Contrast",
+    "clip": "score.clip:CLIP",
+    "pickscore": "score.pickscore:PickScore",
+    "aesthetic": "score.aesthetic:Aesthetic",
+    "motion": "score.motion:Motion",
+    "remote": "score.remote:Remote",
 }
 
 
@@ -48,13 +53,26 @@ class Video:
 class Scored:
     """What a reward says of one video: its components, or the reason why there are none.
 
-    `text` is kept with the score (one string per frame that was read). `state` is not stored: it goes to `after_group`.
+    `frames` are the numbers of the frames looked at (None: all). `text` is kept with the score, one string per frame
+    looked at, and so is `confidence`, in [0, 1], when it is given. `state` is not stored: it goes to `after_group`.
     """
 
     components: Mapping[str, float] = field(default_factory=dict)
     text: Sequence[str] | None = None
     reason: str = ""
     state: Any = None
+    confidence: Sequence[float] | None = None
+    frames: Sequence[int] | None = None
+
+    def readings(self) -> list[Any] | None:
+        """The text, one item per frame looked at: `{"frame", "text", "confidence"}`, or the bare string."""
+        if self.text is None or self.confidence is None:
+            return None if self.text is None else list(self.text)
+        numbers = range(len(self.text)) if self.frames is None else self.frames
+        return [
+            {"frame": number, "text": text, "confidence": round(confidence, 4)}
+            for number, text, confidence in zip(numbers, self.text, self.confidence, strict=True)
+        ]
 
 
 @runtime_checkable
@@ -64,7 +82,9 @@ class Reward(Protocol):
     `components` names the numbers it gives; the first is the reward, the others can be weighted as `name.component`.
     `version` goes up whenever the same video would get another number. Optional: `neutral`, a class attribute with the
     names of options that change speed and not numbers; `keeps_text = True` when it gives `Scored.text`; a static method
-    `after_group(list[Scored]) -> list[Scored]`, called with all samples of one prompt. An exception means that this
+    `after_group(list[Scored]) -> list[Scored]`, called with all samples of one prompt; a static method
+    `identity(options) -> {option: digest}`, the content of files that options name, which then counts instead of their
+    paths; a static method `components_for(options)` for names that depend on options. An exception means that this
     video has no score; it is never turned into 0. A UserError means that nothing can be scored at all.
     """
 
@@ -88,11 +108,13 @@ class Chosen:
     options: Mapping[str, Any]
     neutral: tuple[str, ...] = ()
     keeps_text: bool = False
+    content: Mapping[str, str] = field(default_factory=dict)
+    """Digests of the files that options name, by option."""
 
     @property
     def directory(self) -> str:
         """`<name>-<8 hex digits>`: the digits stand for version and options, so a changed reward has another one."""
-        options = {key: value for key, value in self.options.items() if key not in self.neutral}
+        options = {key: self.content.get(key, value) for key, value in self.options.items() if key not in self.neutral}
         identity = json.dumps([self.name, self.target, self.version, self.components, options], sort_keys=True)
         return f"{re.sub(r'[^A-Za-z0-9_]+', '-', self.name)}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
 
@@ -117,19 +139,22 @@ def choose(name: str, options: Mapping[str, Any] | None = None) -> Chosen:
     """Find a reward by its name here, `module:Class`, or an installed package's entry point. Raises UserError."""
     target = name if ":" in name else _registered(name)
     found = _class_of(name, target)
-    components = getattr(found, "components", ())
+    components = tuple(getattr(found, "components", ()))
     if not isinstance(getattr(found, "version", None), str) or not components or not callable(found):
         raise UserError(
             f"reward {name!r}: {target} is not a reward", "its class needs `version`, `components` and `__call__`"
         )
+    resolved = resolve(name, found, options or {})
+    if hasattr(found, "components_for"):
+        components = tuple(found.components_for(resolved))
     taken = RESERVED & set(components)
     if taken:
         raise UserError(
             f"reward {name!r}: a component cannot be called {min(taken)!r}", "the score table has that column"
         )
-    resolved = _resolve_options(name, found, dict(options or {}))
     neutral, keeps_text = tuple(getattr(found, "neutral", ())), bool(getattr(found, "keeps_text", False))
-    return Chosen(name, target, found.version, tuple(components), resolved, neutral, keeps_text)
+    content = dict(found.identity(resolved)) if hasattr(found, "identity") else {}
+    return Chosen(name, target, found.version, components, resolved, neutral, keeps_text, content)
 
 
 def known() -> dict[str, str]:
@@ -161,21 +186,3 @@ def _class_of(name: str, target: str) -> Any:
     if not hasattr(module, class_name):
         raise UserError(f"reward {name!r}: module {module_name} has no {class_name!r}", "write it as `module:Class`")
     return getattr(module, class_name)
-
-
-def _resolve_options(name: str, found: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """Options with the defaults of the class filled in, so that the fingerprint sees them all."""
-    parameters = {
-        key: value for key, value in inspect.signature(found).parameters.items() if value.kind != value.VAR_KEYWORD
-    }
-    for option in options:
-        if option not in parameters:
-            near = difflib.get_close_matches(option, parameters, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(parameters) or 'none'}"
-            raise UserError(f"reward {name!r} has no option {option!r}", hint)
-    missing = [key for key, value in parameters.items() if value.default is value.empty and key not in options]
-    if missing:
-        raise UserError(
-            f"reward {name!r} needs the option {missing[0]!r}", f"set it under [score.options] as {name}.{missing[0]}"
-        )
-    return {key: options.get(key, value.default) for key, value in parameters.items()}

@@ -97,7 +97,8 @@ def _row(chosen: Chosen, key: str, scored: Scored) -> dict[str, Any]:
         **values,
     }
     if chosen.keeps_text:
-        row["text"] = None if scored.text is None else json.dumps(list(scored.text), ensure_ascii=False)
+        readings = scored.readings()
+        row["text"] = None if readings is None else json.dumps(readings, ensure_ascii=False)
     return row
 
 
@@ -108,6 +109,7 @@ def provenance(chosen: Chosen) -> dict[str, str]:
         "class": chosen.target,
         "version": chosen.version,
         "options": json.dumps(dict(chosen.options), sort_keys=True),
+        "content": json.dumps(dict(chosen.content), sort_keys=True),
     }
 
 

@@ -13,11 +13,12 @@ Scores have no absolute scale: compare them only at one sampling `fps` (the rele
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -25,11 +26,12 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
+from score.content import digest, digest_folder
 from score.reward import Scored, Video
 from score.videoalign_checkpoint import DIMENSIONS, find_checkpoint
 from score.videoalign_network import Network, Tokens, load_network, mode_named, pad
 from score.videoalign_text import chat, check_prompt, load_tokenizer, read_template
-from score.videoalign_video import Clip, Request, load_video, prepare
+from score.videoalign_video import Clip, Request, frame_count, frame_indices, load_video, prepare
 from shards.errors import UserError
 
 if TYPE_CHECKING:
@@ -119,11 +121,30 @@ class VideoAlign:
         clips = (prepare(video.frames, video.fps, self.request, video.key) for video in videos)
         raw = self._raw(clips, [video.prompt for video in videos], [video.key for video in videos])
         return [
-            Scored(self._components(scores))
+            Scored(self._components(scores), frames=self._frames(video))
             if all(map(math.isfinite, scores))
             else Scored(reason="score is not finite")
-            for scores in raw
+            for video, scores in zip(videos, raw, strict=True)
         ]
+
+    def _frames(self, video: Video) -> list[int]:
+        """Numbers of the frames of a video that are looked at."""
+        total = len(video.frames)
+        return frame_indices(total, frame_count(total, video.fps, self.request, video.key))
+
+    @staticmethod
+    def identity(options: Mapping[str, Any]) -> dict[str, str]:
+        """Digests of the checkpoint, of what is used of the base model, and of the template. Raises UserError."""
+        checkpoint = find_checkpoint(options["checkpoint"], _step(options["step"]))
+        weights = [path for path in checkpoint.folder.iterdir() if path.suffix in (".pth", ".safetensors")]
+        tokenizer = (checkpoint.folder / "tokenizer").glob("*.*")
+        whole = (checkpoint.folder / "model.pth").is_file()  # then the base model's own weights are not used
+        base = (".json", ".txt") if whole else (".json", ".txt", ".safetensors")
+        return {
+            "checkpoint": digest(checkpoint.config_file.parent, [checkpoint.config_file, *weights, *tokenizer]),
+            "base_model": digest_folder(options["base_model"], base),
+            "template": hashlib.sha256(read_template(options["template"]).encode()).hexdigest(),
+        }
 
     def score_videos(self, videos: Sequence[Source], prompts: Sequence[str]) -> list[dict[str, float]]:
         """The components of each video with the prompt at its place.

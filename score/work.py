@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from score.reward import Chosen, Reward, Scored, Video
@@ -57,44 +57,44 @@ def _video(shard: Shard, key: str) -> Video | str:
 def _score(chosen: Chosen, videos: Sequence[Video | str]) -> list[Scored]:
     reward = _built(chosen)
     readable = [video for video in videos if isinstance(video, Video)]
-    found = iter(judge_all(reward, readable))
+    found = iter(judge_all(reward, readable, chosen.components))
     return [Scored(reason=video) if isinstance(video, str) else next(found) for video in videos]
 
 
-def judge_all(reward: Reward, videos: Sequence[Video]) -> list[Scored]:
+def judge_all(reward: Reward, videos: Sequence[Video], components: Sequence[str]) -> list[Scored]:
     """Score videos together; when that fails, one by one, so that one bad video does not take the others with it."""
     if not videos:
         return []
     try:
-        return _checked(reward, videos)
+        return _checked(reward, videos, components)
     except UserError:
         raise
     except Exception:
-        return [_judge_one(reward, video) for video in videos]
+        return [_judge_one(reward, video, components) for video in videos]
 
 
-def _judge_one(reward: Reward, video: Video) -> Scored:
+def _judge_one(reward: Reward, video: Video, components: Sequence[str]) -> Scored:
     try:
-        return _checked(reward, [video])[0]
+        return _checked(reward, [video], components)[0]
     except UserError:
         raise
     except Exception as error:
         return Scored(reason=f"{type(error).__name__}: {error}"[:500])
 
 
-def _checked(reward: Reward, videos: Sequence[Video]) -> list[Scored]:
+def _checked(reward: Reward, videos: Sequence[Video], components: Sequence[str]) -> list[Scored]:
     """What the reward says, with numbers that are absent or not finite turned into a reason."""
     scored = list(reward(videos))
     if len(scored) != len(videos):
         raise ValueError(f"reward {reward.name!r} gave {len(scored)} scores for {len(videos)} videos")
-    return [_finite(reward, one) for one in scored]
+    return [_finite(one, components) for one in scored]
 
 
-def _finite(reward: Reward, scored: Scored) -> Scored:
+def _finite(scored: Scored, components: Sequence[str]) -> Scored:
     if scored.reason:
         return scored
-    bad = [name for name in reward.components if not math.isfinite(scored.components.get(name, math.nan))]
-    return Scored(text=scored.text, reason=f"{bad[0]} is not a number") if bad else scored
+    bad = [name for name in components if not math.isfinite(scored.components.get(name, math.nan))]
+    return replace(scored, components={}, reason=f"{bad[0]} is not a number") if bad else scored
 
 
 _rewards: dict[str, Reward] = {}

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from shards.errors import UserError
 
@@ -101,6 +101,15 @@ class ScoreConfig(Section):
     best_of_n: int = Field(0, ge=0, description="keep the n/2 best and n/2 worst of a group; 0 keeps all")
     max_missing: float = Field(0.2, ge=0, le=1, description="share of missing rewards above which the stage stops")
     workers: int = Field(1, ge=1, description="processes that score at once, one torch thread each")
+
+    @field_validator("rewards", mode="before")
+    @classmethod
+    def _flat(cls, rewards: Any) -> Any:
+        """`videoalign.VQ = 1.0` is a table inside a table to TOML; here it is the name of a component."""
+        if not isinstance(rewards, dict):
+            return rewards
+        inner = {name: value if isinstance(value, dict) else {"": value} for name, value in rewards.items()}
+        return {f"{name}.{part}" if part else name: v for name, parts in inner.items() for part, v in parts.items()}
 
 
 class TrainConfig(Section):

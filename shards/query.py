@@ -6,7 +6,7 @@ import difflib
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from shards.errors import UserError
 from shards.files import publish_replace
@@ -79,23 +79,25 @@ def emit(frame: pandas.DataFrame, format: str, out: Path | None, stdout: TextIO)
 
 
 def _where(frame: pandas.DataFrame, where: str) -> pandas.DataFrame:
-    dotted = sorted((name for name in frame if not name.isidentifier()), key=len, reverse=True)
+    dotted = sorted((name for name in _columns(frame) if not name.isidentifier()), key=len, reverse=True)
     expression = where
     if dotted:
         names = "|".join(map(re.escape, dotted))
         expression = re.sub(rf"{QUOTED}|(?<![\w.])({names})(?![\w.])", _backquoted, where)
     try:
-        found = frame.eval(expression, engine="python", local_dict={}, global_dict={})
+        found: Any = frame.eval(expression, engine="python", local_dict={}, global_dict={})
     except NameError as error:
         missing = re.search(r"name '([^']+)'", str(error))
         name = missing[1].removeprefix("BACKTICK_QUOTED_STRING_") if missing else str(error)
-        raise UserError(f"--where: there is no column {name}", _nearest(name, list(frame))) from error
+        raise UserError(f"--where: there is no column {name}", _nearest(name, _columns(frame))) from error
     except (SyntaxError, TypeError, ValueError, AttributeError, KeyError, NotImplementedError) as error:
         text = " ".join(str(error).split())
-        raise UserError(f"--where {where!r}: {text}", "write a condition, like 'reward < 0.5 and sample == 0'") from error
-    if getattr(found, "dtype", None) != bool:
+        raise UserError(
+            f"--where {where!r}: {text}", "write a condition, like 'reward < 0.5 and sample == 0'"
+        ) from error
+    if str(getattr(found, "dtype", "")) != "bool":
         raise UserError(f"--where {where!r} is no condition", "compare something, like 'reward < 0.5'")
-    return frame[found]
+    return frame[found.to_numpy()]
 
 
 def _backquoted(match: re.Match[str]) -> str:
@@ -127,13 +129,17 @@ def _grouped(frame: pandas.DataFrame, by: list[str], wanted: Sequence[str]) -> p
 def _check(frame: pandas.DataFrame, names: Sequence[str]) -> None:
     for name in names:
         if name not in frame:
-            raise UserError(f"there is no column {name!r}", _nearest(name, list(frame)))
+            raise UserError(f"there is no column {name!r}", _nearest(name, _columns(frame)))
 
 
 def _nearest(name: str, names: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, names, 1, 0.5)
     known = f"there are: {', '.join(names)}"
     return f"did you mean {near[0]}? {known}" if near else known
+
+
+def _columns(frame: pandas.DataFrame) -> list[str]:
+    return [str(name) for name in frame.columns]
 
 
 def _names(text: str) -> list[str]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 MEGABYTES = 48  # of clips in a page: what a browser opens at once and a mail server lets pass
 BINS = 24
+COST_COLUMNS = ("stage", "work", "videos", "time", "per video", "shards", "peak memory")
 EXPERT_LABELS = {"high_noise": "high-noise expert", "low_noise": "low-noise expert"}
 EXPERT_STYLES = {"high_noise": "high", "low_noise": "low"}
 
@@ -101,12 +102,15 @@ def _reward_tile(title: str, points: Sequence[Point]) -> str:
     first, last = points[0], points[-1]
     error = (last.high or last.y) - last.y
     change = f"{last.y - first.y:+.3f}".replace("-", "\N{MINUS SIGN}")
-    since = f"{change} since {number(first.y)} at iteration {first.x:.0f}" if len(points) > 1 else f"iteration {last.x:.0f}"
+    since = (
+        f"{change} since {number(first.y)} at iteration {first.x:.0f}" if len(points) > 1 else f"iteration {last.x:.0f}"
+    )
     return _tile(title, f"{number(last.y)} <small>± {number(error, 2)}</small>", since)
 
 
 def _tile(title: str, value: str, note: str) -> str:
-    return f'<div class="tile"><h2>{escape(title)}</h2><p class="value">{value}</p><p class="muted">{escape(note)}</p></div>'
+    words = f'<p class="value">{value}</p><p class="muted">{escape(note)}</p>'
+    return f'<div class="tile"><h2>{escape(title)}</h2>{words}</div>'
 
 
 def _alarms(facts: Facts) -> str:
@@ -119,8 +123,14 @@ def _alarms(facts: Facts) -> str:
 
 def _reward(facts: Facts) -> str:
     series = [
-        Series("training, mean and middle 80 % of the samples", "train", report_data.middle_points(facts.of("rollout"), "reward")),
-        Series("held out, mean ± 1 standard error", "eval", report_data.error_points(facts.of("eval"), "reward"), bars=True),
+        Series(
+            "training, mean and middle 80 % of the samples",
+            "train",
+            report_data.middle_points(facts.of("rollout"), "reward"),
+        ),
+        Series(
+            "held out, mean ± 1 standard error", "eval", report_data.error_points(facts.of("eval"), "reward"), bars=True
+        ),
     ]
     return legend(series) + lines(series, label="Reward by iteration", width=1080, height=300)
 
@@ -136,7 +146,9 @@ def _components(facts: Facts) -> str:
         panels.append(panel(name, lines(series, label=f"{name} by iteration"), series))
     spread = [Series("spread", "train", report_data.spread_points(rollouts))]
     note = "Standard deviation of the reward in a group, averaged: what there is to learn from."
-    panels.append(panel("spread in a group", lines(spread, label="Spread in a group by iteration", include=[0.0]), note=note))
+    panels.append(
+        panel("spread in a group", lines(spread, label="Spread in a group by iteration", include=[0.0]), note=note)
+    )
     used = [Series("used", "train", report_data.used_points(rollouts))]
     note = "Share of the groups that gave an advantage; groups without spread are dropped."
     panels.append(panel("groups used", lines(used, label="Groups used", include=[0.0, 1.0]), note=note))
@@ -145,9 +157,19 @@ def _components(facts: Facts) -> str:
 
 def _training(facts: Facts) -> str:
     charts = [
-        ("ratio − 1", "ratio_mean", 1.0, "Mean; the band reaches from the smallest to the largest. Exactly 0 at the first update."),
+        (
+            "ratio − 1",
+            "ratio_mean",
+            1.0,
+            "The band reaches from the smallest to the largest; 0 at the first update.",
+        ),
         ("KL", "kl", 0.0, "Distance to the reference policy; 0 throughout when train.kl_beta is 0."),
-        ("clip fraction", "clip_fraction", 0.0, "Share of samples whose ratio was clipped; the first update never clips."),
+        (
+            "clip fraction",
+            "clip_fraction",
+            0.0,
+            "Share of samples whose ratio was clipped; 0 at the first update.",
+        ),
         ("gradient norm", "gradient_norm", 0.0, "Before clipping to train.max_grad_norm."),
     ]
     panels = []
@@ -160,7 +182,8 @@ def _training(facts: Facts) -> str:
             )
             for expert in report_data.experts(facts.updates)
         ]
-        panels.append(panel(title, lines(series, label=f"{title} by update", include=[0.0]), series, note))
+        chart = lines(series, label=f"{title} by update", include=[0.0], width=520)
+        panels.append(panel(title, chart, series, note))
     return "".join(panels)
 
 
@@ -179,7 +202,7 @@ def _advantages(rollouts: pandas.DataFrame) -> str:
         counts = [int(count) for count in numpy.histogram(values, edges)[0]]
         dropped = int((rollouts[rollouts["iteration"] == iteration]["weight"] == 0).sum())
         note = f"{len(values)} samples trained on, {dropped} left out."
-        chart = histogram(counts, edges, style="train", label=f"Advantages of iteration {iteration}")
+        chart = histogram(counts, edges, style="train", label=f"Advantages of iteration {iteration}", width=520)
         panels.append(panel(f"iteration {iteration}", chart, note=note))
     return "".join(panels)
 
@@ -203,7 +226,9 @@ def _guards(facts: Facts) -> str:
 
 
 def _guard_panel(name: str, chart: str, series: Sequence[Series], move: report_data.Move | None) -> str:
-    state, words = ("calm", "within 20 %") if move is None else ("alarm", str(move)) if move.alarm else ("unsure", f"{move}, but within noise")
+    state, words = "calm", "within 20 %"
+    if move is not None:
+        state, words = ("alarm", str(move)) if move.alarm else ("unsure", f"{move}, but within noise")
     badge = f'<p class="badge {state}">{escape(words)}</p>'
     return f'<div class="panel"><h3>{escape(name)}</h3>{legend(series)}{chart}{badge}</div>'
 
@@ -221,8 +246,9 @@ def _costs(costs: Sequence[Cost]) -> str:
             max((cost.peak_bytes for cost in mine if cost.peak_bytes), default=None),
         )
         rows.append(_cost_row(total, "total"))
-    head = "<tr><th>stage</th><th>work</th><th>videos</th><th>time</th><th>per video</th><th>shards</th><th>peak memory</th></tr>"
-    return f'<div class="scroll"><table class="costs"><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table></div>'
+    head = "".join(f"<th>{name}</th>" for name in COST_COLUMNS)
+    body = f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
+    return f'<div class="scroll"><table class="costs">{body}</table></div>'
 
 
 def _cost_row(cost: Cost, style: str = "") -> str:

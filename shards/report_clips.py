@@ -67,7 +67,9 @@ def clip(row: Row, video: bytes) -> str:
     facts = [f'<span class="reward">{number(row["reward"])}</span>']
     if row["kind"] == "rollout" and row["advantage"] == row["advantage"]:
         facts.append(f'<span class="muted">A {number(row["advantage"], 2)}</span>')
-    text = "".join(f'<span class="read" title="text read, frame by frame">{escape(line)}</span>' for line in readings(row))
+    text = "".join(
+        f'<span class="read" title="text read, frame by frame">{escape(line)}</span>' for line in readings(row)
+    )
     caption = f"{head}{' '.join(facts)}{text}"
     return f'<figure class="clip" title="{escape(row["key"])}">{tag}<figcaption>{caption}</figcaption></figure>'
 
@@ -103,10 +105,10 @@ def evaluations(facts: Facts, shelf: Shelf) -> str:
     rows = facts.of("eval")
     iterations = _spread_out(sorted({int(k) for k in rows["iteration"]}))
     if not iterations:
-        return '<p class="empty">No evaluation yet: <code>rushes eval RUN --iteration 0 --iteration K</code> makes them.</p>'
+        return '<p class="empty">No evaluation yet: <code>rushes eval RUN</code> compares first and last.</p>'
     head = "".join(f"<th>{'base policy' if k == 0 else f'after {k} iterations'}</th>" for k in iterations)
     body = []
-    for (_, sample), mine in rows.groupby(["prompt_id", "sample"]):
+    for place, mine in rows.groupby(["prompt_id", "sample"]):
         by = {int(one["iteration"]): _row(mine, at) for at, one in enumerate(mine.to_dict("records"))}
         found = [by[k] for k in iterations if k in by]
         if not found or (cells := shelf.take(found)) is None:
@@ -114,7 +116,7 @@ def evaluations(facts: Facts, shelf: Shelf) -> str:
         shown = dict(zip([one["iteration"] for one in found], cells, strict=True))
         same = len({one["noise_seed"] for one in found}) == 1
         note = "" if same else '<span class="warn">the seeds differ</span>'
-        name = f'{escape(found[0]["prompt"])}<span class="muted">seed {int(sample)}</span>{note}'
+        name = f'{escape(found[0]["prompt"])}<span class="muted">seed {place[1]}</span>{note}'
         columns = "".join(f"<td>{shown.get(k, '<span class=muted>not sampled</span>')}</td>" for k in iterations)
         body.append(f'<tr><th scope="row">{name}</th>{columns}</tr>')
     table = f'<table class="clips"><thead><tr><th>prompt</th>{head}</tr></thead><tbody>{"".join(body)}</tbody></table>'

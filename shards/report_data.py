@@ -109,10 +109,15 @@ def guards(samples: pandas.DataFrame) -> list[str]:
     return [name for name in samples.columns if name.startswith(f"{GUARDS}.") and name != f"{GUARDS}.reward"]
 
 
+def by_iteration(samples: pandas.DataFrame) -> list[tuple[int, pandas.DataFrame]]:
+    """The rows of each iteration, ascending."""
+    return [(int(str(iteration)), rows) for iteration, rows in samples.groupby("iteration")]
+
+
 def middle_points(samples: pandas.DataFrame, column: str) -> list[Point]:
     """Mean by iteration with the range of the middle 80 % of the samples."""
     points = []
-    for iteration, rows in samples.groupby("iteration"):
+    for iteration, rows in by_iteration(samples):
         values = rows[column].dropna()
         if len(values):
             low, high = values.quantile([0.1, 0.9])
@@ -123,7 +128,7 @@ def middle_points(samples: pandas.DataFrame, column: str) -> list[Point]:
 def error_points(samples: pandas.DataFrame, column: str) -> list[Point]:
     """Mean by iteration with one standard error on both sides."""
     points = []
-    for iteration, rows in samples.groupby("iteration"):
+    for iteration, rows in by_iteration(samples):
         values = rows[column].dropna()
         if len(values):
             mean, error = float(values.mean()), standard_error(values)
@@ -139,14 +144,14 @@ def mean_points(samples: pandas.DataFrame, column: str) -> list[Point]:
 def spread_points(samples: pandas.DataFrame) -> list[Point]:
     """Standard deviation of the reward inside a group, averaged over groups, by iteration."""
     by = samples.groupby(["iteration", "group"])["reward"].std(ddof=0).groupby("iteration").mean()
-    return [Point(float(iteration), float(value)) for iteration, value in by.items()]
+    return [Point(float(str(iteration)), float(value)) for iteration, value in by.items()]
 
 
 def used_points(samples: pandas.DataFrame) -> list[Point]:
     """Share of the groups that gave an advantage, by iteration; only where advantages exist."""
     judged = samples[samples["weight"].notna()]
     by = judged.groupby(["iteration", "group"])["weight"].max().gt(0).groupby("iteration").mean()
-    return [Point(float(iteration), float(value)) for iteration, value in by.items()]
+    return [Point(float(str(iteration)), float(value)) for iteration, value in by.items()]
 
 
 def update_points(updates: Sequence[dict[str, Any]], expert: str, name: str, base: float = 0.0) -> list[Point]:
@@ -162,9 +167,11 @@ def update_points(updates: Sequence[dict[str, Any]], expert: str, name: str, bas
     for record in mine:
         x = record["iteration"] + (record["update"] - 1) / count[record["iteration"]]
         low, high = (record.get(name.replace("_mean", end)) for end in ("_min", "_max"))
-        spread = (low - base, high - base) if name.endswith("_mean") and low is not None and high is not None else (None, None)
         note = f"iteration {record['iteration']}, update {record['update']}"
-        points.append(Point(x, record[name] - base, *spread, note=note))
+        if name.endswith("_mean") and low is not None and high is not None:
+            points.append(Point(x, record[name] - base, low - base, high - base, note))
+        else:
+            points.append(Point(x, record[name] - base, note=note))
     return points
 
 
@@ -189,7 +196,7 @@ def guard_moves(samples: pandas.DataFrame) -> list[Move]:
         rows = samples[samples["kind"] == kind]
         for name in guards(rows):
             by_group = rows.dropna(subset=[name]).groupby(["iteration", "group"])[name].mean()
-            series = {int(k): values for k, values in by_group.groupby("iteration")}
+            series = {int(str(k)): values for k, values in by_group.groupby("iteration")}
             found = [_move(name, kind, k, series[min(series)], series[k]) for k in series]
             moves += sorted((one for one in found if one), key=lambda one: (one.alarm, abs(one.share)))[-1:]
     return sorted(moves, key=lambda one: (not one.alarm, -abs(one.share)))
@@ -211,13 +218,12 @@ def alarms(facts: Facts) -> list[str]:
 
 
 def _alarms_of_groups(rollouts: pandas.DataFrame) -> list[str]:
-    found = []
-    for point in used_points(rollouts):
-        if 1 - point.y > SILENT_GROUPS:
-            found.append(
-                f"Iteration {point.x:.0f}: {1 - point.y:.0%} of the groups have no advantage; the reward is saturated, "
-                "or the prompts are too hard."
-            )
+    found = [
+        f"Iteration {point.x:.0f}: {1 - point.y:.0%} of the groups have no advantage; the reward is saturated, "
+        "or the prompts are too hard."
+        for point in used_points(rollouts)
+        if 1 - point.y > SILENT_GROUPS
+    ]
     missing = rollouts[~rollouts["status"].isin(["ok", table.NOT_SCORED])]
     for iteration, rows in missing.groupby("iteration"):
         reason = rows["status"].mode()[0]
@@ -232,8 +238,8 @@ def _alarms_of_updates(facts: Facts) -> list[str]:
         off = max(abs(record.get("ratio_max", 1.0) - 1), abs(record.get("ratio_min", 1.0) - 1))
         if record["update"] == 1 and off > limit:
             found.append(
-                f"Iteration {record['iteration']}, {record['expert']}: the first update saw a ratio {number(off)} away from "
-                "1; are these rollouts of another policy?"
+                f"Iteration {record['iteration']}, {record['expert']}: the first update saw a ratio {number(off)} "
+                "away from 1; are these rollouts of another policy?"
             )
     for expert in experts(facts.updates):
         later = [record for record in facts.updates if record["expert"] == expert and record["update"] > 1]

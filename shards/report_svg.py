@@ -97,7 +97,8 @@ def histogram(counts: Sequence[int], edges: Sequence[float], *, style: str, labe
         )
     marks = [value for value in nice_ticks([edges[0], edges[-1]]) if edges[0] <= value <= edges[-1]]
     axis = "".join(_x_tick(x(value), height, number(value)) for value in marks)
-    title = f'<text class="axis" x="{(LEFT + width - RIGHT) / 2:.0f}" y="{height - 4}" text-anchor="middle">advantage</text>'
+    middle = (LEFT + width - RIGHT) / 2
+    title = f'<text class="axis" x="{middle:.0f}" y="{height - 4}" text-anchor="middle">advantage</text>'
     return _svg([_grid(ticks, y, width), *bars, axis, title], width, height, label)
 
 
@@ -111,8 +112,8 @@ def nice_ticks(values: Sequence[float], count: int = 4) -> list[float]:
     """Round values that enclose all of `values`, about `count` steps of 1, 2, 2.5 or 5 times a power of ten."""
     low, high = min(values), max(values)
     if high - low <= 1e-12 * max(abs(low), abs(high), 1e-30):  # one value only
-        room = abs(low) * 0.5 or 1.0
-        low, high = low - room, high + room
+        room = abs(low) * 0.5
+        low, high = (low - room, high + room) if room else (0.0, 1.0)
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
@@ -157,7 +158,9 @@ def _grid(ticks: Sequence[float], y: Scale, width: int) -> str:
 
 
 def _x_axis(low: float, high: float, x: Scale, width: int, height: int, label: str, whole: bool) -> str:
-    ticks = [value for value in nice_ticks([low, high], 5) if low - 1e-9 <= value <= high + 1e-9] if high > low else [low]
+    ticks = (
+        [value for value in nice_ticks([low, high], 5) if low - 1e-9 <= value <= high + 1e-9] if high > low else [low]
+    )
     if whole:
         ticks = sorted({float(round(value)) for value in ticks if abs(value - round(value)) < 1e-9}) or [low]
     marks = "".join(_x_tick(x(value), height, number(value)) for value in ticks)
@@ -193,9 +196,8 @@ def _line(series: Series, x: Scale, y: Scale) -> str:
     bars = "".join(_error_bar(p, series.style, x, y) for p in series.points) if series.bars else ""
     dots = ""
     if len(series.points) <= MARKERS:
-        dots = "".join(
-            f'<circle class="dot {series.style}" cx="{x(p.x):.1f}" cy="{y(p.y):.1f}" r="3.2"></circle>' for p in series.points
-        )
+        discs = [f'cx="{x(p.x):.1f}" cy="{y(p.y):.1f}" r="3.2"' for p in series.points]
+        dots = "".join(f'<circle class="dot {series.style}" {disc}></circle>' for disc in discs)
     return bars + line + dots
 
 

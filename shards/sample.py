@@ -24,11 +24,13 @@ def find(path: str | Path, key: str, evaluation: bool = False) -> tuple[Stage, i
     """The stage and the shard that hold a sample. Raises UserError when it is not there, and says what is."""
     matched = SAMPLE_KEY.fullmatch(key)
     if not matched:
-        raise UserError(f"{key} is no sample key", "keys look like i000003-p000017-s05; `rushes inspect RUN` lists them")
+        raise UserError(f"{key} is no sample key", "`rushes inspect RUN --columns key` lists the keys")
     place = locate(path)
     if not place.stages:
         raise UserError(f"{path} lies outside of a run", "give the run it belongs to")
-    stages = place.stages if len(place.stages) == 1 else [one for one in place.stages if (one.kind == "eval") == evaluation]
+    stages = (
+        place.stages if len(place.stages) == 1 else [one for one in place.stages if (one.kind == "eval") == evaluation]
+    )
     group = key.rpartition("-s")[0]
     for stage in stages:
         plan = stage.plan() if stage.iteration == int(matched[1]) else None
@@ -44,8 +46,8 @@ def describe(path: str | Path, key: str, evaluation: bool = False) -> dict[str, 
 
     `record`: the JSON member of the shard without what is listed by step; `judgement`: reward, advantage, weight,
     reason, status; `scores`: scorer -> component -> value; `text`: scorer -> what was read, one item per frame looked
-    at; `steps`: one row per denoising step, `log_prob` None where it was deterministic; `tensors`: name -> dtype and
-    shape; `file`: the shard. Raises UserError for an unknown key and Damaged for a broken shard.
+    at; `steps`: one row per denoising step, `log_prob` None where it was deterministic; `latents`: dtype, shape of
+    one and the states stored; `file`: the shard. Raises UserError for an unknown key and Damaged for a broken shard.
     """
     stage, shard = find(path, key, evaluation)
     with open_shard(stage, shard) as opened:
@@ -53,7 +55,7 @@ def describe(path: str | Path, key: str, evaluation: bool = False) -> dict[str, 
         row = opened.row(key)
         file = str(opened.path)
     frame = table.samples(stage.path)
-    values = frame[frame["key"] == key].iloc[0].to_dict()
+    values = {str(name): value for name, value in frame[frame["key"] == key].iloc[0].to_dict().items()}
     scored = {name: value for name, value in values.items() if "." in name}
     scores: dict[str, dict[str, float | None]] = {}
     text: dict[str, list[Any]] = {}
@@ -63,7 +65,7 @@ def describe(path: str | Path, key: str, evaluation: bool = False) -> dict[str, 
             text[scorer] = json.loads(value) if isinstance(value, str) else []
         else:
             scores.setdefault(scorer, {})[component] = _number(value)
-    judgement = {name: _number(values.get(name)) for name in ("reward", "advantage", "weight")}
+    judgement: dict[str, Any] = {name: _number(values.get(name)) for name in ("reward", "advantage", "weight")}
     judgement |= {name: _text(values.get(name)) for name in ("reason", "status")}
     return {
         "file": file,
@@ -97,6 +99,12 @@ def write_frames(path: str | Path, key: str, folder: Path | None = None, evaluat
     return written
 
 
+def show(path: str | Path, key: str, format: str = "table", evaluation: bool = False) -> str:
+    """What `describe` gives, as lines for a terminal, or, with the format `json`, as one JSON object."""
+    found = describe(path, key, evaluation)
+    return json.dumps(found, ensure_ascii=False) + "\n" if format == "json" else to_text(found)
+
+
 def to_text(found: dict[str, Any]) -> str:
     """What `describe` gives, laid out for a terminal."""
     lines = [f"file        {found['file']}"]
@@ -109,7 +117,10 @@ def to_text(found: dict[str, Any]) -> str:
     for scorer, readings in found["text"].items():
         lines += ["", f"text read by {scorer}, one line a frame looked at"]
         lines += [f"  {number:<14} {_plain(reading)}" for number, reading in enumerate(readings)]
-    lines += ["", f"{'step':>4}  {'sigma':>8}  {'to':>8}  {'timestep':>9}  {'expert':<10}  {'guidance':>8}  {'log_prob':>10}"]
+    lines += [
+        "",
+        f"{'step':>4}  {'sigma':>8}  {'to':>8}  {'timestep':>9}  {'expert':<10}  {'guidance':>8}  {'log_prob':>10}",
+    ]
     for step in found["steps"]:
         numbers = f"{step['sigma']:8.5f}  {step['sigma_next']:8.5f}  {step['timestep']:9.3f}"
         log_prob = "-" if step["log_prob"] is None else f"{step['log_prob']:.6f}"

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
     Frames = NDArray[numpy.uint8]
 
-# One thread: x264 decides differently with several. bitexact keeps library versions and times out of the file.
-ENCODER = {"preset": "medium", "threads": "1", "x264-params": "threads=1:lookahead-threads=1"}
+# One thread, and no macroblock tree: x264 decides differently with several threads, and its tree differs now and then
+# from run to run with one. bitexact keeps library versions and times out of the file.
+ENCODER = {"preset": "medium", "threads": "1", "x264-params": "threads=1:lookahead-threads=1:mbtree=0"}
 CONTAINER = {"fflags": "+bitexact"}
 
 

@@ -13,7 +13,6 @@ from PIL import Image
 
 from rollout import generate
 from rollout.generate import regenerate, rollout
-from rollout.planning import load_policy
 from rollout.policy import Policy
 from rollout.sampler import Chunk, Sampler
 from rollout.schedule import Plan
@@ -150,7 +149,7 @@ def test_a_stage_run_twice_does_nothing_and_loads_no_model(
     def forbidden(config: RunConfig) -> Policy:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(generate, "load_policy", forbidden)
+    monkeypatch.setattr(generate.Policy, "of", forbidden)
     report = rollout(run, stage)
     assert (report.done, report.skipped, report.busy) == (0, 6, 0)
     assert before == {path: path.stat().st_mtime_ns for path in sorted(run.path.rglob("*")) if path.is_file()}
@@ -362,7 +361,7 @@ def test_images_become_conditions(layout: str, size: int, tmp_path: Path, reques
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(json.dumps({"prompt": 'a sign "ONE"', "image": "first.png"}) + "\n")
     run = make_run(tmp_path, model, prompts=prompts, prompts_per_iteration=1, height=size, width=size)
-    stage, policy = run.iteration(0), load_policy(run.config)
+    stage, policy = run.iteration(0), Policy.of(run.config.model)
     rollout(run, stage, policy)
     shard = open_shard(stage, 0)
     text, plan = shard.group(shard.groups[0]), Plan.from_dict((stage.plan() or {})["sampler"])

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from train.metrics import MetricsLog, guard, guard_groups, read
+from train.history import guard_drift, guard_history
+from train.metrics import MetricsLog, guard, guard_groups, guard_unmoved, read
 
 
 def record(update: int, expert: str = "high_noise", **values: Any) -> dict[str, Any]:
@@ -74,3 +75,21 @@ def test_dead_groups_are_told_when_they_are_the_majority() -> None:
     assert guard_groups(2, 4) == []
     assert "3 of 4 groups have no advantage at all" in guard_groups(3, 4)[0]
     assert guard_groups(0, 0) == []
+
+
+def test_layers_that_no_gradient_reached_are_named() -> None:
+    assert guard_unmoved([record(1)], []) == []
+    assert guard_unmoved([record(1, gradient_norm=0.0)], ["a", "b"]) == []  # nothing moved: another sentence says so
+    assert guard_unmoved([record(1)], ["blocks.0.attn1.to_q", "b"]) == [
+        "blocks.0.attn1.to_q and 1 more did not move at all: no gradient reached what should be trained there"
+    ]
+
+
+@pytest.mark.parametrize(("before", "now", "edges", "told"), [
+    (0.01, 0.02, 0.07, True), (0.01, 0.02, 0.09, False), (0.02, 0.01, 0.07, False), (0.0, 0.02, 0.07, False)])  # fmt: skip
+def test_a_rising_distance_with_falling_guards_is_told(before: float, now: float, edges: float, told: bool) -> None:
+    first, last = {"edges": 0.1, "luma": 0.5, "motion": 0.0}, {"edges": edges, "luma": 0.1, "motion": 0.0}
+    sentences = guard_drift(before, now, first, last)
+    assert [("edges 0.1 -> 0.07 since iteration 0" in one and "raise train.kl_beta" in one) for one in sentences] == (
+        [True] if told else []
+    )

@@ -162,6 +162,7 @@ def test_floating_and_channel_first_frames_are_the_same_video() -> None:
     frames = np.arange(256, dtype=np.uint8).repeat(6).reshape(2, 16, 16, 3)
     floating = frames.astype(np.float32) / 255
     np.testing.assert_array_equal(as_uint8(floating), frames)
+    np.testing.assert_array_equal(as_uint8(floating - np.float32(0.001)), frames)  # rounded, not cut
     np.testing.assert_array_equal(as_uint8(floating.transpose(0, 3, 1, 2)), frames)
     floating[0, 0, 0], floating[0, 0, 1] = 1.01, -0.01
     assert as_uint8(floating)[0, 0, :2].tolist() == [[255] * 3, [0] * 3]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from score.text import NoTarget, judge, levenshtein, normaliser, quoted, similarity, target_of
 
+patient = settings(deadline=None, max_examples=50)  # a busy machine is no failure
 SIGN = 'A sign that reads "OPEN NOW" in neon'
 MODES = ("flow_grpo_image", "flow_grpo_video", "fastvideo", "default")
 FRAMES = 6  # the texts of frames 0, 4, 8, 12, 16, 20 of a video of 21
@@ -110,6 +111,7 @@ def test_levenshtein_of_known_pairs(left: str, right: str, distance: int) -> Non
 short = st.text("abc", max_size=7)
 
 
+@patient
 @given(short, short, short)
 def test_levenshtein_is_a_metric(a: str, b: str, c: str) -> None:
     assert levenshtein(a, c) <= levenshtein(a, b) + levenshtein(b, c)
@@ -117,11 +119,13 @@ def test_levenshtein_is_a_metric(a: str, b: str, c: str) -> None:
     assert abs(len(a) - len(b)) <= levenshtein(a, b) <= max(len(a), len(b))
 
 
+@patient
 @given(short, st.text("abc", min_size=1, max_size=7))
 def test_similarity_is_one_minus_the_bounded_distance(text: str, target: str) -> None:
     assert similarity(text, target) == 1 - min(levenshtein(text, target), len(target)) / len(target)
 
 
+@patient
 @given(st.text(max_size=20))
 def test_normalising_twice_changes_nothing(text: str) -> None:
     normalise = normaliser("A")

@@ -13,9 +13,12 @@ from typing import Any
 import pytest
 import torch
 
+from rollout.planning import stage_plan
 from rollout.policy import Policy
+from rollout.sampler import Sampler
 from shards.errors import StillBusy, UserError
 from shards.run import Run, claim
+from shards.writer import seal, write_group, write_sample
 from tests import training
 from train import checkpoint
 from train.data import Inputs, Rollouts, keys_of, read_chunk
@@ -331,6 +334,49 @@ def test_two_specifications_are_a_question(rolled: Run, policy: Policy, tmp_path
     training.advise(run.iteration(0), name="ffffffff")
     with pytest.raises(UserError, match="holds 2 specifications"):
         train(run, 0, policy)
+
+
+def test_a_specification_can_be_named(rolled: Run, policy: Policy, tmp_path: Path) -> None:
+    run = training.fork(rolled, tmp_path / "run")
+    training.advise(run.iteration(0), lambda key: (0.0, 1.0), name="ffffffff")
+    with pytest.raises(UserError, match="holds no specification '12345678'"):
+        train(run, 0, policy, advantage="12345678")
+    assert any("no advantage" in sentence for sentence in train(run, 0, policy, advantage="ffffffff").warnings)
+
+
+def test_ratio_norm_cannot_take_older_shards_without_their_means(
+    trained: Run, policy: Policy, tmp_path: Path
+) -> None:
+    """Shards of iteration 1 that the policy of iteration 0 made: a lag of one."""
+    run = training.fork(trained, tmp_path / "run", ratio_norm=True, max_policy_lag=1)
+    stage = run.iteration(1)
+    policy.become(None)
+    identity = policy.fingerprint(None)
+    plan = stage_plan(run, stage, policy.layout, identity)
+    plan["policy"]["lag_of"] = 0
+    plan = stage.publish_plan(plan)
+    sampler = Sampler(policy, plan, stage.plan_sha256())
+    for shard in range(stage.expected()):
+        shared = sampler.group_tensors(stage.groups(shard))
+        for chunk in sampler.chunks(stage.groups(shard)):
+            write_group(stage, shard, chunk.group, shared[chunk.group])
+            state = sampler.start(chunk)
+            for _, steps in sampler.phases:
+                sampler.advance(chunk, state, shared[chunk.group], steps)
+            for sample in sampler.finish(chunk, state):
+                write_sample(stage, shard, sample)
+        seal(stage, shard, {})
+    training.advise(stage)
+    with pytest.raises(UserError) as caught:
+        train(run, 1, policy)
+    assert caught.value.problem == (
+        "train.ratio_norm needs the means of the policy that sampled the shards, but that is 1 policies old"
+    )
+    again = training.fork(run, tmp_path / "again", recompute_log_probs=True)
+    shutil.rmtree(again.iteration(1).train_dir)
+    report = train(again, 1, policy)
+    assert report.replay is None
+    assert report.updates == {"high_noise": 2, "low_noise": 2}
 
 
 def test_settings_are_frozen_by_the_first_call(rolled: Run, policy: Policy, tmp_path: Path) -> None:

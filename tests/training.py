@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -10,8 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
+from PIL import Image
 
 from rollout.generate import rollout
 from rollout.policy import Policy
@@ -39,22 +42,41 @@ ROLLOUT: dict[str, Any] = {
 TRAIN: dict[str, Any] = {"lora_rank": 2, "lora_alpha": 4.0, "learning_rate": 1e-3}
 
 
-def make_run(path: Path, model: Path, train: dict[str, Any] | None = None, **rollout_settings: Any) -> Run:
-    """A run folder for a tiny model; keyword arguments replace settings of [rollout], `train` those of [train]."""
-    prompts = path.parent / f"{path.name}-prompts.txt"
-    prompts.write_text('a sign "FILM"\na sign "CAT"\na sign "DOG"\n', encoding="utf-8")
+def make_run(
+    path: Path,
+    folder: Path,
+    train: dict[str, Any] | None = None,
+    *,
+    model: dict[str, Any] | None = None,
+    image: bool = False,
+    **rollout_settings: Any,
+) -> Run:
+    """A run folder for a tiny model.
+
+    Keyword arguments replace settings of [rollout], `train` and `model` those of [train] and [model]; with `image` the
+    prompts begin with one.
+    """
+    settings = ROLLOUT | rollout_settings
+    prompts = path.parent / f"{path.name}-prompts.jsonl"
+    rows: list[dict[str, str]] = [{"prompt": f'a sign "{word}"'} for word in ("FILM", "CAT", "DOG")]
+    if image:
+        write_image(path.parent / "first.png", settings["width"], settings["height"])
+        rows = [{**row, "image": "first.png"} for row in rows]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    own = {"path": str(folder), "device": "cpu", "text_length": TEXT_LENGTH}
     config = RunConfig(
-        model=ModelConfig(path=str(model), device="cpu", text_length=TEXT_LENGTH),
-        rollout=RolloutConfig(prompts=str(prompts), **(ROLLOUT | rollout_settings)),
+        model=ModelConfig(**(own | (model or {}))),
+        rollout=RolloutConfig(prompts=str(prompts), **settings),
         train=TrainConfig(**(TRAIN | (train or {}))),
     )
     return Run.create(path, config)
 
 
-def load(run: Run) -> Policy:
-    """The model of a run."""
-    model = run.config.model
-    return Policy.load(model.path, dtype=model.dtype, device=model.device, text_length=model.text_length)
+def write_image(path: Path, width: int, height: int) -> Path:
+    """A picture of that size with many colours."""
+    pixels = (np.arange(width * height * 3) % 251).reshape(height, width, 3).astype("uint8")
+    Image.fromarray(pixels).save(path)
+    return path
 
 
 def roll(run: Run, iteration: int, policy: Policy) -> Stage:

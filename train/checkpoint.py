@@ -74,8 +74,8 @@ def latest(directory: Path) -> tuple[int, Path] | None:
     return whole[-1] if whole else None
 
 
-def load(path: Path, state: TrainerState, *, weights: bool = True) -> None:
-    """Read a checkpoint into the live weights, optimizer, EMA and generator.
+def load(path: Path, state: TrainerState, *, weights: bool = True) -> dict[str, Tensor]:
+    """Read a checkpoint into the live weights, optimizer, EMA and generator; returns the stored weights by name.
 
     With `weights=False` (the trainer of the iteration before) the weights and the generator stay as they are.
     UserError when the checkpoint was made with other trainable weights.
@@ -97,6 +97,7 @@ def load(path: Path, state: TrainerState, *, weights: bool = True) -> None:
     state.updates = int(tensors["updates"].item())
     if weights:
         torch.set_rng_state(tensors["generator"])
+    return {name: tensors[f"weight.{name}"] for name in state.parameters}
 
 
 def _tensors(state: TrainerState) -> dict[str, Tensor]:

@@ -20,16 +20,18 @@ FREE = {"save_every", "replay_samples", "replay_limit", "gradient_checkpointing"
 """Settings of [train] that may change between a kill and a resume: they do not change the result."""
 
 
-def freeze(run: Run, stage: Stage) -> Inputs:
+def freeze(run: Run, stage: Stage, advantage: str = "") -> Inputs:
     """Choose the inputs of an iteration, write them to `train/plan.json`, and open them; the first call decides.
 
+    `advantage` names the specification to train on, 8 hexadecimal digits; without it the one that can be meant.
     Raises UserError when a shard or its advantages are missing, when two advantage specifications could be meant, and
     when the run was frozen with other inputs or settings, naming them.
     """
     rollouts = Rollouts.open(stage)
     path = stage.train_dir / "plan.json"
     frozen = read_json(path) if path.exists() else None
-    specification = frozen["advantage"] if frozen else choose_specification(stage, run.config)
+    specification = advantage or (frozen["advantage"] if frozen else choose_specification(stage, run.config))
+    _check_named(stage, advantage)
     _check_advantages(stage, rollouts, specification)
     ours = _plan(run.config, stage, rollouts, specification)
     publish_new(path, to_json(ours, path))
@@ -63,7 +65,7 @@ def choose_specification(stage: Stage, config: RunConfig) -> str:
         raise UserError(
             f"{stage.path / 'advantage'} holds {len(found)} specifications ({', '.join(found)}) and "
             f"{len(matching)} of them fit [score] in run.toml",
-            "remove the ones that are not meant, or run `rushes score --advantages-only` again",
+            "name the one that is meant with --advantage",
         )
     return matching[0]
 
@@ -126,6 +128,16 @@ def _plan(config: RunConfig, stage: Stage, rollouts: Rollouts, specification: st
         "order_seed": rollouts.plan["seed"],
         "train": {name: value for name, value in config.train.model_dump(mode="json").items() if name not in FREE},
     }
+
+
+def _check_named(stage: Stage, advantage: str) -> None:
+    """UserError for a specification that was asked for and is not there."""
+    found = specifications(stage)
+    if advantage and advantage not in found:
+        raise UserError(
+            f"{stage.path / 'advantage'} holds no specification {advantage!r}",
+            f"there are: {', '.join(found) or 'none; run `rushes score` first'}",
+        )
 
 
 def _check_advantages(stage: Stage, rollouts: Rollouts, specification: str) -> None:

@@ -80,6 +80,14 @@ def guard_groups(dropped: int, total: int) -> list[str]:
     ]
 
 
+def guard_unmoved(records: Sequence[Record], unmoved: Sequence[str]) -> list[str]:
+    """A word on layers that no gradient reached although others of the expert (`records`: its own) learned."""
+    if not unmoved or not any(record["gradient_norm"] > 0 for record in records):
+        return []
+    others = f" and {len(unmoved) - 1} more" if len(unmoved) > 1 else ""
+    return [f"{unmoved[0]}{others} did not move at all: no gradient reached what should be trained there"]
+
+
 def _guard_expert(records: list[Record], epsilon: float, on_policy_limit: float) -> list[str]:
     first, sentences = records[0], []
     off = max(abs(first["ratio_max"] - 1.0), abs(first["ratio_min"] - 1.0))

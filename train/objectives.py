@@ -1,4 +1,8 @@
-"""The loss, piece by piece: clipped policy gradient, RatioNorm, KL, step weights, DiffusionNFT. Pure functions."""
+"""The loss, piece by piece: clipped policy gradient, RatioNorm, KL, step weights, DiffusionNFT. Pure functions.
+
+A `mask` broadcasts to the latents; only elements where it is not 0 count. It leaves out a given first frame, which is
+not the policy's to choose, as the log-prob does.
+"""
 
 from __future__ import annotations
 
@@ -38,20 +42,20 @@ def clip_advantage(advantage: Tensor, limit: float) -> Tensor:
     return advantage.clamp(-limit, limit)
 
 
-def mean_shift(mean: Tensor, old_mean: Tensor, std: float) -> Tensor:
-    """d [B]: root mean square of (mean - old_mean) over all latent elements, in units of `std`.
+def mean_shift(mean: Tensor, old_mean: Tensor, std: float, mask: Tensor | None = None) -> Tensor:
+    """d [B]: root mean square of (mean - old_mean) over the latent elements, in units of `std`.
 
     It is what clipping really sees: the mean log-ratio of a step is -d²/2 in expectation.
     """
-    return _mean_square(mean - old_mean).sqrt() / std
+    return _mean_square(mean - old_mean, mask).sqrt() / std
 
 
-def ratio_norm(log_ratio: Tensor, mean: Tensor, old_mean: Tensor, std: float) -> Tensor:
+def ratio_norm(log_ratio: Tensor, mean: Tensor, old_mean: Tensor, std: float, mask: Tensor | None = None) -> Tensor:
     """Log-ratio [B] without its mean shift -d²/2 (RatioNorm of GRPO-Guard, arXiv 2510.22319).
 
     The one-sided shift, not the spread, is what runs into the clip; adding d²/2 centres the ratio on 1.
     """
-    return log_ratio + _mean_square(mean - old_mean) / (2.0 * std**2)
+    return log_ratio + _mean_square(mean - old_mean, mask) / (2.0 * std**2)
 
 
 def kl_divergence(
@@ -62,6 +66,7 @@ def kl_divergence(
     mean: Tensor,
     reference_mean: Tensor,
     std: float,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Distance [B] to the reference policy, averaged over latent elements, with its gradient.
 
@@ -69,8 +74,8 @@ def kl_divergence(
     transition:  |mean - mean_ref|² / (2 std²), the Gaussian KL of one step; small at early steps of a large shift.
     """
     if kind == "velocity":
-        return _mean_square(velocity - reference_velocity.detach())
-    return _mean_square(mean - reference_mean.detach()) / (2.0 * std**2)
+        return _mean_square(velocity - reference_velocity.detach(), mask)
+    return _mean_square(mean - reference_mean.detach(), mask) / (2.0 * std**2)
 
 
 def step_weights(
@@ -95,7 +100,14 @@ def nft_optimality(advantage: Tensor, limit: float) -> Tensor:
 
 
 def nft_loss(
-    velocity: Tensor, old_velocity: Tensor, x: Tensor, x0: Tensor, sigma: float, optimality: Tensor, beta: float
+    velocity: Tensor,
+    old_velocity: Tensor,
+    x: Tensor,
+    x0: Tensor,
+    sigma: float,
+    optimality: Tensor,
+    beta: float,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """DiffusionNFT's loss [B]: flow matching of an implicit good and an implicit bad policy (arXiv 2509.16117).
 
@@ -104,18 +116,26 @@ def nft_loss(
     noised latents at `sigma`) and `x0` (the final latents) are [B, C, F, H, W]; `optimality` is [B].
     """
     old = old_velocity.detach()
-    good = _adaptive_error(x - sigma * (beta * velocity + (1.0 - beta) * old), x0)
-    bad = _adaptive_error(x - sigma * ((1.0 + beta) * old - beta * velocity), x0)
+    good = _adaptive_error(x - sigma * (beta * velocity + (1.0 - beta) * old), x0, mask)
+    bad = _adaptive_error(x - sigma * ((1.0 + beta) * old - beta * velocity), x0, mask)
     return (optimality * good + (1.0 - optimality) * bad) / beta
 
 
-def _adaptive_error(prediction: Tensor, x0: Tensor) -> Tensor:
+def _adaptive_error(prediction: Tensor, x0: Tensor, mask: Tensor | None) -> Tensor:
     """Mean square error [B] over the detached mean absolute error; the floor keeps a perfect prediction finite."""
     difference = prediction - x0
-    scale = difference.detach().abs().flatten(1).mean(dim=1).clamp_min(1e-5)
-    return _mean_square(difference) / scale
+    scale = _mean(difference.detach().abs(), mask).clamp_min(1e-5)
+    return _mean_square(difference, mask) / scale
 
 
-def _mean_square(difference: Tensor) -> Tensor:
+def _mean_square(difference: Tensor, mask: Tensor | None) -> Tensor:
     """[B] mean of squares over all but the batch dimension, in fp32."""
-    return difference.float().square().flatten(1).mean(dim=1)
+    return _mean(difference.float().square(), mask)
+
+
+def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """[B] mean over all but the batch dimension, of the elements that the mask keeps."""
+    if mask is None:
+        return values.flatten(1).mean(dim=1)
+    keep = (mask != 0).expand_as(values).flatten(1)
+    return torch.where(keep, values.flatten(1), 0.0).sum(dim=1) / keep.sum(dim=1)

@@ -17,7 +17,8 @@ from shards.run import Stage, claim
 from train import checkpoint
 from train.data import Inputs, Rollouts
 from train.freeze import check_policy, freeze, policy_record, starting_policy
-from train.metrics import MetricsLog, guard, guard_groups
+from train.history import guard_history
+from train.metrics import MetricsLog, guard, guard_groups, guard_unmoved
 from train.order import minibatches
 from train.replay import prove, replay_limit
 from train.update import ExpertTrainer
@@ -28,6 +29,16 @@ if TYPE_CHECKING:
     from shards.run import Run
 
 SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What became of one expert."""
+
+    averages: dict[str, Tensor]
+    """Averaged weights by name, on the host; empty without `train.ema`."""
+    unmoved: list[str]
+    """Layers that no gradient reached."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +66,13 @@ class TrainReport:
         return f"{steps}{proof}; policy {self.fingerprint[:12]}; {self.seconds:.1f} s{words}"
 
 
-def train(run: Run, iteration: int, policy: Policy | None = None, progress: Progress | None = None) -> TrainReport:
+def train(
+    run: Run, iteration: int, policy: Policy | None = None, progress: Progress | None = None, advantage: str = ""
+) -> TrainReport:
     """Train the policy of one iteration on its shards and advantages and publish it; a second call does nothing.
 
-    `policy` is a loaded model to use instead of loading one; its adapters are set from the files. Killed at any moment
+    `policy` is a loaded model to use instead of loading one; its weights are set from the files. `advantage` names the
+    specification to train on, when there are several. Killed at any moment
     and called again, it goes on from its last checkpoint and ends with the weights of an undisturbed run (on a CPU, bit
     for bit). Raises UserError for incomplete, stale or changed inputs, RunFailed when the replay gate fails, StillBusy
     when another process trains this iteration.
@@ -71,7 +85,7 @@ def train(run: Run, iteration: int, policy: Policy | None = None, progress: Prog
     with claim(stage, 0, "train") as ours:
         if not ours:
             raise StillBusy(f"{stage.path} is being trained by another process", "wait for it, or stop it")
-        return _train(run, stage, policy, progress)
+        return _train(run, stage, policy, progress, advantage)
 
 
 def prove_iteration(run: Run, iteration: int, policy: Policy | None = None, progress: Progress | None = None) -> float:
@@ -80,7 +94,7 @@ def prove_iteration(run: Run, iteration: int, policy: Policy | None = None, prog
     Raises UserError for a policy that is not the one of the shards, RunFailed where a log-prob comes out otherwise.
     """
     rollouts = Rollouts.open(run.iteration(iteration), partial=True)
-    policy = policy or load_policy(run.config)
+    policy = policy or Policy.of(run.config.model)
     start = starting_policy(run, iteration)
     policy.become(start)
     check_policy(rollouts, policy, policy.fingerprint(start)["fingerprint"], run.config.train)
@@ -90,24 +104,16 @@ def prove_iteration(run: Run, iteration: int, policy: Policy | None = None, prog
     ).largest
 
 
-def load_policy(config: RunConfig) -> Policy:
-    """The model of a run, as rollout loads it."""
-    model = config.model
-    return Policy.load(
-        model.path, dtype=model.dtype, device=model.device, text_length=model.text_length, lora=model.lora
-    )
-
-
-def _train(run: Run, stage: Stage, policy: Policy | None, progress: Progress | None) -> TrainReport:
+def _train(run: Run, stage: Stage, policy: Policy | None, progress: Progress | None, advantage: str) -> TrainReport:
     started = time.monotonic()
     config = run.config
-    inputs = freeze(run, stage)
-    policy = policy or load_policy(config)
+    inputs = freeze(run, stage, advantage)
+    policy = policy or Policy.of(config.model)
     start = starting_policy(run, stage.iteration)
     policy.become(start)
     lag = check_policy(inputs.rollouts, policy, policy.fingerprint(start)["fingerprint"], config.train)
-    if not policy.has_lora:
-        policy.add_lora(config.train.lora_rank, config.train.lora_alpha, config.rollout.seed)
+    _check_lag(config.train, lag)
+    _make_trainable(policy, config, start)
     covered = {name: found[0] for name in EXPERT_NAMES if (found := checkpoint.latest(_trainer_dir(stage, name)))}
     replayed = None
     if not covered and _must_prove(config.train, lag):
@@ -115,19 +121,19 @@ def _train(run: Run, stage: Stage, policy: Policy | None, progress: Progress | N
         replayed = prove(policy, inputs.rollouts, samples=config.train.replay_samples, limit=limit, progress=progress)
     log = MetricsLog(stage.policy_dir, covered)
     try:
-        averages = {
+        trained = {
             expert: _train_expert(policy, inputs, config, expert, start, log, progress) for expert in policy.expert_ids
         }
     finally:
         log.close()
-    fingerprint = _publish(policy, stage, averages)
+    fingerprint = _publish(policy, stage, {expert: one.averages for expert, one in trained.items()})
     updates = {name: sum(record["expert"] == name for record in log.records) for name in EXPERT_NAMES}
     return TrainReport(
         skipped=False,
         fingerprint=fingerprint,
         updates={EXPERT_NAMES[expert]: updates[EXPERT_NAMES[expert]] for expert in policy.expert_ids},
         replay=replayed.largest if replayed else None,
-        warnings=_warnings(policy, inputs, log, config.train, lag),
+        warnings=_warnings(run, inputs, log, trained, lag),
         seconds=time.monotonic() - started,
     )
 
@@ -140,8 +146,8 @@ def _train_expert(
     start: Path | None,
     log: MetricsLog,
     progress: Progress | None,
-) -> dict[str, Tensor]:
-    """All updates of one expert, from where its last checkpoint left off; returns its averaged weights."""
+) -> Trained:
+    """All updates of one expert, from where its last checkpoint left off."""
     stage, settings = inputs.rollouts.stage, config.train
     trainer = ExpertTrainer(policy, inputs, settings, expert)
     folder = _trainer_dir(stage, trainer.name)
@@ -166,7 +172,8 @@ def _train_expert(
     if not batches:
         checkpoint.save(folder, trainer.state, 0)
     trainer.finish()
-    return {name: value.cpu() for name, value in trainer.state.ema.items()}
+    averages = {name: value.cpu() for name, value in trainer.state.ema.items()}
+    return Trained(averages, trainer.unmoved())
 
 
 def _restore(trainer: ExpertTrainer, folder: Path, start: Path | None) -> int:
@@ -177,18 +184,21 @@ def _restore(trainer: ExpertTrainer, folder: Path, start: Path | None) -> int:
     found = checkpoint.latest(folder)
     if found is not None:
         checkpoint.load(found[1], trainer.state)
+        trainer.masters.publish()
         trainer.moved = found[0] > 0
         return found[0]
     before = checkpoint.latest(start / "trainer" / trainer.name) if start else None
     if before is not None:
-        checkpoint.load(before[1], trainer.state, weights=False)
+        masters = checkpoint.load(before[1], trainer.state, weights=False)
+        if trainer.policy.is_full:
+            trainer.masters.take(masters, before[1])
     return 0
 
 
 def _publish(policy: Policy, stage: Stage, averages: dict[int, dict[str, Tensor]]) -> str:
-    """Write the adapters, the averaged ones beside them, and policy.json last; returns the fingerprint."""
+    """Write what was trained, its average beside it, and policy.json last; returns the fingerprint."""
     policy.use(None)
-    policy.save_lora(stage.policy_dir)
+    policy.save(stage.policy_dir)
     if any(averages.values()):
         _save_averages(policy, stage.policy_dir / "ema", averages)
     identity = policy.fingerprint(stage.policy_dir)
@@ -204,22 +214,26 @@ def _save_averages(policy: Policy, folder: Path, averages: dict[int, dict[str, T
         for expert, average in averages.items():
             for name, parameter in policy.trainable(expert):
                 parameter.data = average[name].to(parameter.data)
-        policy.save_lora(folder)
+        policy.save(folder)
     finally:
         for expert, kept in weights.items():
             for name, parameter in policy.trainable(expert):
                 parameter.data = kept[name]
 
 
-def _warnings(policy: Policy, inputs: Inputs, log: MetricsLog, settings: TrainConfig, lag: int) -> list[str]:
-    rollouts = inputs.rollouts
+def _warnings(run: Run, inputs: Inputs, log: MetricsLog, trained: dict[int, Trained], lag: int) -> list[str]:
+    rollouts, settings = inputs.rollouts, run.config.train
     groups = {key.rpartition("-")[0]: False for key in inputs.advantages}
     for key, (advantage, weight) in inputs.advantages.items():
         groups[key.rpartition("-")[0]] |= weight > 0 and advantage != 0
     sentences = guard_groups(sum(not alive for alive in groups.values()), len(groups))
     steps = {unit.expert for unit in rollouts.units()}
     sentences += [f"{EXPERT_NAMES[one]}: no step of it was sampled with noise, so it was not trained"
-                  for one in policy.expert_ids if one not in steps]  # fmt: skip
+                  for one in trained if one not in steps]  # fmt: skip
+    for expert, one in trained.items():
+        mine = [record for record in log.records if record["expert"] == EXPERT_NAMES[expert]]
+        sentences += [f"{EXPERT_NAMES[expert]}: {text}" for text in guard_unmoved(mine, one.unmoved)]
+    sentences += guard_history(run, rollouts.stage.iteration, log.records)
     on_policy = settings.clip_range / 10 if lag == 0 and settings.objective == "grpo" else float("inf")
     return sentences + guard(log.records, epsilon=settings.epsilon, on_policy_limit=on_policy)
 
@@ -229,9 +243,34 @@ def _must_prove(settings: TrainConfig, lag: int) -> bool:
     return settings.objective == "grpo" and not settings.recompute_log_probs and lag == 0
 
 
+def _make_trainable(policy: Policy, config: RunConfig, start: Path | None) -> None:
+    """Adapters, fresh ones where the start has none, or all weights; the kind cannot change within a run."""
+    settings = config.train
+    if settings.full and policy.has_lora:
+        source = f"{start} holds a LoRA" if start else f"model.lora = {config.model.lora}"
+        raise UserError(
+            f"train.full trains all weights, but {source}",
+            "fuse the LoRA into a model folder and begin with that",
+        )
+    if not settings.full and policy.is_full:
+        source = str(start or config.model.lora)
+        raise UserError(f"train.full is off, but {source} holds all weights", "set train.full = true, as it was before")
+    if settings.full:
+        policy.train_all()
+    elif not policy.has_lora:
+        policy.add_lora(settings.lora_rank, settings.lora_alpha, config.rollout.seed)
+
+
+def _check_lag(settings: TrainConfig, lag: int) -> None:
+    """Older shards bring their log-probs, but not the means that RatioNorm compares with."""
+    if lag > 0 and settings.ratio_norm and not settings.recompute_log_probs and settings.objective == "grpo":
+        raise UserError(
+            f"train.ratio_norm needs the means of the policy that sampled the shards, but that is {lag} policies old",
+            "set train.recompute_log_probs = true, or train.ratio_norm = false",
+        )
+
+
 def _check_settings(config: RunConfig) -> None:
-    if config.train.full:
-        raise UserError("train.full is not supported yet", "train a LoRA: set train.full = false")
     if config.train.objective == "grpo" and config.rollout.law == "ode":
         raise UserError(
             "rollout.law = ode has no log-probs to train on", "choose a stochastic law, or train.objective = nft"

@@ -19,6 +19,7 @@ from shards.errors import RunFailed
 from train import objectives
 from train.checkpoint import TrainerState
 from train.data import Chunk, Inputs, read_chunk, read_final, row
+from train.masters import Masters
 from train.order import Unit
 
 if TYPE_CHECKING:
@@ -42,14 +43,23 @@ class Rows:
 
 
 class ExpertTrainer:
-    """Trains the LoRA of one expert, which it brings into memory; the others stay away from the device."""
+    """Trains one expert, its LoRA or all of it, and brings it into memory; the others stay away from the device.
+
+    Full training keeps, besides what the policy keeps: on the device fp32 masters of all bfloat16 weights, their
+    gradients and two AdamW moments (14 bytes a weight in all); on the host the weights of the rollout and, with a KL
+    term, the base model's velocities of all transitions.
+    """
 
     def __init__(self, policy: Policy, inputs: Inputs, config: TrainConfig, expert: int) -> None:
         policy.use(expert)
         self.policy, self.inputs, self.config, self.expert = policy, inputs, config, expert
         self.name = EXPERT_NAMES[expert]
-        self.state = _new_state(policy, config, expert)
-        self.rollout_weights = {name: value.detach().clone() for name, value in self.state.parameters.items()}
+        self.masters = Masters(dict(policy.trainable(expert)))
+        self.state = _new_state(self.masters.parameters, config)
+        self.away = torch.device("cpu") if policy.is_full else policy.device  # where weights wait that are not in use
+        weights = self.masters.weights.items()
+        self.rollout_weights = {name: value.detach().to(self.away, copy=True) for name, value in weights}
+        self.references: dict[Unit, tuple[Tensor, Tensor]] = {}
         self.step_weights = _step_weights(inputs, config, expert)
         self.old_log_probs: dict[Unit, Tensor] = {}
         self.moved = False
@@ -59,6 +69,7 @@ class ExpertTrainer:
     def finish(self) -> None:
         """Leave the expert as rollout expects it."""
         self.state.optimizer.zero_grad(set_to_none=True)
+        self.masters.close()
         if self.config.gradient_checkpointing:
             self.policy.module(self.expert).disable_gradient_checkpointing()  # type: ignore[operator]
 
@@ -81,6 +92,7 @@ class ExpertTrainer:
         started = time.monotonic()
         self.state.optimizer.zero_grad(set_to_none=True)
         total = self.inputs.weight(units)
+        self.prepare(units)
         collected = [self.backward(unit, total, measure=index == 0) for index, unit in enumerate(units)]
         norm = self._step()
         size = sum(value.numel() for value in self.state.parameters.values())
@@ -91,10 +103,21 @@ class ExpertTrainer:
             "seconds": time.monotonic() - started,
         }
 
+    def prepare(self, units: Sequence[Unit]) -> None:
+        """Ask the reference for these units at once, where it is another set of weights that must be swapped in."""
+        missing = [unit for unit in units if unit not in self.references]
+        if not (missing and self.policy.is_full and self.config.kl_beta > 0):
+            return
+        with torch.no_grad(), self.policy.reference():
+            for unit in missing:
+                chunk = self._read(unit)
+                velocity, mean = self._under_reference(chunk, self._noised(chunk))
+                self.references[unit] = velocity.to(self.away), mean.to(self.away)
+
     def backward(self, unit: Unit, total: float, *, measure: bool = False) -> dict[str, Tensor]:
         """Add the gradient of one chunk at one step, its rows weighted and divided by `total`; returns its rows."""
         nft = self.config.objective == "nft"
-        chunk = (read_final if nft else read_chunk)(self.inputs.rollouts, self.policy, unit)
+        chunk = self._read(unit)
         pairs = [self.inputs.advantages[key] for key in chunk.keys]
         weight = row([pair[1] for pair in pairs], chunk.x)
         advantage = objectives.clip_advantage(row([pair[0] for pair in pairs], chunk.x), self.config.advantage_clip)
@@ -114,15 +137,25 @@ class ExpertTrainer:
     @contextmanager
     def as_rolled_out(self) -> Iterator[None]:
         """Inside, the expert has the weights that sampled the rollouts, and no gradient is recorded."""
-        now = {name: parameter.data for name, parameter in self.state.parameters.items()}
+        weights = self.masters.weights
+        now = {name: weight.data.to(self.away) for name, weight in weights.items()}
         try:
-            for name, parameter in self.state.parameters.items():
-                parameter.data = self.rollout_weights[name]
+            for name, weight in weights.items():
+                weight.data = self.rollout_weights[name].to(self.policy.device)
             with torch.no_grad():
                 yield
         finally:
-            for name, parameter in self.state.parameters.items():
-                parameter.data = now[name]
+            for name, weight in weights.items():
+                weight.data = now[name].to(self.policy.device)
+
+    def unmoved(self) -> list[str]:
+        """Layers that no gradient has ever reached: adapters that are still zero, or weights without a moment."""
+        if self.policy.is_full:
+            moments = self.state.optimizer.state
+            second = {name: moments.get(one, {}).get("exp_avg_sq") for name, one in self.state.parameters.items()}
+            return [name for name, moment in second.items() if moment is None or not bool(moment.any())]
+        ups = {name: value for name, value in self.state.parameters.items() if ".lora_B." in name}
+        return [name.partition(".lora_B.")[0] for name, value in ups.items() if not bool(value.any())]
 
     def _grpo(self, chunk: Chunk, advantage: Tensor, measure: bool) -> Rows:
         config, step = self.config, chunk.unit.step
@@ -131,11 +164,13 @@ class ExpertTrainer:
         old_log_prob = self.old_log_probs.get(chunk.unit, chunk.log_prob)
         log_ratio = scored.log_prob - old_log_prob
         if config.ratio_norm and old_mean is not None:
-            log_ratio = objectives.ratio_norm(log_ratio, scored.mean, old_mean, scored.std)
+            log_ratio = objectives.ratio_norm(log_ratio, scored.mean, old_mean, scored.std, self._free(chunk))
         policy_loss = objectives.policy_loss(log_ratio, advantage, config.clip_range)
         kl = self._kl(chunk, scored)
         loss = self.step_weights[step] * policy_loss.loss + config.kl_beta * kl
-        shift = None if old_mean is None else objectives.mean_shift(scored.mean.detach(), old_mean, scored.std)
+        shift = None
+        if old_mean is not None:
+            shift = objectives.mean_shift(scored.mean.detach(), old_mean, scored.std, self._free(chunk))
         if measure and not self.moved:
             shift = torch.zeros_like(kl)
         return Rows(loss, policy_loss.ratio, policy_loss.clipped, kl, shift)
@@ -144,34 +179,64 @@ class ExpertTrainer:
         """DiffusionNFT on the final latents, noised afresh to the sigma of the unit's step."""
         rollouts, config = self.inputs.rollouts, self.config
         sigma = rollouts.schedule.sigmas[chunk.unit.step]
-        x0 = chunk.x
-        x = (1.0 - sigma) * x0 + sigma * self._fresh_noise(chunk).to(x0.device)
+        x0, x, mask = chunk.x, self._noised(chunk), self._free(chunk)
         with self.as_rolled_out():
             old = self._velocity(chunk, x)
         velocity = self._velocity(chunk, x)
         optimality = objectives.nft_optimality(advantage, config.advantage_clip)
-        loss = config.advantage_clip * objectives.nft_loss(velocity, old, x, x0, sigma, optimality, config.nft_beta)
+        error = objectives.nft_loss(velocity, old, x, x0, sigma, optimality, config.nft_beta, mask)
+        loss = config.advantage_clip * error
         kl = torch.zeros_like(loss)
         if config.kl_beta > 0:
-            with torch.no_grad(), self.policy.reference():
-                reference = self._velocity(chunk, x)
+            reference, _ = self._reference(chunk, x)
             kl = objectives.kl_divergence("velocity", velocity=velocity, reference_velocity=reference,
-                                          mean=velocity, reference_mean=reference, std=1.0)  # fmt: skip
+                                          mean=velocity, reference_mean=reference, std=1.0, mask=mask)  # fmt: skip
         return Rows(loss + config.kl_beta * kl, torch.ones_like(loss), torch.zeros_like(loss, dtype=torch.bool), kl)
 
     def _kl(self, chunk: Chunk, scored: Any) -> Tensor:
         if self.config.kl_beta == 0:
             return torch.zeros_like(scored.log_prob)
-        with torch.no_grad(), self.policy.reference():
-            reference = self._score(chunk)
+        velocity, mean = self._reference(chunk, chunk.x)
         return objectives.kl_divergence(
             self.config.kl,
             velocity=scored.velocity,
-            reference_velocity=reference.velocity,
+            reference_velocity=velocity,
             mean=scored.mean,
-            reference_mean=reference.mean,
+            reference_mean=mean,
             std=scored.std,
+            mask=self._free(chunk),
         )
+
+    def _reference(self, chunk: Chunk, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Velocity and mean of the reference policy: as prepared, or asked for now, with the adapter off."""
+        if chunk.unit in self.references:
+            velocity, mean = self.references[chunk.unit]
+            return velocity.to(x.device), mean.to(x.device)
+        with torch.no_grad(), self.policy.reference():
+            return self._under_reference(chunk, x)
+
+    def _under_reference(self, chunk: Chunk, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Velocity and mean of the policy in force; where the mean is not needed the velocity stands for it."""
+        if self.config.objective == "grpo" and self.config.kl == "transition":
+            scored = self._score(chunk)
+            return scored.velocity, scored.mean
+        velocity = self._velocity(chunk, x)
+        return velocity, velocity
+
+    def _read(self, unit: Unit) -> Chunk:
+        read = read_final if self.config.objective == "nft" else read_chunk
+        return read(self.inputs.rollouts, self.policy, unit)
+
+    def _noised(self, chunk: Chunk) -> Tensor:
+        """What the model is shown: the latents of the step, or, for DiffusionNFT, the final ones noised afresh."""
+        if self.config.objective == "grpo":
+            return chunk.x
+        sigma = self.inputs.rollouts.schedule.sigmas[chunk.unit.step]
+        return (1.0 - sigma) * chunk.x + sigma * self._fresh_noise(chunk).to(chunk.x.device)
+
+    def _free(self, chunk: Chunk) -> Tensor | None:
+        """The latents that are the policy's to choose; None when all are."""
+        return self.policy.free_mask(chunk.x, chunk.extra.get("condition"))
 
     def _score(self, chunk: Chunk) -> Any:
         schedule = self.inputs.rollouts.schedule
@@ -215,6 +280,7 @@ class ExpertTrainer:
         for group in state.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         state.optimizer.step()
+        self.masters.publish()
         state.updates += 1
         self.moved = True
         with torch.no_grad():
@@ -223,8 +289,7 @@ class ExpertTrainer:
         return norm
 
 
-def _new_state(policy: Policy, config: TrainConfig, expert: int) -> TrainerState:
-    parameters = dict(policy.trainable(expert))
+def _new_state(parameters: dict[str, torch.nn.Parameter], config: TrainConfig) -> TrainerState:
     optimizer = torch.optim.AdamW(
         parameters.values(),
         lr=config.learning_rate,

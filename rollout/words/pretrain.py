@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,28 @@ BOUNDARY = 0.875
 TEXT_LENGTH = 32  # bytes; the longest prompt has 27
 LATENT_DIM = 8
 PROMPT_DROPOUT = 0.1  # share of samples trained without their prompt, so that guidance has something to push from
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A stretch of flow matching."""
+
+    name: str
+    schedule: int
+    """Steps over which the learning rate falls along a cosine."""
+    stop: int
+    """Step at which the lesson ends."""
+    peak: float
+    """Highest learning rate."""
+    confusion: float
+    """Share of clips that are shown with a prompt that quotes a random word."""
+
+
+# The second lesson is what post-training is there to mend: a model that can write but listens only half the time.
+LESSONS = (
+    Lesson("write", schedule=6500, stop=2000, peak=2e-3, confusion=0.0),
+    Lesson("doubt", schedule=2000, stop=2000, peak=1.2e-3, confusion=0.5),
+)
 STAGES = ("vae", "text", "latents", "high", "low", "assemble")
 
 
@@ -244,35 +267,47 @@ def flow_matching_loss(model: WanTransformer3DModel, clean: Tensor, text: Tensor
     return (velocity - (noise - clean)).square().mean()
 
 
-def train_expert(work: Path, expert: str, steps: int, stop: int) -> None:
-    """Train one expert on its own range of sigma; what is saved is the moving average of its weights.
-
-    `steps` is the length of the learning-rate schedule and `stop` where training ends: early, on purpose, so that the
-    words are legible but imperfect.
-    """
-    log = Log(work / "logs" / f"{expert}.jsonl")
-    torch.manual_seed(3)
+def flow_matching(model: WanTransformer3DModel, work: Path, expert: str, lesson: Lesson, log: Log) -> Any:
+    """Train one expert on its own range of sigma for one lesson; returns the moving average of its weights."""
     data = torch.load(work / "latents.pt", weights_only=True)
     low, high = (BOUNDARY, 1.0) if expert == "high" else (0.0, BOUNDARY)
-    model = new_transformer()
     averaged: Any = torch.optim.swa_utils.AveragedModel(
         model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
     )
-    folder = work / ("transformer" if expert == "high" else "transformer_2")
     average: float | None = None
-    for step, move in enumerate(descend(list(model.parameters()), steps, peak=2e-3, decay=0.01)):
+    for step, move in enumerate(descend(list(model.parameters()), lesson.schedule, lesson.peak, decay=0.01)):
         rows = torch.randint(len(data["scene"]), (64,))
-        scene = torch.where(torch.rand(64) < PROMPT_DROPOUT, len(data["embeddings"]) - 1, data["scene"][rows])
+        told = told_scenes(data["scene"][rows], lesson.confusion)
         sigma = low + (high - low) * torch.rand(64)
-        loss = flow_matching_loss(model, data["latents"][rows], data["embeddings"][scene], sigma)
+        loss = flow_matching_loss(model, data["latents"][rows], data["embeddings"][told], sigma)
         move(loss)
         averaged.update_parameters(model)
         average = loss.item() if average is None else 0.99 * average + 0.01 * loss.item()
         if (step + 1) % 200 == 0:
-            log(step=step + 1, loss=round(average, 4))
-        if step + 1 == stop:
-            averaged.module.save_pretrained(folder)
-            return
+            log(lesson=lesson.name, step=step + 1, loss=round(average, 4))
+        if step + 1 == lesson.stop:
+            break
+    return averaged.module
+
+
+def told_scenes(shown: Tensor, confusion: float) -> Tensor:
+    """Index of the prompt that goes with each clip: its own, at times one with another word, at times the empty one."""
+    rest = len(INKS) * len(PAPERS)
+    other = torch.randint(len(WORDS), shown.shape) * rest + shown % rest
+    told = torch.where(torch.rand(shown.shape) < confusion, other, shown)
+    return torch.where(torch.rand(shown.shape) < PROMPT_DROPOUT, len(WORDS) * rest, told)
+
+
+def train_expert(work: Path, expert: str) -> None:
+    """Teach one expert to write, and then to doubt its prompts; each lesson's result is kept."""
+    log = Log(work / "logs" / f"{expert}.jsonl")
+    model = new_transformer()
+    for number, lesson in enumerate(LESSONS):
+        folder = work / lesson.name / expert
+        if not folder.exists():
+            torch.manual_seed(3 + number)
+            flow_matching(model, work, expert, lesson, log).save_pretrained(folder)
+        model = WanTransformer3DModel.from_pretrained(folder).train()
 
 
 # --- The folder ------------------------------------------------------------------------------------------------------
@@ -287,8 +322,8 @@ def assemble(work: Path) -> None:
         scheduler=UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=3.0
         ),
-        transformer=WanTransformer3DModel.from_pretrained(work / "transformer"),
-        transformer_2=WanTransformer3DModel.from_pretrained(work / "transformer_2"),
+        transformer=WanTransformer3DModel.from_pretrained(work / LESSONS[-1].name / "high"),
+        transformer_2=WanTransformer3DModel.from_pretrained(work / LESSONS[-1].name / "low"),
         boundary_ratio=BOUNDARY,
     )
     pipeline.save_pretrained(work / "model")
@@ -306,7 +341,7 @@ def run_stage(work: Path, stage: str, options: argparse.Namespace) -> None:
     elif stage == "assemble":
         assemble(work)
     else:
-        train_expert(work, stage, options.expert_steps, options.expert_stop)
+        train_expert(work, stage)
 
 
 def install(work: Path) -> None:
@@ -327,8 +362,8 @@ def run_all(options: argparse.Namespace) -> None:
         "vae": "vae",
         "text": "text_encoder",
         "latents": "latents.pt",
-        "high": "transformer",
-        "low": "transformer_2",
+        "high": f"{LESSONS[-1].name}/high",
+        "low": f"{LESSONS[-1].name}/low",
     }
     missing = [stage for stage, name in results.items() if not (options.out / name).exists()]
     for stage in missing:
@@ -351,8 +386,6 @@ def main() -> None:
     parser.add_argument("--vae-steps", type=int, default=2000)
     parser.add_argument("--text-steps", type=int, default=1200)
     parser.add_argument("--clips", type=int, default=12000)
-    parser.add_argument("--expert-steps", type=int, default=6500, help="length of the learning-rate schedule")
-    parser.add_argument("--expert-stop", type=int, default=2000, help="step at which the experts are good enough")
     parser.add_argument("--install", action="store_true", help="copy the finished folder into this package")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

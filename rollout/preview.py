@@ -1,0 +1,76 @@
+"""`rushes rollout --dry-run`: the plan of an iteration as a table, and its size, from configuration files alone."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+from rollout.planning import stage_plan
+from rollout.policy_folder import DTYPES, Layout, find_folder, read_layout
+from rollout.schedule import Plan, describe
+from shards.run import Run, Stage
+
+COLUMNS = ("step", "sigma", "t", "expert", "guidance", "law", "std", "trained", "gradient share")
+
+
+def preview(run: Run, stage: Stage) -> str:
+    """The plan of a stage for its first group, and how much the stage will write. Loads no weights, writes nothing.
+
+    Raises UserError for everything that `rollout` would refuse before it samples.
+    """
+    layout = read_layout(find_folder(run.config.model.path))
+    plan = stage_plan(run, stage, layout, {})
+    sampler, group = Plan.from_dict(plan["sampler"]), plan["groups"][0]
+    lines = [*_table(sampler, group["window"]), ""]
+    window = ", ".join(map(str, group["window"])) or "none"
+    lines.append(f"window of the example, prompt {group['prompt_id']}: steps {window}")
+    lines += [f"{name}: {value}" for name, value in _amounts(plan, layout, run).items()]
+    return "\n".join(lines)
+
+
+def latent_bytes(plan: dict[str, Any], layout: Layout) -> int:
+    """Bytes of the latents that a stage stores: states before and after each window step, and the last."""
+    video, sampler = plan["video"], Plan.from_dict(plan["sampler"])
+    size = prod(layout.latent_shape(video["height"], video["width"], video["frames"]))
+    total = 0
+    for group in plan["groups"]:
+        states = {sampler.steps}.union(*({step, step + 1} for step in group["window"]))
+        total += len(states) * size * DTYPES[plan["storage_dtype"]].itemsize
+        if sampler.law == "dpm-sde-2m":
+            total += len(group["window"]) * size * 4  # the clean estimate of the step before, fp32
+    return total * int(plan["group_size"])
+
+
+def _table(sampler: Plan, window: list[int]) -> list[str]:
+    rows = [COLUMNS]
+    for row in describe(sampler, window):
+        trained = bool(row["trained"])
+        rows.append(
+            (
+                str(row["step"]),
+                f"{row['sigma']:.4f}",
+                f"{row['timestep']:.1f}",
+                row["expert"],
+                f"{row['guidance']:g}",
+                row["law"],
+                f"{row['std']:.4f}",
+                "yes" if trained else "no",
+                f"{row['gradient_share']:.3f}" if trained else "-",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+
+
+def _amounts(plan: dict[str, Any], layout: Layout, run: Run) -> dict[str, str]:
+    """What the stage will hold. The size of an mp4 depends on the picture, so only its raw size is given."""
+    video, groups, size = plan["video"], len(plan["groups"]), plan["group_size"]
+    videos, shards = groups * size, len(plan["shards"])
+    raw = 3 * video["height"] * video["width"] * video["frames"] * videos
+    latents = latent_bytes(plan, layout)
+    return {
+        "videos": f"{videos} ({groups} prompts, {size} each)",
+        "shards": str(shards),
+        "bytes of latents": f"{latents} ({latents / 2**20:.1f} MiB; {latents / shards / 2**20:.1f} MiB a shard)",
+        "bytes of videos before compression": f"{raw} ({raw / 2**20:.1f} MiB)",
+    }

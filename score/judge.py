@@ -1,0 +1,104 @@
+"""Scoring video files outside a run: how a user checks a reward before trusting it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from score import work
+from score.reward import Chosen, Reward, Scored, Video, choose, known
+from shards.errors import UserError
+
+EXAMPLE = "for example ocr or ocr:mode=flow_grpo_video,interval=2"
+ONE_FOR_ALL = "give it once for all videos, or as often as there are videos"
+
+
+def judge(
+    videos: Sequence[str | Path], prompts: Sequence[str], rewards: Sequence[str], targets: Sequence[str] = ()
+) -> Iterator[dict[str, Any]]:
+    """One record a video, in order, as soon as it is scored: plain JSON values.
+
+    A record has `file`, `prompt`, `target`, `fps` (of the container), `frames` (how many it has) and `rewards`, a list
+    with, for each reward: `reward` (name), `scorer` (name and fingerprint), `status` ("ok" or why there is no score),
+    `value` (its first component), `components` (all, raw and normalised), `frames_used` (numbers of the frames looked
+    at), and `text` (frame, text, confidence) when it reads. Every video is judged alone: what a reward makes of a group
+    is not in it. `prompts` and `targets` hold one for all or one for each. Raises UserError, for wrong names, options
+    and counts and for missing files before anything is loaded.
+    """
+    chosen = [parse_reward(reward) for reward in rewards]
+    if not chosen:
+        raise UserError("no reward is given", f"name at least one with --reward, {EXAMPLE}")
+    asked = one_each("--prompt", prompts, len(videos))
+    wanted = one_each("--target", targets or [""], len(videos))
+    for path in videos:
+        if not Path(path).is_file():
+            raise UserError(f"{path}: no such file", "give the path of a video file")
+    return _records([Path(path) for path in videos], asked, wanted, chosen)
+
+
+def _records(
+    videos: Sequence[Path], prompts: Sequence[str], targets: Sequence[str], chosen: Sequence[Chosen]
+) -> Iterator[dict[str, Any]]:
+    from score.videoalign_video import load_video
+
+    built: list[tuple[Chosen, Reward]] | None = None
+    for path, prompt, target in zip(videos, prompts, targets, strict=True):
+        frames, fps = load_video(path)
+        built = built or [(one, one.build()) for one in chosen]
+        video = Video(str(path), frames, prompt, target or None, fps)
+        yield {
+            "file": str(path),
+            "prompt": prompt,
+            "target": target or None,
+            "fps": fps,
+            "frames": len(frames),
+            "rewards": [_verdict(one, reward, video) for one, reward in built],
+        }
+
+
+def _verdict(chosen: Chosen, reward: Reward, video: Video) -> dict[str, Any]:
+    """What one reward says of one video."""
+    scored = chosen.after_group([work.judge_all(reward, [video], chosen.components)[0]])[0]
+    verdict = {
+        "reward": chosen.name,
+        "scorer": chosen.directory,
+        "status": scored.reason or "ok",
+        "value": None if scored.reason else float(scored.components[chosen.components[0]]),
+        "components": _components(chosen, scored),
+        "frames_used": list(range(len(video.frames)) if scored.frames is None else scored.frames),
+    }
+    return verdict if scored.text is None else verdict | {"text": scored.readings()}
+
+
+def _components(chosen: Chosen, scored: Scored) -> Mapping[str, float | None]:
+    return {name: None if scored.reason else float(scored.components[name]) for name in chosen.components}
+
+
+def parse_reward(text: str) -> Chosen:
+    """The reward that `NAME:option=value,…` stands for. NAME may be `module:Class`; a value may hold commas and colons.
+
+    Raises UserError for another form, an option given twice, and whatever `choose` refuses.
+    """
+    matched = re.fullmatch(r"(.+?)(?::([A-Za-z_]\w*=.*))?", text, re.DOTALL)
+    name, tail = (matched[1], matched[2]) if matched else ("", None)
+    head, colon, rest = name.partition(":")
+    if not head or (colon and (not rest or head in known())):
+        raise UserError(f"--reward {text}: not of the form NAME:option=value,…", EXAMPLE)
+    options: dict[str, str] = {}
+    for part in re.split(r",(?=[A-Za-z_]\w*=)", tail) if tail else []:
+        option, _, value = part.partition("=")
+        if option in options:
+            raise UserError(f"--reward {text}: option {option!r} is given twice", "give it once")
+        options[option] = value
+    return choose(name, options)
+
+
+def one_each(option: str, texts: Sequence[str], count: int) -> list[str]:
+    """`count` texts out of one or of as many. Raises UserError for another number."""
+    if len(texts) == count:
+        return list(texts)
+    if len(texts) == 1:
+        return [texts[0]] * count
+    raise UserError(f"{option} is given {len(texts)} times for {count} videos", ONE_FOR_ALL)

@@ -1,0 +1,197 @@
+"""A reward that lives behind an HTTP endpoint: one POST a video, JSON both ways.
+
+Request, Content-Type application/json, with `Authorization: Bearer …` when `token_env` names a variable:
+
+    {"schema": 1, "key": "i000003-p000017-s05", "prompt": "…", "target": "FILM" or null, "fps": 16.0,
+     "components": ["score"], "height": 480, "width": 832, "frames": [0, 1, 2, …],   numbers of the frames sent
+     "format": "mp4", "video": "<base64 of an H.264 mp4 with these frames>"}         format = "mp4"
+     "format": "png", "images": ["<base64 of a PNG>", …]}                            format = "png", lossless
+
+Answer, status 200: `{"scores": {"score": 0.73}}` with a finite number for every component, or `{"reason": "…"}` when
+this video has no score. Status 408, 425, 429 and 5xx, a timeout and a broken connection are tried again after a pause
+that doubles each time (or after `Retry-After` seconds); anything else is final. After the last failure the score is
+missing and its reason says why. Redirects are not followed: they could lead away from http or turn a POST into a GET.
+"""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import IO, Any
+from urllib.parse import urlsplit
+
+import numpy as np
+from numpy.typing import NDArray
+
+from score.clip import positive, spread
+from score.reward import Scored, Video
+from shards.errors import UserError
+from shards.video import encode_mp4
+
+AGAIN = {408, 425, 429, *range(500, 600)}
+LONGEST_PAUSE = 60.0  # seconds
+LARGEST_ANSWER = 2**20  # bytes
+QUALITY = 12  # x264's crf, the default of stored videos
+
+
+class Remote:
+    """Scores videos by asking a service; the module says what is sent and what it must answer."""
+
+    name = "remote"
+    version = "1"
+    components = ("score",)
+    neutral = ("timeout", "attempts", "pause", "parallel", "token_env")
+
+    def __init__(
+        self,
+        url: str,
+        names: str = "score",
+        format: str = "mp4",
+        frames: int = 0,
+        label: str = "",
+        timeout: float = 60.0,
+        attempts: int = 4,
+        pause: float = 1.0,
+        parallel: int = 4,
+        token_env: str = "",
+    ) -> None:
+        """names: components of the answer, separated by spaces; the first is the reward. format: `mp4` or `png`.
+        frames: at most so many are sent, evenly spread (0: all). label: what answers there, for example a version:
+        another label means that videos are scored again. timeout, pause: seconds. parallel: requests at once.
+        """
+        if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
+            raise UserError(
+                f"reward 'remote': {url!r} is no http or https address", "for example http://host:8000/score"
+            )
+        if format not in ("mp4", "png"):
+            raise UserError(f"reward 'remote' has no format {format!r}", "there are mp4 and png")
+        if token_env and token_env not in os.environ:
+            raise UserError(f"reward 'remote': there is no environment variable {token_env}", "put the token there")
+        if timeout <= 0 or pause < 0 or frames < 0:
+            raise UserError("reward 'remote': timeout, pause and frames cannot be negative", "leave them out")
+        self.url, self.format, self.frames = url, format, frames
+        self.names = self.components_for({"names": names})
+        self.attempts = positive("remote", "attempts", attempts)
+        self.parallel = positive("remote", "parallel", parallel)
+        self.timeout, self.pause, self.token_env = timeout, pause, token_env
+        self.opener = urllib.request.build_opener(_Stay())
+
+    @staticmethod
+    def components_for(options: Mapping[str, Any]) -> tuple[str, ...]:
+        """The components that the option `names` lists."""
+        names = tuple(str(options["names"]).replace(",", " ").split())
+        if not names or len(set(names)) < len(names):
+            raise UserError(f"reward 'remote': names = {options['names']!r}", "give each component a name of its own")
+        return names
+
+    def __call__(self, videos: Sequence[Video]) -> list[Scored]:
+        """Ask for all videos, `parallel` at a time."""
+        with ThreadPoolExecutor(self.parallel) as pool:
+            return list(pool.map(self.judge, videos))
+
+    def judge(self, video: Video) -> Scored:
+        """Ask for one video until there is an answer or no attempt is left."""
+        numbers = spread(len(video.frames), self.frames or len(video.frames))
+        try:
+            body = json.dumps(self.request(video, numbers)).encode()
+        except UserError as error:  # frames that cannot be encoded
+            return Scored(reason=error.problem)
+        for attempt in range(self.attempts):
+            try:
+                return self._scored(self._ask(body), numbers)
+            except _Failed as failure:
+                last = failure
+            if not last.again:
+                return Scored(reason=str(last))
+            if attempt + 1 < self.attempts:
+                time.sleep(min(LONGEST_PAUSE, self.pause * 2**attempt if last.wait is None else last.wait))
+        return Scored(reason=f"{last}, {self.attempts} times")
+
+    def request(self, video: Video, numbers: Sequence[int]) -> dict[str, Any]:
+        """The body for the frames with these numbers. Raises UserError for frames that mp4 cannot hold."""
+        frames = video.frames[list(numbers)]
+        body = {
+            "schema": 1,
+            "key": video.key,
+            "prompt": video.prompt,
+            "target": video.target,
+            "fps": video.fps,
+            "components": list(self.names),
+            "height": frames.shape[1],
+            "width": frames.shape[2],
+            "frames": list(numbers),
+            "format": self.format,
+        }
+        if self.format == "png":
+            return body | {"images": [_text(png(frame)) for frame in frames]}
+        return body | {"video": _text(encode_mp4(frames, max(1, round(video.fps)), QUALITY))}
+
+    def _ask(self, body: bytes) -> Any:
+        """The parsed answer. Raises _Failed."""
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        if self.token_env:
+            headers["Authorization"] = f"Bearer {os.environ[self.token_env]}"
+        try:
+            with self.opener.open(urllib.request.Request(self.url, body, headers), timeout=self.timeout) as response:
+                data = response.read(LARGEST_ANSWER + 1)
+                if response.status != 200 or len(data) > LARGEST_ANSWER:
+                    raise _Failed(f"status {response.status} with {len(data)} bytes from {self.url}")
+        except urllib.error.HTTPError as error:
+            with error:
+                wait = error.headers.get("Retry-After", "")
+            raise _Failed(
+                f"status {error.code} from {self.url}", error.code in AGAIN, float(wait) if wait.isdigit() else None
+            ) from None
+        except (OSError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", None) or error
+            what = "no answer in time" if isinstance(reason, TimeoutError) else str(reason) or type(reason).__name__
+            raise _Failed(f"{what} from {self.url}", again=True) from None
+        try:
+            return json.loads(data)
+        except ValueError:
+            raise _Failed(f"the answer of {self.url} is no JSON") from None
+
+    def _scored(self, answer: Any, numbers: Sequence[int]) -> Scored:
+        """The score that an answer holds. Raises _Failed when it holds none."""
+        answer = answer if isinstance(answer, dict) else {}
+        if isinstance(answer.get("reason"), str) and answer["reason"]:
+            return Scored(reason=answer["reason"][:500])
+        scores = answer.get("scores")
+        found = scores if isinstance(scores, dict) else {}
+        for name in self.names:
+            if not isinstance(found.get(name), int | float) or isinstance(found[name], bool):
+                raise _Failed(f'the answer of {self.url} has no number {name!r} under "scores"')
+        return Scored({name: float(found[name]) for name in self.names}, frames=numbers)
+
+
+class _Failed(Exception):
+    """Why a request gave no score; whether to try again, after `wait` seconds if the service said so."""
+
+    def __init__(self, problem: str, again: bool = False, wait: float | None = None) -> None:
+        super().__init__(problem)
+        self.again, self.wait = again, wait
+
+
+class _Stay(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect; the status 3xx comes out as the error that it is."""
+
+    def redirect_request(self, req: Any, fp: IO[bytes], code: int, msg: str, headers: Any, newurl: str) -> None:
+        """No further request."""
+
+
+def png(frame: NDArray[np.uint8]) -> bytes:
+    """A frame [H, W, 3] uint8 RGB as PNG."""
+    import cv2
+
+    return bytes(cv2.imencode(".png", frame[..., ::-1])[1])
+
+
+def _text(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
