@@ -61,7 +61,7 @@ def init(
 def rollout(
     run: RunPath,
     iteration: Iteration = None,
-    dry_run: Annotated[bool, typer.Option(help="print the plan as a table and its size; load and write nothing")] = False,
+    dry_run: Annotated[bool, typer.Option(help="print the plan as a table; load and write nothing")] = False,
     worker: WorkerOf = "",
     sets: Sets = [],  # noqa: B006
 ) -> None:

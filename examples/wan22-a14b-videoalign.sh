@@ -4,7 +4,7 @@
 #   CHECKPOINT  folder of the VideoReward download     BASE  folder of Qwen2-VL-2B-Instruct
 #   TEMPLATE    a VideoAlign checkout, for its prompt template
 #   GROUP=8 BEST=4, or GROUP=16 BEST=8 (the default): videos of a prompt, and how many of them are trained on
-#   FULL=1      all weights at 8e-6 instead of LoRA at 1e-4. An expert of 14B then needs about 260 GB on one device,
+#   FULL=1      all weights at 8e-6 instead of LoRA at 1e-4. An expert of 14B then needs about 310 GB on one device,
 #               which no GPU has, so this is for smaller models until training runs on several GPUs.
 # Never validated by us on the real model.
 set -euo pipefail

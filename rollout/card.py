@@ -13,7 +13,7 @@ from shards.sidecar import specifications
 
 
 def model_card(run: Run, record: dict[str, Any], base: str, pipeline: str, takes_image: bool) -> str:
-    """README.md of an export. `record` is its export.json, `base` what `from_pretrained` takes, `pipeline` its class."""
+    """README.md of an export. `record`: its export.json; `base`: what `from_pretrained` takes; `pipeline`: a class."""
     config, iteration = run.config, record["iteration"]
     kind = "whole weights of both experts" if len(record["experts"]) == 2 else "whole weights"
     if not record["fused"]:
@@ -27,7 +27,7 @@ def model_card(run: Run, record: dict[str, Any], base: str, pipeline: str, takes
         f"{kind[0].upper()}{kind[1:]}, trained with GRPO by rushes, in the format of plain diffusers.",
         "",
         f"- Base model: `{config.model.path}`, fingerprint `{record['base'][:16]}`",
-        f"- Run: `{name}`, policy after iteration {iteration}, fingerprint `{record['policy'][:16]}`; weights: {weights}",
+        f"- Run: `{name}`, policy of iteration {iteration}, fingerprint `{record['policy'][:16]}`; weights: {weights}",
         f"- Rewards: {rewards}",
         f"- Sampled in training with: {_sampling(config)}",
         f"- Checked: {record['checked']}",

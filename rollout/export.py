@@ -66,7 +66,9 @@ def export(run: Run, iteration: int, out: str | Path, *, average: bool = True, f
     began, out = time.monotonic(), Path(out)
     stage = run.iteration(iteration)
     if not stage.trained():
-        raise UserError(f"{stage.policy_dir} holds no finished policy", f"rushes train {run.path} --iteration {iteration}")
+        raise UserError(
+            f"{stage.policy_dir} holds no finished policy", f"rushes train {run.path} --iteration {iteration}"
+        )
     source = _source(stage, average)
     wanted = {
         "schema": SCHEMA,
@@ -123,7 +125,13 @@ def _write(run: Run, stage: Stage, source: Path, aside: Path, wanted: dict[str, 
         ", and one call of the whole pipeline" if whole else ""
     )
     experts = [NAMES[expert] for expert in layout.expert_ids]
-    record = {**wanted, "base": identity["base"], "run": run.path.resolve().name, "experts": experts, "checked": checked}
+    record = {
+        **wanted,
+        "base": identity["base"],
+        "run": run.path.resolve().name,
+        "experts": experts,
+        "checked": checked,
+    }
     record["files"] = {path.relative_to(aside).as_posix(): sha256_file(path) for path in _files(aside)}
     kind = read_json(layout.folder / "model_index.json")["_class_name"]
     card = model_card(run, record, base_name(run, layout.folder), kind, layout.takes_image == "must")

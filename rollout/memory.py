@@ -105,25 +105,29 @@ def plan_memory(run: Run) -> list[Need]:
             working = working_bytes(expert, Pass(**base, rank=rank, train=True, checkpointing=checkpointing))
             gradients = trained * (DTYPES[model.dtype].itemsize if full else 4)
             parts = {**held, "trainer": state, "working": max(0, working - gradients)}
-            name = f"train {'all weights' if full else 'LoRA'}, {'' if checkpointing else 'no '}checkpointing"
-            needs.append(_need(name, parts, count * weights))
+            needs.append(_need(_train_name(full, checkpointing), parts, count * weights))
     return needs
 
 
 def render(run: Run, needs: list[Need]) -> str:
     """The table for the command line; the setting that run.toml has is marked."""
     train = run.config.train
-    chosen = f"train {'all weights' if train.full else 'LoRA'}, {'' if train.gradient_checkpointing else 'no '}checkpointing"
+    chosen = _train_name(train.full, train.gradient_checkpointing)
     lines = [f"  {'stage':<32}{'device GiB':>11}{'host GiB':>10}  on the device"]
     for need in needs:
         parts = ", ".join(f"{name} {value / GIB:.2f}" for name, value in need.parts.items())
         mark = "*" if need.stage == chosen else " "
         lines.append(f"{mark} {need.stage:<32}{need.device / GIB:>11.2f}{need.host / GIB:>10.2f}  {parts}")
     video, batch = run.config.rollout, run.config.rollout.batch_size
-    lines.append(f"* as run.toml has it; {video.height}x{video.width}, {video.frames} frames, batch {batch}, {run.config.model.dtype}")
+    shape = f"{video.height}x{video.width}, {video.frames} frames, batch {batch}, {run.config.model.dtype}"
+    lines.append(f"* as run.toml has it; {shape}")
     lines.append("Counted on the meta device, one expert on the device. Not in it: CUDA itself (about 0.5 to 1 GiB),")
     lines.append("scratch space inside kernels, fragmentation.")
     return "\n".join(lines)
+
+
+def _train_name(full: bool, checkpointing: bool) -> str:
+    return f"train {'all weights' if full else 'LoRA'}, {'' if checkpointing else 'no '}checkpointing"
 
 
 def _need(stage: str, parts: dict[str, int], host: int) -> Need:

@@ -138,7 +138,7 @@ def _check_images(prompts: Sequence[Prompt], layout: Layout, height: int, width:
             )
         if prompt.image is not None and (size := open_image(prompt.image).size) != (width, height):
             raise UserError(
-                f"prompt {prompt.id}: {prompt.image} is {size[0]} wide and {size[1]} high, the video {width} and {height}",
+                f"prompt {prompt.id}: {prompt.image} is {size[0]} x {size[1]}, but the video is {width} x {height}",
                 "crop and scale the image to the size of the video, or set rollout.width and rollout.height",
             )
 

@@ -20,7 +20,7 @@ SAMPLE_STEPS = 4
 
 
 def open_plain(folder: Path, dtype: str, *, whole: bool) -> Any:
-    """A fresh pipeline of the class that model_index.json names, on the CPU; without text encoder and VAE unless `whole`.
+    """A fresh pipeline of the class that model_index.json names, on the CPU; text encoder and VAE only if `whole`.
 
     This is `from_pretrained` and nothing of ours, as a user would call it.
     """

@@ -6,6 +6,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,7 +101,7 @@ def working_bytes(config: Mapping[str, Any], run: Pass) -> int:
         if run.checkpointing:
             module.enable_gradient_checkpointing()
         with fused_attention():
-            peaks.append(peak_bytes(lambda module=module: _pass(module, config, run), module))
+            peaks.append(peak_bytes(partial(_pass, module, config, run), module))
     return extrapolate(peaks[0], peaks[1], int(config["num_layers"]))
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from score.reward import Scored, Video
 from shards.errors import UserError
 
-STILL = 0.02  # pixels per frame of the shrunk video; below it the flow is noise
+STILL = 0.05  # pixels per frame of the shrunk video; below it the flow is noise
 Flow = NDArray[np.float32]
 
 
@@ -20,7 +20,7 @@ class Motion:
 
     smoothness   1 - sum |a| / sum (|u| + |w|), in [0, 1]: u is the dense optical flow from frame t to t+1, w that from
                  t+1 to t+2 read where u has carried the pixel, and a = w - u. Steady motion gives 1, motion that turns
-                 back at every frame 0, and so does a video in which nothing moves (a flow below 0.02 pixels): otherwise
+                 back at every frame 0, and so does a video in which nothing moves (a flow below 0.05 pixels): otherwise
                  not moving would be the smoothest motion
     amplitude    mean |u| as a share of the diagonal, per second: what must not sink while smoothness rises
     flicker      mean absolute second difference of the mean luma of frames, in [0, 1]
@@ -76,6 +76,8 @@ def flow(left: NDArray[np.uint8], right: NDArray[np.uint8]) -> Flow:
     """Displacement [h, w, 2] in pixels (x, y) that carries `left` to `right`."""
     import cv2
 
+    if np.array_equal(left, right):  # there the method gives noise
+        return np.zeros((*left.shape, 2), np.float32)
     found = cv2.calcOpticalFlowFarneback(
         left, right, None, pyr_scale=0.5, levels=3, winsize=15, iterations=3, poly_n=5, poly_sigma=1.1, flags=0
     )

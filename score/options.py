@@ -41,8 +41,9 @@ def resolve(name: str, found: Any, options: Mapping[str, Any]) -> dict[str, Any]
 
 def _annotations(found: Any) -> dict[str, Any]:
     """Types by option; empty where they cannot be known, as for names that exist only while type checking."""
+    is_class = isinstance(found, type)
     try:
-        return get_type_hints(found.__init__ if isinstance(found, type) else found)
+        return get_type_hints(found.__init__ if is_class else found)
     except (NameError, TypeError, AttributeError):
         return {}
 

@@ -106,7 +106,7 @@ def evaluations(facts: Facts, shelf: Shelf) -> str:
     iterations = _spread_out(sorted({int(k) for k in rows["iteration"]}))
     if not iterations:
         return '<p class="empty">No evaluation yet: <code>rushes eval RUN</code> compares first and last.</p>'
-    head = "".join(f"<th>{'base policy' if k == 0 else f'after {k} iterations'}</th>" for k in iterations)
+    head = "".join(f"<th>{'base policy' if k == 0 else f'after iteration {k - 1}'}</th>" for k in iterations)
     body = []
     for place, mine in rows.groupby(["prompt_id", "sample"]):
         by = {int(one["iteration"]): _row(mine, at) for at, one in enumerate(mine.to_dict("records"))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,7 @@ def save_head(path: Path, sizes: tuple[int, ...] = (SIZE, 4, 1), seed: int = 0) 
     """Linear layers of these sizes under LAION's names (every second number of a Sequential); returns the tensors."""
     draw = torch.Generator().manual_seed(seed)
     tensors = {}
-    for number, (inner, outer) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for number, (inner, outer) in enumerate(pairwise(sizes)):
         tensors[f"layers.{2 * number}.weight"] = torch.randn(outer, inner, generator=draw)
         tensors[f"layers.{2 * number}.bias"] = torch.randn(outer, generator=draw)
     save_file(tensors, path)

@@ -21,7 +21,7 @@ from shards.errors import RunFailed, UserError
 from shards.files import publish_new, read_json, to_json
 from shards.run import Run
 from tests.tiny_models import TEXT_LENGTH, build, tiny_transformer
-from tests.training import killed, kill_self, make_run
+from tests.training import kill_self, killed, make_run
 
 
 def stir(policy: Policy, seed: int) -> None:
@@ -42,7 +42,9 @@ def trained(path: Path, model: Path, dtype: str = "float32") -> Run:
     run.config_path.write_text(run.config_path.read_text().replace('dtype = "float32"', f'dtype = "{dtype}"', 1))
     run = Run.open(path)
     policy = load(model, dtype=dtype)
-    publish_new(run.path / "model.json", to_json({"schema": 1, "base": policy.base_fingerprint, "path": str(model)}, path))
+    publish_new(
+        run.path / "model.json", to_json({"schema": 1, "base": policy.base_fingerprint, "path": str(model)}, path)
+    )
     stage = run.iteration(0)
     policy.add_lora(2, 6.0, 0)
     for seed, folder in ((1, stage.policy_dir), (2, stage.policy_dir / "ema")):
@@ -212,7 +214,9 @@ def test_a_foreign_adapter_of_one_expert_and_fewer_layers_loads(tiny_t2v: Path, 
     from peft import LoraConfig, get_peft_model_state_dict
 
     pipe = WanPipeline.from_pretrained(tiny_t2v)
-    pipe.transformer.add_adapter(LoraConfig(r=3, lora_alpha=3, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    pipe.transformer.add_adapter(
+        LoraConfig(r=3, lora_alpha=3, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    )
     WanPipeline.save_lora_weights(tmp_path, transformer_lora_layers=get_peft_model_state_dict(pipe.transformer))
     settle(pipe.transformer)
     policy = load(tiny_t2v, lora=str(tmp_path))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from shards.config import RunConfig
+from shards.run import Run
 from train.history import guard_drift, guard_history
 from train.metrics import MetricsLog, guard, guard_groups, guard_unmoved, read
 
@@ -85,11 +88,23 @@ def test_layers_that_no_gradient_reached_are_named() -> None:
     ]
 
 
-@pytest.mark.parametrize(("before", "now", "edges", "told"), [
-    (0.01, 0.02, 0.07, True), (0.01, 0.02, 0.09, False), (0.02, 0.01, 0.07, False), (0.0, 0.02, 0.07, False)])  # fmt: skip
-def test_a_rising_distance_with_falling_guards_is_told(before: float, now: float, edges: float, told: bool) -> None:
+@pytest.mark.parametrize(
+    ("before", "now", "edges", "told"),
+    [(0.01, 0.02, 0.07, True), (0.01, 0.02, 0.09, False), (0.02, 0.01, 0.07, False), (0.0, 0.02, 0.07, False)],
+)
+def test_a_rising_distance_with_falling_guards_is_told(
+    before: float, now: float, edges: float, told: bool, tmp_path: Path
+) -> None:
     first, last = {"edges": 0.1, "luma": 0.5, "motion": 0.0}, {"edges": edges, "luma": 0.1, "motion": 0.0}
     sentences = guard_drift(before, now, first, last)
     assert [("edges 0.1 -> 0.07 since iteration 0" in one and "raise train.kl_beta" in one) for one in sentences] == (
         [True] if told else []
     )
+    run = Run.create(tmp_path / "run", RunConfig())
+    for iteration, distance, guards in ((0, before, first), (1, now, last)):
+        folder = run.iteration(iteration).path
+        MetricsLog(folder / "policy", {}).add(record(2, kl=distance))
+        (folder / "advantage" / "0a1b2c3d").mkdir(parents=True)
+        (folder / "advantage" / "0a1b2c3d" / "summary.json").write_text(json.dumps({"guards": guards}))
+    assert guard_history(run, 1, [record(1, kl=0.0), record(2, kl=now)]) == sentences
+    assert guard_history(run, 0, [record(2, kl=now)]) == []

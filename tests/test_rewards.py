@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +66,9 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
+def fresh() -> None:
     """No model of another test."""
     load_embedder.cache_clear()
-    yield
 
 
 def plain_cosines(folder: Path, video: Video, numbers: list[int]) -> tuple[torch.Tensor, float]:
@@ -80,7 +79,7 @@ def plain_cosines(folder: Path, video: Video, numbers: list[int]) -> tuple[torch
     )
     with torch.no_grad():
         logits = model(**inputs).logits_per_image[:, 0]
-    scale = float(model.logit_scale.exp())
+    scale = float(model.logit_scale.detach().exp())
     return logits / scale, scale
 
 
@@ -147,8 +146,9 @@ def test_aesthetic_is_the_head_on_unit_embeddings(clip_folder: Path, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("sizes", "words"), [((SIZE + 1, 1), "takes embeddings of 9 numbers"), ((SIZE, 4, 2), "no head that ends in one number")]
-)  # fmt: skip
+    ("sizes", "words"),
+    [((SIZE + 1, 1), "takes embeddings of 9 numbers"), ((SIZE, 4, 2), "no head that ends in one number")],
+)
 def test_a_head_that_does_not_fit_is_refused(clip_folder: Path, tmp_path: Path, sizes: Any, words: str) -> None:
     save_head(tmp_path / "head.safetensors", sizes)
     with pytest.raises(UserError, match=words):
@@ -247,7 +247,8 @@ def test_options_of_a_wrong_name_or_type_are_refused(options: dict[str, Any], wo
 def test_the_fingerprint_follows_the_content_of_a_model(clip_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(clip_folder, tmp_path / "same")
     save_clip(tmp_path / "other", seed=1)
-    here, there, other = (choose("clip", {"model": str(f)}).directory for f in (clip_folder, tmp_path / "same", tmp_path / "other"))  # fmt: skip
+    folders = (clip_folder, tmp_path / "same", tmp_path / "other")
+    here, there, other = (choose("clip", {"model": str(folder)}).directory for folder in folders)
     assert here == there != other
     save_clip(tmp_path / "same", seed=1)  # another model at the same path
     assert choose("clip", {"model": str(tmp_path / "same")}).directory == other
@@ -330,7 +331,7 @@ def test_the_example_of_the_guide_works_as_it_stands(tmp_path: Path, monkeypatch
     blocks = re.findall(r"```(\w+)\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     source = next(text for language, text in blocks if language == "python")
     entry = next(text for language, text in blocks if language == "toml" and "entry-points" in text)
-    assert len([line for line in source.splitlines() if line]) == 10
+    assert len(source.splitlines()) == 10
     (tmp_path / "colour.py").write_text(source)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))

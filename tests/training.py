@@ -18,7 +18,7 @@ from PIL import Image
 
 from rollout.generate import rollout
 from rollout.policy import Policy
-from shards.config import ModelConfig, RolloutConfig, RunConfig, TrainConfig
+from shards.config import ModelConfig, RolloutConfig, RunConfig, ScoreConfig, TrainConfig
 from shards.reader import open_shard
 from shards.run import Run, Stage
 from shards.sidecar import write_advantages
@@ -48,12 +48,13 @@ def make_run(
     train: dict[str, Any] | None = None,
     *,
     model: dict[str, Any] | None = None,
+    score: dict[str, Any] | None = None,
     image: bool = False,
     **rollout_settings: Any,
 ) -> Run:
     """A run folder for a tiny model.
 
-    Keyword arguments replace settings of [rollout], `train` and `model` those of [train] and [model]; with `image` the
+    Keyword arguments replace settings of [rollout], `train`, `model` and `score` those of theirs; with `image` the
     prompts begin with one.
     """
     settings = ROLLOUT | rollout_settings
@@ -67,6 +68,7 @@ def make_run(
     config = RunConfig(
         model=ModelConfig(**(own | (model or {}))),
         rollout=RolloutConfig(prompts=str(prompts), **settings),
+        score=ScoreConfig(**(score or {})),
         train=TrainConfig(**(TRAIN | (train or {}))),
     )
     return Run.create(path, config)

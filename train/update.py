@@ -45,9 +45,9 @@ class Rows:
 class ExpertTrainer:
     """Trains one expert, its LoRA or all of it, and brings it into memory; the others stay away from the device.
 
-    Full training keeps, besides what the policy keeps: on the device fp32 masters of all bfloat16 weights, their
-    gradients and two AdamW moments (14 bytes a weight in all); on the host the weights of the rollout and, with a KL
-    term, the base model's velocities of all transitions.
+    Full training keeps, besides what the policy keeps: on the device, in fp32, masters of all bfloat16 weights, their
+    gradients, two AdamW moments and the average (20 bytes a weight, 16 without `train.ema`); on the host the weights of
+    the rollout and, with a KL term, the base model's velocities of all transitions.
     """
 
     def __init__(self, policy: Policy, inputs: Inputs, config: TrainConfig, expert: int) -> None:

@@ -1,0 +1,158 @@
+"""Bad input is told in one sentence, word by word, before anything is sampled or written below the iteration."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rollout.generate import rollout
+from rollout.policy import Policy
+from shards.errors import UserError
+from shards.run import Run
+from tests import training
+
+
+def refused(run: Run, policy: Policy | None = None) -> tuple[str, str]:
+    """Roll out what must be refused; nothing may lie below the iteration directory afterwards."""
+    with pytest.raises(UserError) as caught:
+        rollout(run, run.iteration(0), policy)
+    assert caught.value.exit_code == 2
+    assert not list(run.iteration(0).path.glob("**/*"))
+    return caught.value.problem, caught.value.hint
+
+
+@pytest.fixture(scope="module")
+def policies(tiny_t2v: Path, tiny_t2v2: Path, tiny_i2v2: Path, tiny_ti2v: Path) -> dict[str, Policy]:
+    folders = {"t2v": tiny_t2v, "t2v2": tiny_t2v2, "i2v2": tiny_i2v2, "ti2v": tiny_ti2v}
+    return {
+        name: Policy.load(path, device="cpu", text_length=training.TEXT_LENGTH) for name, path in folders.items()
+    }
+
+
+@pytest.mark.parametrize(("layout", "settings", "problem", "hint"), [
+    ("t2v2", {"guidance_scale_2": None},
+     "the model has two experts, but rollout.guidance_scale_2 is not set",
+     "guidance is part of the policy: give the low-noise expert its own, e.g. rollout.guidance_scale_2=3.0 "
+     "(Wan2.2 T2V-A14B: 4.0 high, 3.0 low)"),
+    ("t2v2", {"low_steps": 0},
+     "rollout.low_steps=0 never trains the low_noise expert",
+     "set rollout.low_steps to 1 or more, or rollout.allow_untrained_expert=true if that is wanted"),
+    ("t2v2", {"steps": 3, "shift": 60.0},
+     "none of the 3 steps runs the low_noise expert (it changes at timestep 875)",
+     "take more rollout.steps or another rollout.shift, or set rollout.allow_untrained_expert=true"),
+    ("t2v2", {"steps": 4, "shift": 20.0},
+     "rollout.low_steps=2, but only 0 steps of the low_noise expert can be stochastic "
+     "(from rollout.first_step=1 to the last but one of 4)",
+     "lower rollout.first_step, take more rollout.steps or another rollout.shift"),
+    ("t2v", {"frames": 8}, "rollout.frames = 8: not 4k+1", "the nearest is 9"),
+    ("t2v", {"height": 40}, "rollout.height = 40: not a multiple of 16", "the nearest is 32"),
+    ("t2v", {"width": 20}, "rollout.width = 20: not a multiple of 16", "the nearest is 16"),
+    ("ti2v", {"height": 32, "width": 48}, "rollout.width = 48: not a multiple of 32", "the nearest is 64"),
+], ids=str)  # fmt: skip
+def test_a_shape_or_schedule_the_model_cannot_take(
+    layout: str, settings: dict[str, Any], problem: str, hint: str, policies: dict[str, Policy], tmp_path: Path
+) -> None:
+    policy = policies[layout]
+    run = training.make_run(tmp_path / "run", policy.layout.folder, **settings)
+    assert refused(run, policy) == (problem, hint)
+
+
+@pytest.mark.parametrize(("part", "change", "problem", "hint"), [
+    ("text_encoder", "folder", "{model}: the part 'text_encoder' is missing",
+     "save the whole pipeline with save_pretrained"),
+    ("vae", "folder", "{model}: the part 'vae' is missing", "save the whole pipeline with save_pretrained"),
+    ("text_encoder", "weights", "{model}/text_encoder: holds no weights",
+     "copy or fetch the whole model folder; weights are safetensors, never pickled"),
+    ("vae", "weights", "{model}/vae: holds no weights",
+     "copy or fetch the whole model folder; weights are safetensors, never pickled"),
+    ("transformer_2", "one of two",
+     "{model}/transformer_2/second.safetensors: no such file, but x.safetensors.index.json names it",
+     "copy or fetch the whole model folder; weights are safetensors, never pickled"),
+])  # fmt: skip
+def test_a_part_of_the_model_that_is_missing(
+    part: str, change: str, problem: str, hint: str, tiny_t2v2: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny_t2v2, tmp_path / "model")
+    if change == "folder":
+        shutil.rmtree(model / part)
+    if change == "weights":
+        next((model / part).glob("*.safetensors")).unlink()
+    if change == "one of two":
+        (model / part / "x.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "second.safetensors"}}))
+    assert refused(training.make_run(tmp_path / "run", model)) == (problem.format(model=model), hint)
+
+
+@pytest.mark.parametrize(("change", "problem", "hint"), [
+    ("missing", "{image}: no such image", "correct the path in the prompts file; it counts from that file"),
+    ("unreadable", "{image}: cannot be read as an image: cannot identify image file '{image}'",
+     "correct the path in the prompts file, or convert the file to PNG"),
+    ("cut off", "{image}: cannot be read as an image: image file is truncated (1 bytes not processed)",
+     "correct the path in the prompts file, or convert the file to PNG"),
+    ("another size", "prompt {prompt}: {image} is 32 x 16, but the video is 16 x 16",
+     "crop and scale the image to the size of the video, or set rollout.width and rollout.height"),
+])  # fmt: skip
+def test_an_image_that_cannot_be_taken(
+    change: str, problem: str, hint: str, policies: dict[str, Policy], tmp_path: Path
+) -> None:
+    policy = policies["i2v2"]
+    run = training.make_run(tmp_path / "run", policy.layout.folder, image=True)
+    image = tmp_path / "first.png"
+    if change == "missing":
+        image.unlink()
+    if change == "unreadable":
+        image.write_text("no picture")
+    if change == "cut off":
+        image.write_bytes(image.read_bytes()[:100])
+    if change == "another size":
+        training.write_image(image, 32, 16)
+    found, advice = refused(run, policy)
+    expected = problem.format(image=image, prompt=found.split(":")[0].removeprefix("prompt "))
+    assert found.split(" (")[0] == expected.split(" (")[0]  # how many bytes are left is the decoder's business
+    assert advice == hint
+
+
+def test_a_prompt_without_an_image(policies: dict[str, Policy], tmp_path: Path) -> None:
+    policy = policies["i2v2"]
+    problem, hint = refused(training.make_run(tmp_path / "run", policy.layout.folder), policy)
+    number, text = problem.split()[1], problem.split("'")[1]
+    assert problem == f"prompt {number} ('{text}') has no image, but the model is image-to-video"
+    assert hint == "give every prompt an `image`, in a JSON-lines, CSV or Parquet file"
+
+
+def test_a_lora_of_another_base(policies: dict[str, Policy], tiny_t2v2: Path, tiny_i2v2: Path, tmp_path: Path) -> None:
+    """One of other shapes cannot be put on; one of the same shapes is told by the record of its training."""
+    hidden = Policy.load(tiny_i2v2, device="cpu", text_length=training.TEXT_LENGTH)
+    hidden.add_lora(2, 4.0, 0)
+    hidden.save_lora(tmp_path / "lora")
+    (tmp_path / "lora" / "policy.json").write_text(json.dumps(hidden.fingerprint(tmp_path / "lora")))
+    run = training.make_run(tmp_path / "run", tiny_t2v2, model={"lora": str(tmp_path / "lora")})
+    assert refused(run) == (
+        f"model.lora: {tmp_path}/lora was trained on another base model than {tiny_t2v2}",
+        f"{tmp_path}/lora/policy.json has the fingerprint of its base; name that model in model.path",
+    )
+    from safetensors.torch import load_file, save_file
+
+    (tmp_path / "lora" / "policy.json").unlink()
+    path = tmp_path / "lora" / "low_noise" / "pytorch_lora_weights.safetensors"
+    save_file({name.replace("blocks.1.", "blocks.7."): value for name, value in load_file(path).items()}, path)
+    problem, hint = refused(run)
+    assert problem.startswith(f"{path}: does not fit this model, for example at blocks.")
+    assert hint == "an adapter of another model"
+
+
+def test_a_dtype_or_device_that_is_not_there(tiny_t2v: Path, tmp_path: Path) -> None:
+    run = training.make_run(tmp_path / "half", tiny_t2v, model={"dtype": "float16"})
+    assert refused(run) == (
+        "model.dtype: float16, which a CPU computes badly or not at all", "set model.dtype = float32, or bfloat16"
+    )  # fmt: skip
+    run = training.make_run(tmp_path / "odd", tiny_t2v, model={"device": "gpu"})
+    assert refused(run) == ("model.device: 'gpu' is no device", "auto, cpu, cuda or cuda:1")
+    if not torch.cuda.is_available():
+        run = training.make_run(tmp_path / "cuda", tiny_t2v, model={"device": "cuda"})
+        problem = "model.device: cuda, but this machine has no CUDA device"
+        assert refused(run) == (problem, "set model.device = auto")

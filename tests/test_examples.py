@@ -1,0 +1,171 @@
+"""Every script of examples/ runs from its first line to its last, on tiny models in place of the real folders.
+
+Bash runs the scripts. The `rushes` they call hands its arguments to this process through two pipes and waits, which
+saves the seconds that a Python with torch takes to start; calls from the background take turns.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+import cli
+from shards.errors import UserError
+from shards.run import Run
+from tests.tiny_models import TEXT_LENGTH
+from tests.videoalign_fixtures import DATA
+from tests.videoalign_fixtures import template_fixture as template_fixture
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+RUSHES = """#!/usr/bin/env bash
+exec 9>{lock} && flock 9
+printf '%s\\0' "$@" > {request}
+read -r code < {response}
+exit "$code"
+"""
+SMALL = [
+    "model.dtype=float32", "model.device=cpu", f"model.text_length={TEXT_LENGTH}", "rollout.prompts_per_iteration=2",
+    "rollout.group_size=2", "rollout.batch_size=2", "rollout.frames=5", "rollout.groups_per_shard=1",
+    "train.lora_rank=2", "eval.limit=1", "eval.steps=4",
+]  # fmt: skip
+BUILT_IN = ["score.rewards={contrast=1.0}", "score.min_spread=0.0"]
+CASES: dict[str, tuple[str, int]] = {
+    "wan21-1.3b-ocr": ("t2v", 16),
+    "wan21-1.3b-ocr-4gpu": ("t2v", 16),
+    "wan22-a14b-videoalign": ("t2v2", 64),
+    "wan22-i2v": ("i2v2", 16),
+    "wan22-ti2v-5b": ("ti2v", 32),
+}
+
+
+def run_script(folder: Path, name: str, environment: dict[str, str]) -> list[list[str]]:
+    """Run a script of FOLDER/examples; returns the commands it gave. Fails unless it and all of them ended well."""
+    pipes = {key: folder / key for key in ("lock", "request", "response")}
+    for key in ("request", "response"):
+        os.mkfifo(pipes[key])
+    shim = folder / "bin" / "rushes"
+    shim.parent.mkdir()
+    shim.write_text(RUSHES.format(**{key: shlex.quote(str(path)) for key, path in pipes.items()}))
+    shim.chmod(0o755)
+    variables = {**os.environ, "PATH": f"{shim.parent}:{os.environ['PATH']}", **environment}
+    commands: list[list[str]] = []
+    process = subprocess.Popen(
+        ["bash", folder / "examples" / f"{name}.sh"], env=variables, cwd=folder, stderr=subprocess.PIPE, text=True
+    )
+    # the last reader of the pipe is released when the script is over
+    watcher = threading.Thread(target=lambda: (process.wait(), pipes["request"].write_bytes(b"")), daemon=True)
+    watcher.start()
+    while request := pipes["request"].read_bytes():
+        commands.append(request.decode().split("\0")[:-1])
+        pipes["response"].write_text(f"{call(commands[-1])}\n")
+    watcher.join()
+    assert process.returncode == 0, f"{process.stderr.read() if process.stderr else ''}\n{commands}"
+    return commands
+
+
+def call(arguments: list[str]) -> int:
+    """One command in this process; its exit code."""
+    try:
+        cli.app(arguments, standalone_mode=False)
+    except UserError as error:
+        print(error)
+        return error.exit_code
+    return 0
+
+
+def copied(folder: Path, size: int) -> None:
+    """The examples, their images brought to the size of the tiny videos."""
+    shutil.copytree(EXAMPLES, folder / "examples")
+    for path in (folder / "examples" / "prompts" / "images").glob("*.png"):
+        Image.open(path).convert("RGB").resize((size, size)).save(path)
+
+
+def test_every_script_is_run_here() -> None:
+    assert {path.stem for path in EXAMPLES.glob("*.sh")} - {"common"} == set(CASES)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_script_runs_to_its_end(name: str, tmp_path: Path, request: pytest.FixtureRequest, template: str) -> None:
+    layout, size = CASES[name]
+    copied(tmp_path, size)
+    sets = [*SMALL, f"rollout.height={size}", f"rollout.width={size}"]
+    environment = {
+        "MODEL": str(request.getfixturevalue(f"tiny_{layout}")),
+        "RUN": str(tmp_path / "run"),
+        "ITERATIONS": "1",
+        "GPUS": "2",
+    }
+    if name == "wan22-a14b-videoalign":
+        environment |= {"CHECKPOINT": str(DATA / "checkpoint"), "BASE": str(DATA / "base_model"), "TEMPLATE": template}
+        sets += [
+            "score.options.videoalign.fps=16",
+            "score.options.videoalign.device=cpu",
+            "rollout.prompts_per_iteration=1",
+        ]
+    else:
+        sets += BUILT_IN
+    commands = run_script(tmp_path, name, environment | {"SETS": " ".join(sets)})
+    run = Run.open(tmp_path / "run")
+    assert commands[0][0] == "init"
+    assert commands[-1][0] == "eval"
+    assert run.iteration(0).trained()
+    assert len(run.evaluation(1).shards()) == run.evaluation(1).expected() > 0
+    if "4gpu" in name:
+        workers = [command[-1] for command in commands if "--worker" in command]
+        assert sorted(workers) == ["0/2", "0/2", "1/2", "1/2"]
+    check(run, name)
+
+
+def check(run: Run, name: str) -> None:
+    """What a script says about itself in words, read off the run."""
+    config = run.config
+    plan: dict[str, Any] = run.iteration(0).plan() or {}
+    if name == "wan22-a14b-videoalign":
+        summary = json.loads(next(run.iteration(0).path.glob("advantage/*/summary.json")).read_text())
+        assert summary["rewards"]["videoalign"]["missing"] == 0
+        assert all(len(group["window"]) == len(plan["sampler"]["timesteps"]) // 2 for group in plan["groups"])
+        train = config.train
+        assert (train.clip_range, train.advantage_clip, train.warmup, train.learning_rate) == (1e-4, 5.0, 10, 1e-4)
+        assert (train.beta1, train.beta2, train.weight_decay, config.score.best_of_n) == (0.9, 0.999, 1e-4, 8)
+    if name in ("wan22-i2v", "wan22-ti2v-5b"):
+        images = [group["image"] is not None for group in plan["groups"]]
+        assert any(images)
+
+
+def test_the_real_sizes_fit_the_images_and_prompts_suffice() -> None:
+    """What the tiny runs replace: prompts enough for an iteration of the preset, images of the size of its video."""
+    from rollout.prompts import load_prompts
+    from shards.config import parse_config, read_preset
+
+    for name, preset, prompts in (
+        ("wan21-1.3b-ocr", "wan21-1.3b", "ocr.txt"),
+        ("wan22-a14b-videoalign", "wan22-a14b", "scenes.txt"),
+        ("wan22-i2v", "wan22-i2v", "i2v.jsonl"),
+        ("wan22-ti2v-5b", "wan22-ti2v-5b", "ti2v.jsonl"),
+    ):
+        assert f"begin {preset}" in (EXAMPLES / f"{name}.sh").read_text()
+        rollout = parse_config(read_preset(preset), preset).rollout
+        stem, suffix = prompts.split(".")
+        loaded = [
+            load_prompts(EXAMPLES / "prompts" / one, suffix != "txt") for one in (prompts, f"{stem}-eval.{suffix}")
+        ]
+        assert len(loaded[0]) >= rollout.prompts_per_iteration
+        for prompt in (*loaded[0], *loaded[1]):
+            if prompt.image:
+                assert Image.open(prompt.image).size == (rollout.width, rollout.height)
+
+
+def test_a_script_that_fails_is_seen(tmp_path: Path, tiny_t2v: Path) -> None:
+    copied(tmp_path, 16)
+    environment = {"MODEL": str(tiny_t2v), "RUN": str(tmp_path / "run"), "SETS": "rollout.stepz=3"}
+    with pytest.raises(AssertionError):
+        run_script(tmp_path, "wan21-1.3b-ocr", environment)
