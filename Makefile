@@ -4,7 +4,7 @@ BIN := .venv/bin
 DEMO ?= runs/demo
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: setup demo test lint types bench clean
+.PHONY: setup demo test lint types docs bench clean
 
 setup: .venv/.ready
 
@@ -26,6 +26,10 @@ lint: setup
 
 types: setup
 	$(BIN)/mypy
+
+# The documentation, in build/site; a broken link is an error.
+docs: setup
+	$(BIN)/mkdocs build --strict --quiet
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -57,7 +57,10 @@ def make(run: Path, model: Path, prompts: Path, *sets: str) -> subprocess.Comple
     return rushes("init", run, "--preset", "words", *options)
 
 
-@pytest.mark.parametrize("command", ["init", "rollout", "score", "train", "loop", "eval", "inspect", "report", "verify", "export", "plan-memory"])
+@pytest.mark.parametrize(
+    "command",
+    ["init", "rollout", "score", "train", "loop", "eval", "inspect", "report", "verify", "export", "plan-memory"],
+)
 def test_every_command_has_help_with_an_example(command: str) -> None:
     result = rushes(command, "--help")
     assert result.returncode == 0

@@ -141,8 +141,8 @@ def test_aesthetic_is_the_head_on_unit_embeddings(clip_folder: Path, tmp_path: P
         layer.load_state_dict({name: head[f"layers.{2 * number}.{name}"] for name in ("weight", "bias")})
     between = torch.nn.ReLU() if activation == "relu" else torch.nn.Identity()
     scores = torch.nn.Sequential(layers[0], between, layers[1])(found / found.norm(dim=-1, keepdim=True))
-    assert scored.components["score"] == pytest.approx(float(scores.mean()), abs=1e-5)
-    assert scored.components["lowest"] == pytest.approx(float(scores.min()), abs=1e-5)
+    assert scored.components["score"] == pytest.approx(scores.mean().item(), abs=1e-5)
+    assert scored.components["lowest"] == pytest.approx(scores.min().item(), abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ def _train(run: Run, stage: Stage, policy: Policy | None, progress: Progress | N
     _make_trainable(policy, config, start)
     covered = {name: found[0] for name in EXPERT_NAMES if (found := checkpoint.latest(_trainer_dir(stage, name)))}
     replayed = None
-    if not covered and _must_prove(config.train, lag):
+    if not covered and _must_prove(config.train, inputs.rollouts, lag):
         limit = replay_limit(policy, config.train.replay_limit)
         replayed = prove(policy, inputs.rollouts, samples=config.train.replay_samples, limit=limit, progress=progress)
     log = MetricsLog(stage.policy_dir, covered)
@@ -238,9 +238,13 @@ def _warnings(run: Run, inputs: Inputs, log: MetricsLog, trained: dict[int, Trai
     return sentences + guard(log.records, epsilon=settings.epsilon, on_policy_limit=on_policy)
 
 
-def _must_prove(settings: TrainConfig, lag: int) -> bool:
-    """The gate has nothing to say on recomputed log-probs, on shards known to be older, and without log-probs."""
-    return settings.objective == "grpo" and not settings.recompute_log_probs and lag == 0
+def _must_prove(settings: TrainConfig, rollouts: Rollouts, lag: int) -> bool:
+    """The gate has nothing to say on recomputed log-probs, on shards known to be older, and without log-probs.
+
+    It stands before DiffusionNFT too, whose old velocity must be that of the policy that sampled.
+    """
+    sampled = any(group["window"] for group in rollouts.groups.values())
+    return sampled and not settings.recompute_log_probs and lag == 0
 
 
 def _make_trainable(policy: Policy, config: RunConfig, start: Path | None) -> None:
