@@ -171,7 +171,7 @@ def judge(
 
 
 @app.command(
-    epilog="Examples:  rushes inspect runs/signs --where 'reward < 0.5' --sort reward --format csv;  "
+    epilog="Example:  rushes inspect runs/signs --where 'reward < 0.5' --sort reward --format csv  or  "
     "rushes inspect runs/signs i000003-p000017-s05"
 )
 def inspect(

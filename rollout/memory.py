@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from rollout.policy_folder import DTYPES, EXPERT_FOLDERS, find_folder, read_layout
+from rollout.policy_folder import DTYPES, EXPERT_FOLDERS, Layout, find_folder, read_layout
 from rollout.policy_sizes import (
     ExpertSize,
     Pass,
@@ -18,13 +18,11 @@ from rollout.policy_sizes import (
     vae_parameters,
     working_bytes,
 )
+from shards.config import RunConfig
+from shards.errors import UserError
 from shards.run import Run
 
 GIB = 2**30
-LORA_STATE = 24
-"""Bytes for a trained LoRA parameter, all fp32: weight, gradient, two moments, average, weights of the rollout."""
-FULL_STATE = 16
-"""Bytes for a parameter in full training: fp32 weight, gradient, two moments."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +34,43 @@ class Need:
     host: int
     parts: dict[str, int]
     """What the device holds at the peak, by name."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model folder in numbers, for the shape and the settings of one run. Bytes, where nothing else is said."""
+
+    config: RunConfig
+    layout: Layout
+    transformer: dict[str, Any]
+    vae_config: dict[str, Any]
+    size: ExpertSize
+    weights: int
+    """Of one expert."""
+    text: int
+    """Weights of the text encoder."""
+    vae: int
+    """Weights of the VAE, fp32."""
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Latents (C, F, H, W)."""
+        video = self.config.rollout
+        return self.layout.latent_shape(video.height, video.width, video.frames)
+
+    @property
+    def guided(self) -> bool:
+        """Whether a velocity takes two forwards, on the expert where it takes more."""
+        scales = [self.config.rollout.guidance_scale]
+        if len(self.layout.expert_ids) > 1:
+            scales.append(self.config.rollout.guidance_scale_2 or 0.0)
+        return max(scales) > 1
+
+    def forward(self) -> Pass:
+        """A forward of the rollout."""
+        batch = min(self.config.rollout.batch_size, self.config.rollout.group_size)
+        model, per_token = self.config.model, self.layout.expand_timesteps
+        return Pass(self.shape, batch, model.text_length, model.dtype, self.guided, per_token=per_token)
 
 
 def tokens(shape: tuple[int, int, int, int], patch: tuple[int, int, int]) -> int:
@@ -53,14 +88,33 @@ def block_input_bytes(token_count: int, size: ExpertSize, dtype: str, batch: int
     return token_count * size.width * size.layers * batch * DTYPES[dtype].itemsize
 
 
-def trainer_bytes(parameters: int, *, full: bool, average: bool = True) -> int:
-    """Bytes of trained weights with gradients and AdamW; for LoRA also the averaged and the rollout's weights."""
-    return parameters * (FULL_STATE if full else LORA_STATE - (0 if average else 4))
-
-
 def state_bytes(shape: tuple[int, int, int, int], dtype: str) -> int:
     """Bytes of one stored state of one sample."""
     return prod(shape) * DTYPES[dtype].itemsize
+
+
+def lora_state(parameters: int, *, average: bool) -> dict[str, int]:
+    """What training keeps of an adapter on the device, all fp32: it is small enough to stay there whole."""
+    return {
+        "LoRA": 4 * parameters,
+        "gradients": 4 * parameters,
+        "AdamW": 8 * parameters,
+        "average": 4 * parameters if average else 0,
+        "weights of the rollout": 4 * parameters,
+    }
+
+
+def full_state(parameters: int, kept: int, dtype: str, *, average: bool) -> dict[str, int]:
+    """What training keeps of all weights on the device: fp32 masters where the weights are not fp32 themselves.
+
+    The weights the model computes with come on top.
+    """
+    return {
+        "fp32 masters": 0 if dtype == "float32" else 4 * (parameters - kept),
+        "gradients": 4 * parameters,
+        "AdamW": 8 * parameters,
+        "average": 4 * parameters if average else 0,
+    }
 
 
 def plan_memory(run: Run) -> list[Need]:
@@ -68,45 +122,27 @@ def plan_memory(run: Run) -> list[Need]:
 
     Raises UserError for a folder that holds no Wan model and for a shape it cannot make.
     """
-    config, model, rollout = run.config, run.config.model, run.config.rollout
-    layout = read_layout(find_folder(model.path))
-    layout.check_shape(rollout.height, rollout.width, rollout.frames)
-    expert, text, vae = (_config(layout.folder / part) for part in (EXPERT_FOLDERS[0], "text_encoder", "vae"))
-    size = expert_size(expert, config.train.lora_rank)
-    shape = layout.latent_shape(rollout.height, rollout.width, rollout.frames)
-    count = len(layout.expert_ids)
-    weights = weight_bytes(size.parameters, model.dtype, size.kept)
-    guided = max(rollout.guidance_scale, rollout.guidance_scale_2 or 0.0) > 1
-    base: dict[str, Any] = {"shape": shape, "batch": rollout.batch_size, "text_length": model.text_length}
-    base |= {"dtype": model.dtype, "guided": guided}
-    samples = rollout.groups_per_shard * rollout.group_size
-    waiting = samples * (2 * rollout.high_steps + 2 * rollout.low_steps + 2) * state_bytes(shape, "float32")
-    lora = size.lora * 4
-    text_bytes = text_parameters(text) * DTYPES[model.dtype].itemsize
-    needs = [
-        _need("encode prompts", {"text encoder": text_bytes}, text_bytes),
-        _need(
-            "rollout",
-            {"weights": weights, "LoRA": lora, "working": working_bytes(expert, Pass(**base))},
-            count * (weights + lora) + waiting,
-        ),
-        _need(
-            "decode",
-            {"VAE": vae_parameters(vae) * 4, "working": decode_bytes(vae, shape)},
-            samples * 3 * rollout.height * rollout.width * rollout.frames,
-        ),
-    ]
-    for full in (False, True):
-        trained = size.parameters if full else size.lora
-        rank = 0 if full else config.train.lora_rank
-        held = {} if full else {"weights": weights}
-        state = trainer_bytes(trained, full=full, average=config.train.ema > 0)
-        for checkpointing in (True, False):
-            working = working_bytes(expert, Pass(**base, rank=rank, train=True, checkpointing=checkpointing))
-            gradients = trained * (DTYPES[model.dtype].itemsize if full else 4)
-            parts = {**held, "trainer": state, "working": max(0, working - gradients)}
-            needs.append(_need(_train_name(full, checkpointing), parts, count * weights))
-    return needs
+    model = read_model(run.config)
+    needs = [_encode(model), _rollout(model), _decode(model)]
+    return needs + [_train(model, full, saving) for full in (False, True) for saving in (True, False)]
+
+
+def read_model(config: RunConfig) -> Model:
+    """Read the configurations of the model of a run; its weights need not be there."""
+    layout = read_layout(find_folder(config.model.path, weights=False), weights=False)
+    layout.check_shape(config.rollout.height, config.rollout.width, config.rollout.frames)
+    transformer, text, vae = (_config(layout.folder / part) for part in (EXPERT_FOLDERS[0], "text_encoder", "vae"))
+    size = expert_size(transformer, config.train.lora_rank)
+    return Model(
+        config=config,
+        layout=layout,
+        transformer=transformer,
+        vae_config=vae,
+        size=size,
+        weights=weight_bytes(size.parameters, config.model.dtype, size.kept),
+        text=text_parameters(text) * DTYPES[config.model.dtype].itemsize,
+        vae=vae_parameters(vae) * 4,
+    )
 
 
 def render(run: Run, needs: list[Need]) -> str:
@@ -115,7 +151,7 @@ def render(run: Run, needs: list[Need]) -> str:
     chosen = _train_name(train.full, train.gradient_checkpointing)
     lines = [f"  {'stage':<32}{'device GiB':>11}{'host GiB':>10}  on the device"]
     for need in needs:
-        parts = ", ".join(f"{name} {value / GIB:.2f}" for name, value in need.parts.items())
+        parts = ", ".join(f"{name} {value / GIB:.2f}" for name, value in need.parts.items() if value)
         mark = "*" if need.stage == chosen else " "
         lines.append(f"{mark} {need.stage:<32}{need.device / GIB:>11.2f}{need.host / GIB:>10.2f}  {parts}")
     video, batch = run.config.rollout, run.config.rollout.batch_size
@@ -124,6 +160,78 @@ def render(run: Run, needs: list[Need]) -> str:
     lines.append("Counted on the meta device, one expert on the device. Not in it: CUDA itself (about 0.5 to 1 GiB),")
     lines.append("scratch space inside kernels, fragmentation.")
     return "\n".join(lines)
+
+
+def _encode(model: Model) -> Need:
+    return _need("encode prompts", {"text encoder": model.text}, len(model.layout.expert_ids) * model.weights + model.text)
+
+
+def _rollout(model: Model) -> Need:
+    working = working_bytes(model.transformer, model.forward())
+    return _need("rollout", _resting(model) | {"working": working}, _rollout_host(model))
+
+
+def _decode(model: Model) -> Need:
+    """The last expert stays on the device; videos are decoded one by one and then put together, in fp32."""
+    video = model.config.rollout
+    one = 4 * 3 * video.height * video.width * video.frames
+    batch = model.forward().batch
+    working = max(decode_bytes(model.vae_config, model.shape) + (batch - 1) * one, 2 * batch * one)
+    return _need("decode", _resting(model) | {"VAE": model.vae, "working": working}, _rollout_host(model))
+
+
+def _train(model: Model, full: bool, checkpointing: bool) -> Need:
+    """One expert at work. What an optimizer step needs for a moment is as large as the weights it steps, in fp32."""
+    settings, size, dtype = model.config.train, model.size, model.config.model.dtype
+    trained = size.parameters if full else size.lora
+    average = settings.ema > 0
+    state = full_state(trained, size.kept, dtype, average=average) if full else lora_state(trained, average=average)
+    # in full training the reference speaks before, with the base model's weights in the place of the trained ones
+    reference = settings.kl_beta > 0 and not full
+    run = replace(model.forward(), train=True, checkpointing=checkpointing, reference=reference)
+    working = working_bytes(model.transformer, replace(run, rank=0 if full else settings.lora_rank))
+    parts = {"weights": model.weights, **state}
+    if checkpointing:
+        forwards = 2 if run.guided else 1
+        count = tokens(model.shape, model.layout.patch)
+        kept = min(working, forwards * block_input_bytes(count, size, dtype, run.batch))
+        parts, working = {**parts, "block inputs": kept}, working - kept
+    short = 4 * trained - parts.get("block inputs", 0)
+    host = _full_host(model) if full else _lora_host(model)
+    return _need(_train_name(full, checkpointing), {**parts, "working": max(working, short)}, host)
+
+
+def _resting(model: Model) -> dict[str, int]:
+    """What lies on the device while videos are made."""
+    return {"weights": model.weights, "LoRA": 4 * model.size.lora}
+
+
+def _rollout_host(model: Model) -> int:
+    """All experts, text encoder and VAE, and the samples of a shard between the two experts."""
+    rollout = model.config.rollout
+    stored = 2 * (rollout.high_steps + rollout.low_steps) + 1
+    sample = state_bytes(model.shape, "float32") + stored * state_bytes(model.shape, rollout.storage_dtype)
+    waiting = rollout.groups_per_shard * rollout.group_size * sample
+    return len(model.layout.expert_ids) * (model.weights + 4 * model.size.lora) + model.text + model.vae + waiting
+
+
+def _lora_host(model: Model) -> int:
+    """All experts with their adapters, and the averages of those that are done."""
+    average = 4 if model.config.train.ema > 0 else 0
+    return len(model.layout.expert_ids) * (model.weights + (4 + average) * model.size.lora)
+
+
+def _full_host(model: Model) -> int:
+    """Base model, the experts that are not on the device, the rollout's weights, averages, the reference's answers.
+
+    The weights in training make room for those of the rollout, for a moment, on the host.
+    """
+    settings, rollout, experts = model.config.train, model.config.rollout, len(model.layout.expert_ids)
+    weights = (experts + (experts - 1) + 2) * model.weights
+    averages = 4 * experts * model.size.parameters if settings.ema > 0 else 0
+    steps = max(rollout.high_steps, rollout.low_steps if experts > 1 else 0)
+    answers = 2 * steps * rollout.prompts_per_iteration * rollout.group_size * state_bytes(model.shape, "float32")
+    return weights + averages + (answers if settings.kl_beta > 0 else 0)
 
 
 def _train_name(full: bool, checkpointing: bool) -> str:
@@ -135,5 +243,9 @@ def _need(stage: str, parts: dict[str, int], host: int) -> Need:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    path = folder / "config.json"
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable: {error}", "copy or fetch the whole model folder") from None
     return values

@@ -67,9 +67,10 @@ class Layout:
             raise UserError(f"{height}x{width}, {frames} frames: beyond the model's positions", "make it smaller")
 
 
-def find_folder(path: str) -> Path:
+def find_folder(path: str, *, weights: bool = True) -> Path:
     """The local folder of a model: the embedded `words`, a path, or the local copy of a hub repository.
 
+    Without `weights` only the configurations of a repository are fetched.
     Raises UserError when there is no such folder, or it holds no Wan pipeline.
     """
     if path == "words":
@@ -79,15 +80,15 @@ def find_folder(path: str) -> Path:
     else:
         folder = Path(path).expanduser()
     if not folder.exists() and path.count("/") == 1 and not path.startswith((".", "~")):
-        folder = _download(path)
+        folder = _download(path, FINGERPRINTED if weights else (".json",))
     if not folder.is_dir():
         hint = "model.path is a folder in WanPipeline layout, a hub id, or `words`"
         raise UserError(f"{path}: no such model folder", hint)
     return folder
 
 
-def read_layout(folder: Path) -> Layout:
-    """Read `model_index.json` and the configurations beside it.
+def read_layout(folder: Path, *, weights: bool = True) -> Layout:
+    """Read `model_index.json` and the configurations beside it; without `weights` they need not be there.
 
     Raises UserError for a folder that holds no Wan pipeline, or one of a layout this program cannot sample.
     """
@@ -98,10 +99,10 @@ def read_layout(folder: Path) -> Layout:
         raise UserError(f"{folder}/model_index.json: a {kind}, not a Wan pipeline", f"rushes samples {known}")
     parts = tuple(name for name, value in index.items() if isinstance(value, list) and value and value[0] is not None)
     for name in ("tokenizer", "text_encoder", "vae", "scheduler", "transformer"):
-        if name not in parts or not (folder / name).is_dir():
+        if name not in parts or (weights and not (folder / name).is_dir()):
             raise UserError(f"{folder}: the part {name!r} is missing", "save the whole pipeline with save_pretrained")
     for name in ("text_encoder", "vae", "transformer", "transformer_2"):
-        if name in parts:
+        if weights and name in parts:
             _check_weights(folder / name)
     if "image_encoder" in parts:
         raise UserError(f"{folder}: has an image encoder (Wan2.1 image-to-video)", "Wan2.2 image-to-video needs none")
@@ -234,11 +235,11 @@ def _takes_image(folder: Path, index: dict[str, Any], transformer: dict[str, Any
     raise UserError(problem, "neither text-to-video nor image-to-video")
 
 
-def _download(name: str) -> Path:
-    """The local copy of a hub repository, fetched when it is not there; never a pickled weight file."""
+def _download(name: str, suffixes: tuple[str, ...]) -> Path:
+    """The local copy of a hub repository's files, fetched when not there; never a pickled weight file."""
     from huggingface_hub import snapshot_download
 
-    patterns = ["*" + suffix for suffix in FINGERPRINTED]
+    patterns = ["*" + suffix for suffix in suffixes]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the hub client raises dozens of types, from bad names to dead networks

@@ -37,7 +37,7 @@ class ExpertSize:
 
 @dataclass(frozen=True)
 class Pass:
-    """A forward, or a forward and backward, of one batch, as `working_bytes` measures it."""
+    """A forward, or a forward and backward, of one batch, as `working_bytes` counts it."""
 
     shape: Shape
     """Latents (C, F, H, W)"""
@@ -49,6 +49,10 @@ class Pass:
     """Of the adapter; 0 trains all weights."""
     train: bool = False
     checkpointing: bool = False
+    per_token: bool = False
+    """Every token has its own timestep (TI2V)."""
+    reference: bool = False
+    """The reference policy is asked while the activations of the trained one wait (the KL term of LoRA)."""
 
 
 def expert_size(config: Mapping[str, Any], rank: int) -> ExpertSize:
@@ -87,7 +91,7 @@ def text_parameters(config: Mapping[str, Any]) -> int:
 
 
 def working_bytes(config: Mapping[str, Any], run: Pass) -> int:
-    """Most bytes alive at once beside the weights, in one forward (and backward) of an expert of that configuration.
+    """Most bytes alive at once beside weights and gradients, in one forward (and backward) of an expert.
 
     Run on meta tensors with one and two blocks and extrapolated. Attention counts as one fused kernel, which saves its
     inputs, its output and one number a query. Scratch space inside kernels is not seen.
@@ -101,8 +105,19 @@ def working_bytes(config: Mapping[str, Any], run: Pass) -> int:
         if run.checkpointing:
             module.enable_gradient_checkpointing()
         with fused_attention():
-            peaks.append(peak_bytes(partial(_pass, module, config, run), module))
+            peaks.append(pass_bytes(module, config, run))
     return extrapolate(peaks[0], peaks[1], int(config["num_layers"]))
+
+
+def pass_bytes(module: nn.Module, config: Mapping[str, Any], run: Pass) -> int:
+    """`working_bytes` of this module, which may be real. Its gradients are there before, as from the second chunk on.
+
+    Were they made in the pass, the largest activations and all gradients would be taken for simultaneous.
+    """
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    return peak_bytes(partial(_pass, module, config, run), module)
 
 
 def decode_bytes(config: Mapping[str, Any], shape: Shape) -> int:
@@ -124,7 +139,8 @@ def decode_bytes(config: Mapping[str, Any], shape: Shape) -> int:
 
 def peak_bytes(function: Callable[[], Any], *modules: nn.Module) -> int:
     """Most bytes of new tensors alive at once while `function` runs, on any device; those of `modules` do not count."""
-    live = _Live([tensor for module in modules for tensor in (*module.parameters(), *module.buffers())])
+    known = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    live = _Live(known + [tensor.grad for tensor in known if tensor.grad is not None])
     with live:
         result = function()
     del result
@@ -179,19 +195,31 @@ class _Live(TorchDispatchMode):
 
 
 def _pass(module: Any, config: Mapping[str, Any], run: Pass) -> None:
-    """Forward, twice when guided, and backward when training; as Policy.velocity does it."""
+    """Forward, twice when guided, the reference's forwards, and backward; as Policy.velocity and training do it."""
     _, frames, rows, columns = run.shape
     dtype, where = DTYPES[run.dtype], module.patch_embedding.weight.device
     x = torch.zeros(run.batch, config["in_channels"], frames, rows, columns, dtype=dtype, device=where)
     text = torch.zeros(run.batch, run.text_length, config["text_dim"], dtype=dtype, device=where)
     t = torch.full((run.batch,), 500.0, device=where)
+    if run.per_token:
+        _, high, wide = config["patch_size"]
+        t = t[:, None].expand(-1, frames * (rows // high) * (columns // wide))
     with contextlib.nullcontext() if run.train else torch.no_grad():
-        velocity = module(x, t, text, return_dict=False)[0].float()
-        if run.guided:
-            other = module(x, t, text, return_dict=False)[0].float()
-            velocity = other + 2.0 * (velocity - other)
+        velocity = _velocity(module, (x, t, text), run.guided)
+        if run.reference:
+            with torch.no_grad():
+                velocity = velocity - _velocity(module, (x, t, text), run.guided)
         if run.train:
             velocity.square().mean().backward()
+
+
+def _velocity(module: Any, inputs: tuple[Tensor, Tensor, Tensor], guided: bool) -> Tensor:
+    """One forward, or two and what guidance makes of them: [B,C,F,H,W] fp32."""
+    velocity: Tensor = module(*inputs, return_dict=False)[0].float()
+    if guided:
+        other = module(*inputs, return_dict=False)[0].float()
+        velocity = other + 2.0 * (velocity - other)
+    return velocity
 
 
 def _expert(config: Mapping[str, Any], layers: int) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 from rollout.planning import stage_plan
 from rollout.policy_folder import DTYPES, Layout, find_folder, read_layout
-from rollout.schedule import Plan, describe
+from rollout.schedule import EXPERT_NAMES, Plan, describe, step_scale
 from shards.run import Run, Stage
 
 COLUMNS = ("step", "sigma", "t", "expert", "guidance", "law", "std", "trained", "gradient share")
@@ -16,16 +16,32 @@ COLUMNS = ("step", "sigma", "t", "expert", "guidance", "law", "std", "trained", 
 def preview(run: Run, stage: Stage) -> str:
     """The plan of a stage for its first group, and how much the stage will write. Loads no weights, writes nothing.
 
-    Raises UserError for everything that `rollout` would refuse before it samples.
+    Raises UserError for everything that `rollout` would refuse before it samples, but for weights that are missing.
     """
-    layout = read_layout(find_folder(run.config.model.path))
+    layout = read_layout(find_folder(run.config.model.path, weights=False), weights=False)
     plan = stage_plan(run, stage, layout, {})
     sampler, group = Plan.from_dict(plan["sampler"]), plan["groups"][0]
     lines = [*_table(sampler, group["window"]), ""]
     window = ", ".join(map(str, group["window"])) or "none"
     lines.append(f"window of the example, prompt {group['prompt_id']}: steps {window}")
+    shares = ", ".join(f"{name} {share:.3f}" for name, share in gradient_shares(plan).items())
+    lines.append(f"share of the gradient over all windows: {shares or 'none is trained'}")
     lines += [f"{name}: {value}" for name, value in _amounts(plan, layout, run).items()]
     return "\n".join(lines)
+
+
+def gradient_shares(plan: dict[str, Any]) -> dict[str, float]:
+    """The share of the gradient that each expert gets over all groups of a stage, by the scales of the trained steps.
+
+    Every expert has its own optimizer, and AdamW divides the scale out again; this tells how loud each one speaks.
+    """
+    sampler = Plan.from_dict(plan["sampler"])
+    scales = dict.fromkeys((EXPERT_NAMES[expert] for expert in sorted(set(sampler.experts))), 0.0)
+    for group in plan["groups"]:
+        for step in group["window"]:
+            scales[EXPERT_NAMES[sampler.experts[step]]] += step_scale(sampler, step)
+    total = sum(scales.values())
+    return {name: scale / total for name, scale in scales.items()} if total else {}
 
 
 def latent_bytes(plan: dict[str, Any], layout: Layout) -> int:

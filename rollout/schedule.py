@@ -149,7 +149,7 @@ def describe(plan: Plan, window: Sequence[int]) -> list[dict[str, Any]]:
     trained, gradient_share (of this step among the trained steps of its expert, by `gradient_scale`; they sum to 1).
     """
     chosen = set(window)
-    scales = {step: _gradient_scale(plan, step) for step in chosen}
+    scales = {step: step_scale(plan, step) for step in chosen}
     rows = []
     for step in range(plan.steps):
         expert, trained = plan.experts[step], step in chosen
@@ -269,7 +269,8 @@ def _law_of(plan: Plan, step: int) -> tuple[Law, Form, float, float, float, floa
     return plan.law, plan.form, plan.sigmas[step], plan.sigmas[step + 1], plan.eta, plan.sigmas[1]
 
 
-def _gradient_scale(plan: Plan, step: int) -> float:
+def step_scale(plan: Plan, step: int) -> float:
+    """How strongly the log-prob of a window step pulls on the velocity: |d mean / d v| over the std."""
     before = plan.sigmas[step - 1] if step > 0 else None
     return gradient_scale(*_law_of(plan, step), sigma_previous=before)
 

@@ -165,8 +165,8 @@ def test_an_unknown_reward_is_refused_before_anything_is_written(small: Path) ->
 @pytest.mark.parametrize(
     ("content", "part"),
     [
-        (b"", "no prompts"),
-        (b"\n  \n", "no prompts"),
+        (b"", "holds no prompt"),
+        (b"\n  \n", "holds no prompt"),
         (b'"FILM" \xff\n', "UTF-8"),
         (b'"FI\x00LM"\n', "NUL"),
         (b'"' + b"A" * 1_000_000 + b'"\n', "line 1"),
@@ -207,10 +207,9 @@ def test_a_missing_or_foreign_model_is_refused(tiny_t2v2: Path, tmp_path: Path) 
 
 
 def test_a_run_with_another_model_than_its_plan_is_refused(small: Path, tiny_t2v: Path) -> None:
-    message = refused(
-        "rollout", small, "--iteration", "0", "--set", f"model.path={tiny_t2v}", "--set", "rollout.seed=9"
-    )
-    assert "plan.json" in message or "model" in message
+    message = refused("rollout", small, "--iteration", "1", "--set", f"model.path={tiny_t2v}")
+    assert message.startswith(f"{tiny_t2v} is not the model this run began with")
+    assert not (small / "iter-0001" / "plan.json").exists()
 
 
 def test_array_tasks_share_the_work(small: Path, tmp_path: Path) -> None:
