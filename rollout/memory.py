@@ -163,7 +163,9 @@ def render(run: Run, needs: list[Need]) -> str:
 
 
 def _encode(model: Model) -> Need:
-    return _need("encode prompts", {"text encoder": model.text}, len(model.layout.expert_ids) * model.weights + model.text)
+    return _need(
+        "encode prompts", {"text encoder": model.text}, len(model.layout.expert_ids) * model.weights + model.text
+    )
 
 
 def _rollout(model: Model) -> Need:

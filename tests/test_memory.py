@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,21 +11,26 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from typer.testing import CliRunner
 
+import cli
 from rollout import memory
 from rollout.generate import rollout
+from rollout.policy import Policy
+from rollout.policy_folder import find_folder, read_layout
 from rollout.policy_lora import add_adapter
 from rollout.policy_sizes import (
+    ExpertSize,
     Pass,
-    _pass,
     decode_bytes,
     expert_size,
+    pass_bytes,
     peak_bytes,
     text_parameters,
     vae_parameters,
     working_bytes,
 )
-from rollout.preview import preview
+from rollout.preview import gradient_shares, preview
 from shards.errors import UserError
 from shards.reader import open_shard
 from shards.run import Run
@@ -46,6 +51,37 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "I2V-A14B": {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40, "in_channels": 36, "out_channels": 16},
     "5B": {"num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30, "in_channels": 48, "out_channels": 48},
 }
+UMT5 = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
+VAE22 = {
+    "z_dim": 48, "base_dim": 160, "decoder_base_dim": 256, "in_channels": 12, "out_channels": 12, "patch_size": 2,
+    "is_residual": True, "scale_factor_spatial": 16, "latents_mean": [0.0] * 48, "latents_std": [1.0] * 48,
+}  # fmt: skip
+SCHEDULER = {"_class_name": "UniPCMultistepScheduler", "flow_shift": 3.0, "use_flow_sigmas": True}
+
+
+@functools.cache
+def size_of(name: str) -> ExpertSize:
+    """The counted size of a full-size transformer with an adapter of rank 32."""
+    return expert_size({**COMMON, **CONFIGS[name]}, rank=32)
+
+
+def write_configs(folder: Path, name: str, **index: Any) -> Path:
+    """A full-size model folder of which only the configurations are there: no weight, no tokenizer."""
+    parts = ["tokenizer", "text_encoder", "vae", "scheduler", "transformer"]
+    parts += ["transformer_2"] if "boundary_ratio" in index else []
+    transformer = {**COMMON, **CONFIGS[name]}
+    vae = VAE22 if name == "5B" else {}
+    files = {
+        "model_index.json": {"_class_name": "WanPipeline", **{part: ["x", "y"] for part in parts}, **index},
+        "text_encoder/config.json": UMT5,
+        "vae/config.json": vae,
+        "scheduler/scheduler_config.json": SCHEDULER,
+        "transformer/config.json": transformer,
+    }
+    for path, values in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(json.dumps(values), encoding="utf-8")
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -58,10 +94,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     ],
 )
 def test_sizes_of_the_family(name: str, parameters: float, bfloat16: float, full: float, lora: float) -> None:
-    size = expert_size({**COMMON, **CONFIGS[name]}, rank=32)
+    size = size_of(name)
     assert abs(size.parameters - parameters) < 0.6e6
     assert round(memory.weight_bytes(size.parameters, "bfloat16") / GIB, 1) == bfloat16
-    assert round(memory.trainer_bytes(size.parameters, full=True) / GIB) == full
+    state = memory.full_state(size.parameters, size.kept, "bfloat16", average=False)
+    assert round(sum(state.values()) / GIB) == full
     assert abs(size.lora - lora) < 0.6e6
     assert 0 < size.kept < 0.03 * size.parameters
 
@@ -77,30 +114,51 @@ def test_sizes_of_the_family(name: str, parameters: float, bfloat16: float, full
     ],
 )
 def test_tokens_states_and_block_inputs(name: str, shape: Any, count: int, state: float, inputs: float) -> None:
-    size = expert_size({**COMMON, **CONFIGS[name]}, rank=1)
+    size = size_of(name)
     assert memory.tokens(shape, (1, 2, 2)) == count
     assert round(memory.state_bytes(shape, "bfloat16") / 2**20, 1) == state
     assert round(memory.block_input_bytes(count, size, "bfloat16") / GIB, 1) == inputs
 
 
 def test_encoder_and_decoder_sizes() -> None:
-    umt5 = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
-    assert round(text_parameters(umt5) / 1e9, 3) == 5.681
+    assert round(text_parameters(UMT5) / 1e9, 3) == 5.681
     assert round(vae_parameters({}) / 1e9, 3) == 0.127
+    assert round(vae_parameters(VAE22) / 1e9, 3) == 0.705
 
 
-@pytest.mark.parametrize(("train", "checkpointing"), [(False, False), (True, False), (True, True)])
-def test_the_prediction_is_what_a_real_pass_holds(train: bool, checkpointing: bool) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"train": True, "rank": 2},
+        {"train": True, "rank": 2, "checkpointing": True, "reference": True},
+        {"train": True, "checkpointing": True},
+        {"train": True, "rank": 2, "checkpointing": True, "per_token": True},
+    ],
+    ids=["rollout", "LoRA", "LoRA, checkpointing, KL", "all weights", "a timestep per token"],
+)
+def test_the_prediction_is_what_a_real_pass_holds(settings: dict[str, Any]) -> None:
     config = {**dict(tiny_transformer(1).config), "num_layers": 4}
-    rank = 2 if train else 0
-    run = Pass((16, 3, 8, 8), 2, 24, "float32", guided=True, rank=rank, train=train, checkpointing=checkpointing)
-    module: Any = WanTransformer3DModel.from_config(config).requires_grad_(False)
-    if train:
-        add_adapter(module, rank, rank, 0)
-    if checkpointing:
+    run = Pass((16, 3, 8, 8), 2, 24, "float32", guided=True, **settings)
+    module: Any = WanTransformer3DModel.from_config(config).requires_grad_(run.train and not run.rank)
+    if run.rank:
+        add_adapter(module, run.rank, run.rank, 0)
+    if run.checkpointing:
         module.enable_gradient_checkpointing()
-    real = peak_bytes(lambda: _pass(module, config, run), module)
-    assert working_bytes(config, run) == pytest.approx(real, rel=0.1)
+    assert working_bytes(config, run) == pytest.approx(pass_bytes(module, config, run), rel=0.1)
+
+
+def test_a_timestep_per_token_and_the_reference_cost_something() -> None:
+    config = dict(tiny_transformer(1).config)
+    run = Pass((16, 3, 8, 8), 2, 24, "float32", guided=True, rank=2, train=True)
+    plain = working_bytes(config, run)
+    assert working_bytes(config, replace(run, per_token=True)) > 1.2 * plain
+    saving = replace(run, checkpointing=True)
+    assert working_bytes(config, replace(saving, reference=True)) >= working_bytes(config, saving)
+    several = {**config, "num_layers": 12}
+    forward = working_bytes(several, replace(run, train=False))
+    held = working_bytes(several, replace(run, reference=True)) - working_bytes(several, run)
+    assert 0 <= held <= forward
 
 
 def test_checkpointing_needs_less_and_more_tokens_need_more() -> None:
@@ -122,21 +180,144 @@ def test_decoding_is_predicted_from_three_latent_frames() -> None:
 
 
 def test_a_run_is_planned_from_its_configurations(tiny_t2v2: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_t2v2, folder)
-    for path in folder.rglob("*.safetensors"):
-        path.write_bytes(b"")  # no weight is read
-    run = make_run(tmp_path / "run", folder)
+    run = make_run(tmp_path / "run", tiny_t2v2)
     needs = {need.stage: need for need in memory.plan_memory(run)}
     size = expert_size(dict(tiny_transformer(1).config), rank=2)
     assert needs["rollout"].parts["weights"] == size.parameters * 4
-    assert needs["rollout"].device == sum(needs["rollout"].parts.values())
+    assert all(need.device == sum(need.parts.values()) for need in needs.values())
     assert needs["rollout"].host > 2 * size.parameters * 4
-    assert needs["train LoRA, checkpointing"].parts["trainer"] == size.lora * 24
-    assert needs["train LoRA, checkpointing"].device < needs["train LoRA, no checkpointing"].device
+    lora = needs["train LoRA, checkpointing"]
+    names = ("LoRA", "gradients", "AdamW", "average", "weights of the rollout")
+    assert [lora.parts[name] / size.lora for name in names] == [4, 4, 8, 4, 4]
+    assert lora.device < needs["train LoRA, no checkpointing"].device
     text = memory.render(run, list(needs.values()))
     (marked,) = [line for line in text.splitlines() if line.startswith("* train")]
     assert marked.startswith("* train LoRA, no checkpointing")
+
+
+def test_the_trainer_state_is_what_training_holds(tiny_t2v: Path) -> None:
+    from train.masters import Masters
+
+    policy = Policy.load(tiny_t2v, dtype="bfloat16", device="cpu")
+    size = expert_size(dict(tiny_transformer(1).config), rank=2)
+    module = policy.module(0)
+    held = sum(value.nbytes for value in module.parameters())
+    assert held == memory.weight_bytes(size.parameters, "bfloat16", size.kept)
+    module.requires_grad_(True)
+    masters = Masters(dict(policy.trainable(0)))
+    apart = [master for name, master in masters.parameters.items() if master is not masters.weights[name]]
+    state = memory.full_state(size.parameters, size.kept, "bfloat16", average=True)
+    assert state["fp32 masters"] == sum(master.nbytes for master in apart)
+    optimizer = torch.optim.AdamW(masters.parameters.values())
+    for master in masters.parameters.values():
+        master.grad = torch.zeros_like(master)
+    optimizer.step()
+    moments = [value[name] for value in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    assert state["AdamW"] == sum(moment.nbytes for moment in moments)
+    assert state["gradients"] == sum(
+        master.grad.nbytes for master in masters.parameters.values() if master.grad is not None
+    )
+    assert state["average"] == 4 * size.parameters
+
+
+def config_run(path: Path, preset: str, model: Path, *sets: str) -> Path:
+    """A run of a preset on a model that is only configurations, made by `rushes init`."""
+    prompts = path.parent / "prompts.txt"
+    prompts.write_text("".join(f'a sign "{word}"\n' for word in ("FILM", "CAT", "DOG")), encoding="utf-8")
+    settings = [f"model.path={model}", f"rollout.prompts={prompts}", *sets]
+    call("init", path, "--preset", preset, *(part for value in settings for part in ("--set", value)))
+    return path
+
+
+def call(*arguments: object) -> str:
+    """Run a command of the real command line in this process; its stdout."""
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    if result.exception is not None:
+        raise result.exception
+    return result.stdout
+
+
+def planned(output: str) -> dict[str, tuple[float, float]]:
+    """(device GiB, host GiB) by stage, off the printed table."""
+    rows = [line[2:] for line in output.splitlines()[1:8]]
+    return {row[:32].strip(): (float(row[32:43]), float(row[43:53])) for row in rows}
+
+
+def test_plan_memory_of_a14b_from_configurations_alone(tmp_path: Path) -> None:
+    model = write_configs(tmp_path / "model", "A14B", boundary_ratio=0.875)
+    output = call("plan-memory", config_run(tmp_path / "run", "wan22-a14b", model))
+    needs = planned(output)
+    weights = memory.weight_bytes(size_of("A14B").parameters, "bfloat16", size_of("A14B").kept) / GIB
+    assert needs["encode prompts"][0] == pytest.approx(10.58, abs=0.02)  # UMT5-xxl in bfloat16
+    assert weights < needs["rollout"][0] < weights + 6
+    assert needs["rollout"][1] > 2 * weights + 10.58
+    # 2 bytes of weights and 20 of fp32 state a weight, before any activation
+    assert needs["train all weights, checkpointing"][0] > 22 * size_of("A14B").parameters / GIB * 0.99
+    assert needs["train all weights, checkpointing"][1] > 5 * weights
+    assert needs["train LoRA, checkpointing"][0] < needs["train LoRA, no checkpointing"][0]
+    assert "* train LoRA, checkpointing" in output
+    assert "block inputs" in output
+
+
+def test_kl_and_average_change_the_plan(tmp_path: Path) -> None:
+    model = write_configs(tmp_path / "model", "A14B", boundary_ratio=0.875)
+    run = config_run(tmp_path / "run", "wan22-a14b", model, "train.full=true", "train.gradient_checkpointing=false")
+    name = "train all weights, no checkpointing"
+    with_both = {need.stage: need for need in memory.plan_memory(Run.open(run))}[name]
+    without = memory._train(memory.read_model(Run.open(run, ["train.kl_beta=0.0", "train.ema=0"]).config), True, False)
+    parameters = size_of("A14B").parameters
+    assert with_both.parts["average"] == 4 * parameters
+    assert with_both.device - without.device == 4 * parameters
+    answers = 2 * 2 * 16 * 16 * memory.state_bytes((16, 4, 60, 104), "float32")
+    assert with_both.host - without.host == 2 * 4 * parameters + answers
+    weights = memory.weight_bytes(parameters, "bfloat16", size_of("A14B").kept)
+    assert without.host == 5 * weights  # two of the base, the other expert, the rollout's, a moment the trained ones
+
+
+def test_ti2v_counts_a_timestep_for_every_token(tmp_path: Path) -> None:
+    model = write_configs(tmp_path / "model", "5B", expand_timesteps=True)
+    run = Run.open(config_run(tmp_path / "run", "wan22-ti2v-5b", model))
+    found = memory.read_model(run.config)
+    assert found.forward().per_token
+    tokens = memory.tokens(found.shape, (1, 2, 2))
+    working = working_bytes(found.transformer, found.forward())
+    without = working_bytes(found.transformer, replace(found.forward(), per_token=False))
+    modulation = tokens * 6 * 3072 * found.forward().batch * 2  # shift, scale and gate of each half of a block, bf16
+    assert working - without >= modulation
+
+
+def test_the_embedded_model_is_planned_and_previewed(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    call("init", run, "--preset", "words")
+    assert len(planned(call("plan-memory", run))) == 7
+    output = call("rollout", run, "--dry-run")
+    assert "videos: 128 (8 prompts, 16 each)" in output.splitlines()
+    assert sorted(path.name for path in run.iterdir()) == ["run.toml"]
+
+
+def test_a14b_is_previewed_from_configurations_alone(tmp_path: Path) -> None:
+    model = write_configs(tmp_path / "model", "A14B", boundary_ratio=0.875)
+    run = config_run(tmp_path / "run", "wan22-a14b", model)
+    lines = call("rollout", run, "--dry-run").splitlines()
+    rows = [line.split() for line in lines[1:11]]
+    assert [row[4] for row in rows] == ["4" if row[3] == "high_noise" else "3" for row in rows]
+    assert [row[3] for row in rows].count("high_noise") == 5
+    share = next(line for line in lines if line.startswith("share of the gradient"))
+    high, low = (float(part.split()[-1]) for part in share.split(":")[1].split(","))
+    assert high + low == pytest.approx(1.0, abs=0.002)
+    assert 0 < low < high
+    assert "videos: 256 (16 prompts, 16 each)" in lines
+    with pytest.raises(UserError, match="missing|no weights"):  # a real rollout still wants them
+        read_layout(find_folder(str(model)))
+
+
+def test_shares_follow_the_scales() -> None:
+    sampler = {
+        "sigmas": [1.0, 0.9, 0.5, 0.0], "timesteps": [999.0, 900.0, 500.0], "experts": [0, 0, 1],
+        "guidance": [1.0, 1.0, 1.0], "law": "flow-sde", "form": "exact", "eta": 0.7, "solver": "euler",
+    }  # fmt: skip
+    assert gradient_shares({"sampler": sampler, "groups": [{"window": [1]}]}) == {"high_noise": 1.0, "low_noise": 0.0}
+    assert gradient_shares({"sampler": sampler, "groups": [{"window": []}]}) == {}
 
 
 @pytest.fixture
