@@ -149,11 +149,11 @@ def render(run: Run, needs: list[Need]) -> str:
     """The table for the command line; the setting that run.toml has is marked."""
     train = run.config.train
     chosen = _train_name(train.full, train.gradient_checkpointing)
-    lines = [f"  {'stage':<32}{'device GiB':>11}{'host GiB':>10}  on the device"]
+    lines = [f"  {'stage':<36}{'device GiB':>11}{'host GiB':>10}  on the device"]
     for need in needs:
         parts = ", ".join(f"{name} {value / GIB:.2f}" for name, value in need.parts.items() if value)
         mark = "*" if need.stage == chosen else " "
-        lines.append(f"{mark} {need.stage:<32}{need.device / GIB:>11.2f}{need.host / GIB:>10.2f}  {parts}")
+        lines.append(f"{mark} {need.stage:<36}{need.device / GIB:>11.2f}{need.host / GIB:>10.2f}  {parts}")
     video, batch = run.config.rollout, run.config.rollout.batch_size
     shape = f"{video.height}x{video.width}, {video.frames} frames, batch {batch}, {run.config.model.dtype}"
     lines.append(f"* as run.toml has it; {shape}")

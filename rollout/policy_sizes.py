@@ -208,7 +208,8 @@ def _pass(module: Any, config: Mapping[str, Any], run: Pass) -> None:
         velocity = _velocity(module, (x, t, text), run.guided)
         if run.reference:
             with torch.no_grad():
-                velocity = velocity - _velocity(module, (x, t, text), run.guided)
+                other = _velocity(module, (x, t, text), run.guided)
+            velocity = velocity - other
         if run.train:
             velocity.square().mean().backward()
 

@@ -29,9 +29,7 @@ def refused(run: Run, policy: Policy | None = None) -> tuple[str, str]:
 @pytest.fixture(scope="module")
 def policies(tiny_t2v: Path, tiny_t2v2: Path, tiny_i2v2: Path, tiny_ti2v: Path) -> dict[str, Policy]:
     folders = {"t2v": tiny_t2v, "t2v2": tiny_t2v2, "i2v2": tiny_i2v2, "ti2v": tiny_ti2v}
-    return {
-        name: Policy.load(path, device="cpu", text_length=training.TEXT_LENGTH) for name, path in folders.items()
-    }
+    return {name: Policy.load(path, device="cpu", text_length=training.TEXT_LENGTH) for name, path in folders.items()}
 
 
 @pytest.mark.parametrize(("layout", "settings", "problem", "hint"), [

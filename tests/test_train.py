@@ -280,9 +280,7 @@ def test_kill_and_resume_end_in_the_same_bits(
 # --- What is refused -------------------------------------------------------------------------------------------------
 
 
-def test_shards_of_another_policy_are_refused_by_name(
-    rolled: Run, tiny_t2v2: Path, tmp_path: Path
-) -> None:
+def test_shards_of_another_policy_are_refused_by_name(rolled: Run, tiny_t2v2: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     model = shutil.copytree(tiny_t2v2, tmp_path / "model")
@@ -344,9 +342,7 @@ def test_a_specification_can_be_named(rolled: Run, policy: Policy, tmp_path: Pat
     assert any("no advantage" in sentence for sentence in train(run, 0, policy, advantage="ffffffff").warnings)
 
 
-def test_ratio_norm_cannot_take_older_shards_without_their_means(
-    trained: Run, policy: Policy, tmp_path: Path
-) -> None:
+def test_ratio_norm_cannot_take_older_shards_without_their_means(trained: Run, policy: Policy, tmp_path: Path) -> None:
     """Shards of iteration 1 that the policy of iteration 0 made: a lag of one."""
     run = training.fork(trained, tmp_path / "run", ratio_norm=True, max_policy_lag=1)
     stage = run.iteration(1)
