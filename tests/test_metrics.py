@@ -50,6 +50,12 @@ def test_healthy_training_is_silent() -> None:
     assert guard([record(update) for update in range(1, 9)], epsilon=1e-15, on_policy_limit=1e-4) == []
 
 
+def test_an_objective_without_a_ratio_hears_nothing_of_clipping() -> None:
+    records = [record(update=number, clip_fraction=0.0) for number in range(1, 9)]
+    assert any("clipped" in text for text in guard(records, epsilon=1e-15, on_policy_limit=1e-4))
+    assert not guard(records, epsilon=1e-15, on_policy_limit=1e-4, clips=False)
+
+
 @pytest.mark.parametrize(("records", "words"), [
     ([record(1, ratio_max=1.01)], "ratios up to 0.01 away from 1"),
     ([record(1, gradient_rms=5e-9)], r"5e-09 per weight\) drowns in train.epsilon = 1e-08"),

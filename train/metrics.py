@@ -61,12 +61,16 @@ def read(path: Path) -> list[Record]:
     return records
 
 
-def guard(records: Sequence[Record], *, epsilon: float, on_policy_limit: float) -> list[str]:
-    """What a careful reader of the metrics would say: sentences, empty when all is well. `records` of one iteration."""
+def guard(records: Sequence[Record], *, epsilon: float, on_policy_limit: float, clips: bool = True) -> list[str]:
+    """What a careful reader of the metrics would say: sentences, empty when all is well.
+
+    `records` are those of one iteration; `clips` is false for an objective without a ratio, where nothing is clipped.
+    """
     sentences = []
     for expert in sorted({record["expert"] for record in records}):
         mine = [record for record in records if record["expert"] == expert]
         sentences += [f"{expert}: {text}" for text in _guard_expert(mine, epsilon, on_policy_limit)]
+        sentences += [f"{expert}: {text}" for text in _guard_clipping(mine) if clips]
     return sentences
 
 
@@ -98,7 +102,7 @@ def _guard_expert(records: list[Record], epsilon: float, on_policy_limit: float)
         sentences.append(f"the gradient ({weak:.1g} per weight) drowns in train.epsilon = {epsilon:g}; lower that")
     if all(record["gradient_norm"] == 0 for record in records):
         sentences.append("every gradient was 0, so nothing was learned; look at the advantages")
-    return sentences + _guard_clipping(records) + _guard_kl(records)
+    return sentences + _guard_kl(records)
 
 
 def _guard_clipping(records: list[Record]) -> list[str]:

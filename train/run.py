@@ -235,7 +235,8 @@ def _warnings(run: Run, inputs: Inputs, log: MetricsLog, trained: dict[int, Trai
         sentences += [f"{EXPERT_NAMES[expert]}: {text}" for text in guard_unmoved(mine, one.unmoved)]
     sentences += guard_history(run, rollouts.stage.iteration, log.records)
     on_policy = settings.clip_range / 10 if lag == 0 and settings.objective == "grpo" else float("inf")
-    return sentences + guard(log.records, epsilon=settings.epsilon, on_policy_limit=on_policy)
+    clips = settings.objective == "grpo"
+    return sentences + guard(log.records, epsilon=settings.epsilon, on_policy_limit=on_policy, clips=clips)
 
 
 def _must_prove(settings: TrainConfig, rollouts: Rollouts, lag: int) -> bool:
