@@ -331,7 +331,7 @@ def test_the_example_of_the_guide_works_as_it_stands(tmp_path: Path, monkeypatch
     blocks = re.findall(r"```(\w+)\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     source = next(text for language, text in blocks if language == "python")
     entry = next(text for language, text in blocks if language == "toml" and "entry-points" in text)
-    assert len(source.splitlines()) == 10
+    assert len([line for line in source.splitlines() if line]) <= 10
     (tmp_path / "colour.py").write_text(source)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
