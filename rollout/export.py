@@ -23,7 +23,7 @@ from rollout.policy_full import is_full
 from rollout.policy_lora import NAMES
 from rollout.policy_plain import merge, open_plain, probe, round_adapter, sample, save_expert, wear
 from shards.errors import RunFailed, StillBusy, UserError
-from shards.files import TEMPORARY, locked, publish_new, read_json, sha256_file, to_json
+from shards.files import TEMPORARY, locked, publish_new, read_json, sha256_file, sync, to_json
 from shards.run import Run, Stage
 
 SCHEMA = 1
@@ -218,21 +218,13 @@ def _published(out: Path) -> Iterator[Path]:
         try:
             yield aside
             for path in (*aside.rglob("*"), aside):
-                _sync(path)
+                sync(path)
             os.rename(aside, out)  # replaces an empty folder, never one with files
-            _sync(out.parent)
+            sync(out.parent)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
         raise RunFailed(f"{out}: cannot be written: {error.strerror or error}", "make room and export again") from error
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _files(folder: Path) -> list[Path]:

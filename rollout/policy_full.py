@@ -13,7 +13,7 @@ from torch import nn
 from rollout.policy_folder import EXPERT_FOLDERS, Layout, load_transformer
 from rollout.policy_lora import NAMES, WEIGHTS
 from shards.errors import RunFailed, UserError
-from shards.files import sha256_file
+from shards.files import sha256_file, sync
 
 CONFIG = "config.json"
 
@@ -37,10 +37,10 @@ def save_full(module: nn.Module, folder: Path, base: Path) -> None:
         module.save_pretrained(aside, safe_serialization=True)  # type: ignore[operator]
         shutil.copyfile(base / CONFIG, aside / CONFIG)
         for path in (*aside.iterdir(), aside):
-            _sync(path)
+            sync(path)
         shutil.rmtree(folder, ignore_errors=True)  # of a killed process too: policy.json commits what is here
         os.rename(aside, folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except OSError as error:
         problem = f"{folder}: the trained weights could not be written ({error.strerror or error})"
         raise RunFailed(problem, "free some disk space and run the same command again") from error
@@ -83,11 +83,3 @@ def full_hashes(folder: Path, experts: tuple[int, ...]) -> dict[str, str]:
 def copy_base(layout: Layout, dtype: str, device: torch.device) -> dict[int, nn.Module]:
     """The experts of the base model once more, in memory of their own."""
     return {expert: load_transformer(layout, expert, dtype, device) for expert in layout.expert_ids}
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -67,6 +67,26 @@ def sha256_file(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSON-lines file, none when there is no file; a last line cut off by a kill is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
 def to_json(value: Any, where: str | Path) -> bytes:
     """Canonical JSON: sorted keys, UTF-8, one line. Raises UserError for what JSON or UTF-8 cannot hold."""
     try:
@@ -143,7 +163,7 @@ def _written_aside(path: Path, data: Buffer | Iterable[Buffer]) -> Iterator[Path
             os.unlink(temporary)
         os.close(handle)
     with _disk_errors(path):
-        _sync_directory(path.parent)
+        sync(path.parent)
 
 
 def _create_temporary(path: Path) -> tuple[Path, int]:
@@ -216,14 +236,6 @@ def _write_batch(handle: int, views: list[memoryview]) -> None:
             written -= len(views.pop(0))
         if written:
             views[0] = views[0][written:]
-
-
-def _sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from shards import table
+from shards.files import read_json_lines
 from shards.reader import read_manifest
 from shards.report_svg import Point, number
 from shards.run import Run, Stage
@@ -87,15 +87,8 @@ def gather(run: Run) -> Facts:
 
 
 def read_metrics(stage: Stage) -> list[dict[str, Any]]:
-    """The whole lines of an iteration's metrics.jsonl; a last line cut off by a kill is left out."""
-    path = stage.policy_dir / "metrics.jsonl"
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
+    """The updates of an iteration, as training wrote them down."""
+    return read_json_lines(stage.policy_dir / "metrics.jsonl")
 
 
 def components(samples: pandas.DataFrame) -> list[str]:

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from shards.config import RunConfig
+from shards.files import read_json_lines
 from shards.run import Run
 from train.history import guard_drift, guard_history
-from train.metrics import MetricsLog, guard, guard_groups, guard_unmoved, read
+from train.metrics import MetricsLog, guard, guard_groups, guard_unmoved
 
 
 def record(update: int, expert: str = "high_noise", **values: Any) -> dict[str, Any]:
@@ -27,11 +28,11 @@ def test_a_resume_keeps_what_the_checkpoint_covers(tmp_path: Path) -> None:
     log.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"expert": "high_no')  # a kill in the middle of a line
-    assert [one["update"] for one in read(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert [one["update"] for one in read_json_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
     log = MetricsLog(tmp_path, {"high_noise": 2})
     log.add(record(3, loss=0.25))
     log.close()
-    assert [one["loss"] for one in read(tmp_path / "metrics.jsonl")] == [0.5, 0.5, 0.25]
+    assert [one["loss"] for one in read_json_lines(tmp_path / "metrics.jsonl")] == [0.5, 0.5, 0.25]
 
 
 def test_tensorboard_shows_every_number_once(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from shards.errors import RunFailed, UserError
+from shards.files import sync
 
 KEEP = 2
 COMMIT = "commit.json"
@@ -55,7 +56,7 @@ def save(directory: Path, state: TrainerState, update: int) -> Path:
         _remove_leftovers(directory)
         _write(temporary, _tensors(state), update)
         os.rename(temporary, final)
-        _sync(directory)
+        sync(directory)
     except OSError as error:
         raise RunFailed(
             f"{final}: the trainer checkpoint could not be written ({error.strerror or error})",
@@ -125,8 +126,8 @@ def _write(folder: Path, tensors: dict[str, Tensor], update: int) -> None:
     commit = folder / COMMIT
     commit.write_text(json.dumps({"schema": 1, "update": update, "files": sizes, "tensors": shapes}, indent=1) + "\n")
     for file in folder.iterdir():
-        _sync(file)
-    _sync(folder)
+        sync(file)
+    sync(folder)
 
 
 def _whole(path: Path) -> bool:
@@ -162,11 +163,3 @@ def _remove_leftovers(directory: Path) -> None:
 
 def _alone() -> bool:
     return not (torch.distributed.is_available() and torch.distributed.is_initialized())
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

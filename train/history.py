@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from shards.files import read_json
+from shards.files import read_json, read_json_lines
 from shards.sidecar import specifications
-from train.metrics import Record, read
+from train.metrics import Record
 
 if TYPE_CHECKING:
     from shards.run import Run, Stage
@@ -25,7 +25,7 @@ def guard_history(run: Run, iteration: int, records: Sequence[Record]) -> list[s
     """
     if iteration == 0:
         return []
-    before, now = read(run.iteration(iteration - 1).policy_dir / "metrics.jsonl"), list(records)
+    before, now = read_json_lines(run.iteration(iteration - 1).policy_dir / "metrics.jsonl"), list(records)
     return guard_drift(_distance(before), _distance(now), _guards(run.iteration(0)), _guards(run.iteration(iteration)))
 
 

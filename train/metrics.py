@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shards.files import publish_replace
+from shards.files import publish_replace, read_json_lines
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -27,7 +27,9 @@ class MetricsLog:
     def __init__(self, policy_dir: Path, kept: Mapping[str, int]) -> None:
         """Keep the records of updates that a checkpoint covers (`kept`: expert name -> updates) and drop later ones."""
         self.path = policy_dir / "metrics.jsonl"
-        self.records = [record for record in read(self.path) if record["update"] <= kept.get(record["expert"], 0)]
+        self.records = [
+            record for record in read_json_lines(self.path) if record["update"] <= kept.get(record["expert"], 0)
+        ]
         publish_replace(self.path, "".join(_line(record) for record in self.records).encode())
         self._board = _board(policy_dir / "tensorboard")
         for record in self.records:
@@ -48,17 +50,6 @@ class MetricsLog:
         for name, value in record.items():
             if isinstance(value, float):
                 self._board.add_scalar(f"{record['expert']}/{name}", value, record["total_updates"])
-
-
-def read(path: Path) -> list[Record]:
-    """The whole lines of a metrics file; a last line cut off by a kill is left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
 
 
 def guard(records: Sequence[Record], *, epsilon: float, on_policy_limit: float, clips: bool = True) -> list[str]:
