@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -105,3 +106,22 @@ def test_help_is_light() -> None:
 
 def test_the_light_test_can_fail() -> None:
     assert loaded_by("--help", before="import av") == {"av"}
+
+
+def test_a_thousand_samples_are_inspected_in_two_seconds_of_processor_and_without_torch(tmp_path: Path) -> None:
+    from shards import sidecar
+    from tests.shard_fixtures import advantage_frame, committed_stage, score_frame
+
+    stage = committed_stage(tmp_path, groups=63, group_size=16, groups_per_shard=7)
+    for shard in stage.shards():
+        sidecar.write_scores(stage, shard, "ocr-00000000", score_frame(stage, shard), {})
+        sidecar.write_advantages(stage, shard, "00000000", advantage_frame(stage, shard), {})
+    (tmp_path / "run.toml").write_text("schema = 1\n", encoding="utf-8")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    loaded = loaded_by(
+        "inspect", str(tmp_path), "--sort", "-reward", "--format", "csv", "--out", str(tmp_path / "all.csv")
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert len((tmp_path / "all.csv").read_text(encoding="utf-8").splitlines()) == 1 + 63 * 16
+    assert not loaded & {"torch", "diffusers", "transformers", "easyocr"}
+    assert (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime) < 2.0
