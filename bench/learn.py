@@ -1,6 +1,6 @@
 """Does it learn? The `words` run over several seeds, and a control with shuffled advantages; writes docs/benchmarks.md.
 
-    python bench/learn.py --seeds 5 --iterations 16 --out runs/learn
+    python bench/learn.py --seeds 5 --iterations 24 --out runs/learn
 
 Each seed is one whole run: base evaluation, the iterations, final evaluation, on held-out prompts and seeds. The
 control is the same run, except that advantages are permuted among all samples of an iteration before training.
@@ -33,7 +33,7 @@ def shuffle_advantages(stage: Stage, seed: int) -> None:
         order = np.random.default_rng(seed).permutation(len(frame))
         frame[["advantage", "weight"]] = frame[["advantage", "weight"]].to_numpy()[order]
         for shard in stage.shards():
-            rows = frame[frame["shard"] == shard].drop(columns="shard").reset_index(drop=True)
+            rows = frame[frame["key"].isin(stage.keys(shard))].reset_index(drop=True)
             sidecar.write_advantages(stage, shard, spec, rows, {"control": "shuffled"})
 
 
@@ -103,7 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--controls", type=int, default=1)
-    parser.add_argument("--iterations", type=int, default=16)
+    parser.add_argument("--iterations", type=int, default=24)
     parser.add_argument("--out", type=Path, default=Path("runs/learn"))
     parser.add_argument("--page", type=Path, default=Path("docs/benchmarks.md"))
     arguments = parser.parse_args()
