@@ -1,6 +1,6 @@
 """Does it learn? The `words` run over several seeds, and a control with shuffled advantages; writes docs/benchmarks.md.
 
-    python bench/learn.py --seeds 5 --iterations 24 --out runs/learn
+    OMP_NUM_THREADS=1 python bench/learn.py --seeds 5 --first-seed 5 --iterations 24 --jobs 2 --out runs/learn
 
 Each seed is one whole run: base evaluation, the iterations, final evaluation, on held-out prompts and seeds. The
 control is the same run, except that advantages are permuted among all samples of an iteration before training.
@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +74,9 @@ def report(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> str:
     frame = pd.DataFrame(rows)
     runs, controls = frame[~frame["control"]], frame[frame["control"]]
     lines = [
-        f"`python bench/learn.py --seeds {arguments.seeds} --iterations {arguments.iterations}`: OCR reward on "
-        f"{rows[0]['videos']} held-out videos, deterministic sampler.",
+        f"`python bench/learn.py --seeds {arguments.seeds} --first-seed {arguments.first_seed} --iterations "
+        f"{arguments.iterations} --jobs {arguments.jobs}`: OCR reward on {rows[0]['videos']} held-out videos, "
+        "deterministic sampler.",
         "",
         "| run seed | advantages | before | after | gain | standard error after | minutes |",
         "|-|-|-|-|-|-|-|",
@@ -102,18 +105,22 @@ def main() -> None:
     """Run what is missing, print the table, write it into the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--controls", type=int, default=1)
     parser.add_argument("--iterations", type=int, default=24)
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, each in a process of its own")
     parser.add_argument("--out", type=Path, default=Path("runs/learn"))
     parser.add_argument("--page", type=Path, default=Path("docs/benchmarks.md"))
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    plan = [(seed, False) for seed in range(arguments.seeds)] + [(seed, True) for seed in range(arguments.controls)]
-    rows = []
-    for seed, control in plan:
-        path = arguments.out / f"{'control' if control else 'seed'}-{seed}"
-        rows.append(one_run(path, seed, arguments.iterations, control))
-        print(json.dumps(rows[-1]), flush=True)
+    seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
+    plan = [(seed, False) for seed in seeds] + [(seed, True) for seed in seeds[: arguments.controls]]
+    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
+        futures = []
+        for seed, control in plan:
+            path = arguments.out / f"{'control' if control else 'seed'}-{seed}"
+            futures.append(pool.submit(one_run, path, seed, arguments.iterations, control))
+        rows = [future.result() for future in futures]
     text = report(rows, arguments)
     print(text)
     replace_section(arguments.page, "learn", text)
