@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -50,16 +51,16 @@ def one_run(path: Path, seed: int, iterations: int, control: bool) -> dict[str, 
     start = time.monotonic()
     for k in range(iterations):
         stage = run.iteration(k)
-        cli.do_rollout(run, stage, policy, "")
-        cli.do_score(run, stage, "", False)
+        cli.do_rollout(run, stage, policy)
+        cli.do_score(run, stage)
         if control:
             shuffle_advantages(stage, 1000 * seed + k)
         cli.do_train(run, k, policy)
     seconds = time.monotonic() - start
     ends = []
     for k in (0, iterations):
-        cli.do_rollout(run, run.evaluation(k), policy, "")
-        ends.append(cli.do_score(run, run.evaluation(k), "", False))
+        cli.do_rollout(run, run.evaluation(k), policy)
+        ends.append(cli.do_score(run, run.evaluation(k)).summary or {})
     before, after = (float(end["mean_reward"]) for end in ends)
     result = {
         "seed": seed, "control": control, "before": before, "after": after, "gain": after - before,
@@ -67,6 +68,18 @@ def one_run(path: Path, seed: int, iterations: int, control: bool) -> dict[str, 
     }  # fmt: skip
     stored.write_text(json.dumps(result, indent=1))
     return result
+
+
+def in_a_process(arguments: argparse.Namespace, seed: int, control: bool) -> dict[str, Any]:
+    """The result of one run, done by another process of this script unless it was done before."""
+    path = arguments.out / f"{'control' if control else 'seed'}-{seed}"
+    if not (path / "learn.json").exists():
+        command = [sys.executable, __file__, "--one", str(path), "--first-seed", str(seed)]
+        command += ["--iterations", str(arguments.iterations), "--controls", str(int(control))]
+        subprocess.run(command, check=True)
+    row = dict(json.loads((path / "learn.json").read_text()))
+    print(json.dumps(row), flush=True)
+    return row
 
 
 def report(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> str:
@@ -111,16 +124,16 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, each in a process of its own")
     parser.add_argument("--out", type=Path, default=Path("runs/learn"))
     parser.add_argument("--page", type=Path, default=Path("docs/benchmarks.md"))
+    parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)  # only this run: how the script calls itself
     arguments = parser.parse_args()
+    if arguments.one:
+        one_run(arguments.one, arguments.first_seed, arguments.iterations, bool(arguments.controls))
+        return
     arguments.out.mkdir(parents=True, exist_ok=True)
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
     plan = [(seed, False) for seed in seeds] + [(seed, True) for seed in seeds[: arguments.controls]]
-    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
-        futures = []
-        for seed, control in plan:
-            path = arguments.out / f"{'control' if control else 'seed'}-{seed}"
-            futures.append(pool.submit(one_run, path, seed, arguments.iterations, control))
-        rows = [future.result() for future in futures]
+    with ThreadPoolExecutor(arguments.jobs) as pool:  # each thread waits for a process of its own
+        rows = list(pool.map(lambda one: in_a_process(arguments, *one), plan))
     text = report(rows, arguments)
     print(text)
     replace_section(arguments.page, "learn", text)
