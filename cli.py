@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shards.errors import RunFailed, StillBusy, UserError
+from shards.errors import NothingLeft, RunFailed, StillBusy, UserError
+from shards.signals import INTERRUPTED, check, stoppable
+from shards.urls import shown
+from shards.world import is_first, rank, world_size
 
 if TYPE_CHECKING:
+    from rollout.generate import RolloutReport
     from rollout.policy import Policy
+    from score.run import ScoreReport
     from shards.progress import Progress
     from shards.run import Run, Stage
+
+UNLIKELY = 2.0  # seconds after which torchrun has ended all ranks, if the first one failed
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -30,12 +40,49 @@ app = typer.Typer(
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="the run directory", show_default=False)]
 Iteration = Annotated[int | None, typer.Option(help="iteration to work on; the first unfinished one when absent")]
 Sets = Annotated[list[str], typer.Option("--set", metavar="SECTION.KEY=VALUE", help="change a value of run.toml")]
-WorkerOf = Annotated[str, typer.Option("--worker", metavar="I/N", help="take part I of N (0-based) of the shards")]
+WorkerOf = Annotated[
+    str,
+    typer.Option(
+        "--worker", metavar="I/N", help="begin with part I of N (0-based) of the shards; exit code 3: nothing was left"
+    ),
+]
+Barrier = Callable[[], None]
+Wait = Annotated[
+    bool,
+    typer.Option("--wait", help="stay until others have finished their shards, instead of ending with exit code 75"),
+]
+
+
+@dataclass(frozen=True)
+class Share:
+    """What part of the shards this process begins with, and what it does at the end."""
+
+    part: tuple[int, int]
+    """(i, n): its number, and how many there are."""
+    wait: bool
+    """Stay until others have finished."""
+    late: bool
+    """One of several workers that come and go: it says by its exit code that it came too late."""
+
+    @classmethod
+    def of(cls, worker: str, wait: bool) -> Share:
+        """From --worker, else the array task of SLURM; each of them may be several ranks of torchrun.
+
+        Those wait for each other, and end with 0: torchrun takes any other code for the failure of all.
+        """
+        part, count = worker_of(worker)
+        ranks = world_size()
+        given = bool(worker) or "SLURM_ARRAY_TASK_ID" in os.environ
+        return cls((part * ranks + rank(), count * ranks), wait or ranks > 1, given and ranks == 1)
+
+
+ALL = Share((0, 1), wait=False, late=False)
 
 
 def say(text: str) -> None:
-    """Talk goes to stderr; stdout is data."""
-    print(text, file=sys.stderr, flush=True)
+    """Talk goes to stderr; stdout is data. Of several ranks only the first one talks."""
+    if is_first():
+        print(shown(text), file=sys.stderr, flush=True)
 
 
 # --- Commands --------------------------------------------------------------------------------------------------------
@@ -63,13 +110,17 @@ def rollout(
     iteration: Iteration = None,
     dry_run: Annotated[bool, typer.Option(help="print the plan as a table; load and write nothing")] = False,
     worker: WorkerOf = "",
+    wait: Wait = False,
     sets: Sets = [],  # noqa: B006
 ) -> None:
     """Sample the shards of an iteration that do not exist yet."""
     opened = open_run(run, sets)
     stage = opened.iteration(next_iteration(opened) if iteration is None else iteration)
     if not dry_run:
-        return do_rollout(opened, stage, None, worker)
+        share = Share.of(worker, wait)
+        with ranks(opened):
+            report = do_rollout(opened, stage, None, share)
+        return late(share, report.done == 0, f"{stage.name} rollout")
     from rollout.preview import preview
 
     print(preview(opened, stage))
@@ -82,12 +133,16 @@ def score(
     reward: Annotated[list[str], typer.Option(metavar="NAME[=WEIGHT]", help="instead of the rewards in run.toml")] = [],  # noqa: B006
     advantages_only: Annotated[bool, typer.Option(help="combine stored rewards again; load no model")] = False,
     worker: WorkerOf = "",
+    wait: Wait = False,
     sets: Sets = [],  # noqa: B006
 ) -> None:
     """Watch the videos, write rewards, then group advantages."""
     opened = open_run(run, [*sets, *reward_settings(reward)])
     stage = opened.iteration(next_iteration(opened) if iteration is None else iteration)
-    do_score(opened, stage, worker, advantages_only)
+    share = Share.of(worker, wait)
+    with ranks(opened) as barrier:
+        report = do_score(opened, stage, share, barrier, advantages_only)
+    late(share, report.nothing_done, f"{stage.name} score")
 
 
 @app.command(epilog="Example:  rushes train runs/signs --iteration 0")
@@ -101,46 +156,60 @@ def train(
 ) -> None:
     """Prove that the shards replay exactly, then update the policy."""
     opened = open_run(run, sets)
-    do_train(opened, next_iteration(opened) if iteration is None else iteration, None, advantage)
+    with ranks(opened):
+        do_train(opened, next_iteration(opened) if iteration is None else iteration, None, advantage)
 
 
 @app.command(epilog="Example:  rushes loop runs/signs --iterations 10")
+@stoppable()
 def loop(
     run: RunPath,
     iterations: Annotated[int, typer.Option(help="iterations the run shall have when this ends", show_default=False)],
+    wait: Wait = False,
     sets: Sets = [],  # noqa: B006
 ) -> None:
-    """Rollout, score and train in turn, with the models kept in memory and the same files in between."""
+    """Rollout, score and train in turn, with the models kept in memory and the same files in between.
+
+    Under torchrun all ranks sample and score together, and train one policy.
+    """
     if iterations < 1:
         raise UserError(f"--iterations {iterations}: nothing to do", "ask for at least one")
     opened = open_run(run, sets)
-    policy = load_policy(opened) if next_iteration(opened) < iterations else None
-    for k in range(iterations):
-        stage = opened.iteration(k)
-        do_rollout(opened, stage, policy, "")
-        do_score(opened, stage, "", False)
-        do_train(opened, k, policy)
+    with ranks(opened) as barrier:
+        first = opened.iteration(next_iteration(opened))
+        policy = load_policy(opened, first) if first.iteration < iterations else None
+        for k in range(iterations):
+            stage = opened.iteration(k)
+            do_rollout(opened, stage, policy, Share.of("", wait))
+            do_score(opened, stage, Share.of("", wait), barrier)
+            do_train(opened, k, policy)
+            barrier()
 
 
 @app.command(name="eval", epilog="Example:  rushes eval runs/signs --iteration 0 --iteration 10")
+@stoppable()
 def evaluate(
     run: RunPath,
     iteration: Annotated[
         list[int],
         typer.Option(help="policies to evaluate: 0 is the base, K the one after K iterations; first and last"),
     ] = [],  # noqa: B006
+    wait: Wait = False,
     sets: Sets = [],  # noqa: B006
 ) -> None:
     """Fixed prompts and seeds through a deterministic sampler: the number that counts."""
     opened = open_run(run, sets)
     chosen = sorted(set(iteration)) or sorted({0, next_iteration(opened)})
-    policy = None if evaluated(opened, chosen) else load_policy(opened)
     rows = []
-    for k in chosen:
-        stage = opened.evaluation(k)
-        do_rollout(opened, stage, policy, "")
-        rows.append({"iteration": k, **do_score(opened, stage, "", False)})
-    print_evaluation(rows)
+    with ranks(opened) as barrier:
+        policy = None if evaluated(opened, chosen) else load_policy(opened, opened.evaluation(chosen[0]))
+        for k in chosen:
+            stage = opened.evaluation(k)
+            do_rollout(opened, stage, policy, Share.of("", wait))
+            summary = do_score(opened, stage, Share.of("", wait), barrier).summary
+            rows.append({"iteration": k, **(summary or {})})
+    if is_first():
+        print_evaluation(rows)
 
 
 @app.command(epilog="Example:  rushes judge clip.mp4 --prompt 'a sign that says \"OPEN\"' --reward ocr --reward motion")
@@ -206,11 +275,35 @@ def inspect(
     query.emit(query.select(found, where, sort, columns, group_by), format, out, sys.stdout)
 
 
+@app.command(epilog="Example:  rushes status runs/signs --watch 10")
+def status(
+    run: RunPath,
+    iteration: Annotated[int | None, typer.Option(help="only this iteration; else what is not finished")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="look at the claims of workers only once")] = False,
+    watch: Annotated[float, typer.Option(metavar="SECONDS", help="again and again, with this pause; 0: once")] = 0.0,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON line instead of a table")] = False,
+) -> None:
+    """Show what is done, claimed and left of each stage, how fast it goes, and which workers are alive."""
+    import json
+
+    from shards.status import render
+    from shards.status import status as look
+
+    opened = open_run(run, [])
+    while True:
+        found = look(opened, iteration, quick)
+        print(json.dumps(found.as_dict()) if as_json else render(found), flush=True)
+        if watch <= 0:
+            return
+        time.sleep(watch)
+
+
 @app.command(epilog="Example:  rushes report runs/signs && xdg-open runs/signs/report/index.html")
 def report(
     run: RunPath,
     megabytes: Annotated[float, typer.Option(help="most that clips may take; the page says what was left out")] = 48.0,
-    tensorboard: Annotated[bool, typer.Option(help="also write rewards and guards for TensorBoard")] = False,
+    tensorboard: Annotated[bool, typer.Option(help="also write rewards, guards and clips for TensorBoard")] = False,
+    wandb: Annotated[bool, typer.Option(help="also log them to Weights & Biases, where that is installed")] = False,
 ) -> None:
     """Make RUN/report/index.html: curves, clips, guards and costs in one file that needs no network."""
     from shards.report import write_report
@@ -223,6 +316,10 @@ def report(
 
         write_board(opened)
         say(f"show them with: tensorboard --logdir {run}")
+    if wandb:
+        from shards.board import send_wandb
+
+        say(f"Weights & Biases: {send_wandb(opened)}")
 
 
 @app.command(epilog="Example:  rushes verify runs/signs --replay")
@@ -288,38 +385,66 @@ def next_iteration(run: Run) -> int:
     return k
 
 
-def load_policy(run: Run) -> Policy:
-    """The model of a run, to be kept over several stages."""
+def load_policy(run: Run, stage: Stage | None = None) -> Policy:
+    """The model of a run, to be kept over several stages; what `stage` cannot be is refused before it is loaded."""
+    from rollout.planning import check_stage
     from rollout.policy import Policy
 
+    if stage is not None:
+        check_stage(run, stage)
     return Policy.of(run.config.model)
 
 
-def do_rollout(run: Run, stage: Stage, policy: Policy | None, worker: str) -> None:
+@stoppable()
+def do_rollout(run: Run, stage: Stage, policy: Policy | None, share: Share = ALL) -> RolloutReport:
     """Sample what is missing of one stage and say what happened."""
     from rollout.generate import rollout as run_rollout
 
+    check(f"before {stage.name} rollout")
     with progress(f"{stage.name} rollout") as report:
-        result = run_rollout(run, stage, policy, report, worker_of(worker))
+        result = run_rollout(run, stage, policy, report, share.part, share.wait)
     say(f"{stage.name} rollout: {result}")
     if result.busy:
-        raise StillBusy(f"{stage.name}: other workers still hold {result.busy} shards", "nothing is left to claim")
+        raise StillBusy(
+            f"{stage.name}: other workers still hold {result.busy} shards", "nothing is left to claim; --wait waits"
+        )
+    return result
 
 
-def do_score(run: Run, stage: Stage, worker: str, advantages_only: bool) -> dict[str, Any]:
-    """Score what is missing of one stage, say what happened, and give the summary of its rewards, if all are there."""
+@stoppable()
+def do_score(
+    run: Run, stage: Stage, share: Share = ALL, barrier: Barrier = lambda: None, advantages_only: bool = False
+) -> ScoreReport:
+    """Score what is missing of one stage and say what happened. Its summary is there on the first rank alone."""
     from score.run import score as run_score
 
+    check(f"before {stage.name} score")
     with progress(f"{stage.name} score") as report:
-        result = run_score(run, stage, advantages_only=advantages_only, progress=report, worker=worker_of(worker))
+        result = run_score(
+            run,
+            stage,
+            advantages_only=advantages_only,
+            progress=report,
+            worker=share.part,
+            wait=share.wait,
+            advantages=is_first(),
+        )
+    barrier()
     say(f"{stage.name} score: {result}")
-    return result.summary or {}
+    if result.pending:
+        raise StillBusy(
+            f"{stage.name}: {len(result.pending)} shards are not sampled or not scored yet", "run it again later"
+        )
+    return result
 
 
+@stoppable()
 def do_train(run: Run, iteration: int, policy: Policy | None, advantage: str = "") -> None:
     """Train one iteration and say what happened."""
     from train.run import train as run_train
 
+    if world_size() == 1:  # ranks stop together, which training sees to
+        check(f"before iter-{iteration:04d} train")
     with progress(f"iter-{iteration:04d} train") as report:
         result = run_train(run, iteration, policy, report, advantage)
     say(f"iter-{iteration:04d} train: {result}")
@@ -339,6 +464,28 @@ def reward_settings(rewards: list[str]) -> list[str]:
     return [f"score.rewards={{ {', '.join(weights)} }}"]
 
 
+def late(share: Share, idle: bool, what: str) -> None:
+    """Raise NothingLeft for a worker that found everything done."""
+    if share.late and idle:
+        raise NothingLeft(f"{what}: nothing is left for this worker", "everything is done")
+
+
+@contextmanager
+def ranks(run: Run) -> Iterator[Barrier]:
+    """Join the other ranks that torchrun started, see that all mean the same run, and give their barrier.
+
+    Without torchrun nothing is loaded, and the barrier does nothing.
+    """
+    if world_size() == 1:
+        yield lambda: None
+        return
+    from rollout.meet import meet
+    from train.signals import lost_ranks
+
+    with lost_ranks():
+        yield meet(run).barrier
+
+
 def worker_of(text: str) -> tuple[int, int]:
     """The part of the work to take: --worker, else the array task of SLURM, else all of it."""
     if not text and "SLURM_ARRAY_TASK_ID" in os.environ:
@@ -355,9 +502,12 @@ def worker_of(text: str) -> tuple[int, int]:
 
 @contextmanager
 def progress(label: str) -> Iterator[Progress]:
-    """A progress bar on a terminal, a line now and then in a log."""
+    """A progress bar on a terminal, a line now and then in a log; of several ranks only the first one shows it."""
     from shards.progress import show
 
+    if not is_first():
+        yield lambda done, total, unit, note="": None
+        return
     with show(label) as report:
         yield report
 
@@ -379,7 +529,7 @@ def print_evaluation(rows: list[dict[str, Any]]) -> None:
 
 def prove(path: Path) -> None:
     """Replay every finished iteration of a run with the policy that made it; raises RunFailed where one differs."""
-    from train.run import prove_iteration
+    from train.replay import prove_iteration
 
     run = open_run(path, [])
     policy = load_policy(run)
@@ -387,6 +537,14 @@ def prove(path: Path) -> None:
         with progress(f"iter-{k:04d} replay") as report:
             worst = prove_iteration(run, k, policy, report)
         say(f"iter-{k:04d} replay: largest |log-ratio| {worst:.3g}")
+
+
+def tell(error: UserError) -> None:
+    """Say what was wrong. Where all ranks fail alike, the first one does, and is the end of the others in time."""
+    if is_first():
+        return say(f"rushes: {error}")
+    time.sleep(UNLIKELY)
+    print(f"rushes: rank {rank()} of {world_size()}: {error}", file=sys.stderr, flush=True)
 
 
 def main() -> None:
@@ -398,8 +556,14 @@ def main() -> None:
     except UserError as error:
         if debug:
             raise
-        say(f"rushes: {error}")
+        if not error.told:
+            tell(error)
+        gc.freeze()  # else Python looks through all of torch once more, for seconds that a batch system may not give
         sys.exit(error.exit_code)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            say("rushes: interrupted (hint: run the same command again; what was finished is kept)")
+        raise
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
     python bench/gpu.py --page docs/benchmarks.md        Wan2.1-1.3B at full size, random weights, bfloat16
     python bench/gpu.py --model a14b --frames 13         one expert of Wan2.2-A14B
+    python bench/gpu.py --model i2v-a14b --frames 13     the same, image to video
     python bench/gpu.py --small                          the same path with a tiny model, on a CPU, in under a minute
 
 We have not taken these figures on a GPU: the authors had none at hand. Only `--small` has been run by us, and its times
-are those of Python, not of a model. What is compared, on the same prompts in the same process, after one whole warm-up:
+are those of Python, not of a model. What is compared, on the same prompts in the same process, after one whole warm-up
+of each side:
 
 - peak memory of rollout and training with what `rushes plan-memory` says;
 - a rollout with the same number of bare forwards of the transformer and decodings of the VAE (goal: at most 1.03);
@@ -32,22 +34,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, DiffusionPipeline, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
+from PIL import Image
 from torch import Tensor, nn
-from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from bench.gpu_models import MODELS, build, make_run
 from bench.learn import replace_section
 from rollout.generate import rollout
 from rollout.memory import plan_memory
 from rollout.policy import Policy
 from rollout.policy_folder import DTYPES
 from rollout.policy_sizes import peak_bytes
-from shards.config import ModelConfig, RolloutConfig, RunConfig, TrainConfig
-from shards.files import publish_replace
 from shards.reader import open_shard
 from shards.run import Run, Stage
 from shards.sidecar import write_advantages
@@ -55,17 +56,7 @@ from train.order import chunks
 from train.run import train
 
 MIB = 2**20
-WORDS = ("FILM", "OPEN", "GATE", "SALE", "MOON", "BIRD", "LAMP", "RAIN")
-COMMON = {"patch_size": (1, 2, 2), "in_channels": 16, "out_channels": 16, "cross_attn_norm": True}
-FULL = {**COMMON, "attention_head_dim": 128, "text_dim": 4096, "freq_dim": 256}
-MODELS: dict[str, dict[str, Any]] = {  # configurations as diffusers' convert_wan_to_diffusers.py writes them
-    "1.3b": {**FULL, "num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
-    "a14b": {**FULL, "num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40},
-    "small": {**COMMON, "attention_head_dim": 12, "text_dim": 16, "freq_dim": 16, "num_attention_heads": 2,
-              "ffn_dim": 64, "num_layers": 4, "rope_max_seq_len": 32},
-}  # fmt: skip
-SMALL_VAE = {"base_dim": 3, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
-SMALL = {"model": "small", "height": 32, "width": 32, "frames": 5, "steps": 4, "videos": 2, "text_length": 24}
+SMALL = {"height": 32, "width": 32, "frames": 5, "steps": 4, "videos": 2, "text_length": 24}
 
 
 @dataclass(frozen=True)
@@ -79,51 +70,6 @@ class Iteration:
     train_peak: int
     replay: float
     """Largest |log-ratio|."""
-
-
-def build(folder: Path, model: str, dtype: str, device: torch.device) -> Path:
-    """Save a pipeline with a transformer of MODELS, random, full size; the text encoder has one layer."""
-    torch.manual_seed(0)
-    config = MODELS[model]
-    with torch.device("meta"):
-        transformer = WanTransformer3DModel(**config).to(DTYPES[dtype])
-    transformer.to_empty(device=device)
-    with torch.no_grad():
-        for name, parameter in transformer.named_parameters():
-            parameter.fill_(1.0) if "norm" in name and name.endswith("weight") else parameter.normal_(0.0, 0.02)
-    text = UMT5Config(vocab_size=384, d_model=config["text_dim"], d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-    WanPipeline(
-        tokenizer=ByT5Tokenizer(),
-        text_encoder=UMT5EncoderModel(text),
-        vae=AutoencoderKLWan(**(SMALL_VAE if model == "small" else {})),
-        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
-        transformer=transformer,
-    ).save_pretrained(folder)
-    return folder
-
-
-def make_run(path: Path, folder: Path, arguments: argparse.Namespace) -> Run:
-    """A run that samples and trains `prompts` groups on that model; the replay gate only measures."""
-    prompts = path.parent / "prompts.txt"
-    lines = [f'a sign that says "{WORDS[index % len(WORDS)]}", number {index}' for index in range(arguments.prompts)]
-    publish_replace(prompts, "".join(line + "\n" for line in lines).encode())
-    names = ("height", "width", "frames", "steps")
-    shape = {name: getattr(arguments, name) for name in names}
-    return Run.create(
-        path,
-        RunConfig(
-            model=ModelConfig(path=str(folder), dtype=arguments.dtype, text_length=arguments.text_length),
-            rollout=RolloutConfig(
-                prompts=str(prompts), prompts_per_iteration=arguments.prompts, groups_per_shard=arguments.prompts,
-                group_size=arguments.videos, batch_size=arguments.batch, high_steps=2, low_steps=0,
-                guidance_scale=4.0, **shape,
-            ),
-            train=TrainConfig(
-                lora_rank=arguments.rank, lora_alpha=2.0 * arguments.rank, gradient_checkpointing=True, kl_beta=0.0,
-                updates_per_rollout=1, replay_samples=10**6, replay_limit=1e6, save_every=10**6,
-            ),
-        ),
-    )  # fmt: skip
 
 
 def iterate(run: Run, policy: Policy, count: bool) -> Iteration:
@@ -179,6 +125,7 @@ def passes(policy: Policy, run: Run) -> tuple[nn.Module, list[tuple[Tensor, Tens
     module: Any = policy.module(0)
     dtype, device = module.patch_embedding.weight.dtype, policy.device
     shape = policy.latent_shape(settings.height, settings.width, settings.frames)
+    shape = (int(module.config.in_channels), *shape[1:])  # with the condition of an image, where the model takes one
     inputs = []
     for _, size in chunks(settings.group_size, settings.batch_size) * settings.prompts_per_iteration:
         x = torch.randn(size, *shape, device=device).to(dtype)
@@ -195,6 +142,8 @@ def bare_rollout(policy: Policy, run: Run) -> float:
     settings = run.config.rollout
     shape = policy.latent_shape(settings.height, settings.width, settings.frames)
     latents = torch.randn(1, *shape, device=policy.device)
+    module(*inputs[0], return_dict=False)  # a warm-up: the rollout had its own
+    vae.decode(latents, return_dict=False)
     sync(policy)
     began = time.monotonic()
     for _ in range(2 * settings.steps):
@@ -212,12 +161,17 @@ def bare_updates(policy: Policy, run: Run) -> float:
     """Seconds of the forwards, two for guidance, and backwards of an iteration's updates; the adapter must be on."""
     module, inputs = passes(policy, run)
     module.enable_gradient_checkpointing()  # type: ignore[operator]
+
+    def backward(one: tuple[Tensor, Tensor, Tensor]) -> None:
+        velocity, other = (module(*one, return_dict=False)[0].float() for _ in range(2))
+        (other + 4.0 * (velocity - other)).square().mean().backward()
+
+    backward(inputs[0])  # a warm-up: training had its own
     sync(policy)
     began = time.monotonic()
     for _ in range(run.config.rollout.high_steps):
         for one in inputs:
-            velocity, other = (module(*one, return_dict=False)[0].float() for _ in range(2))
-            (other + 4.0 * (velocity - other)).square().mean().backward()
+            backward(one)
     sync(policy)
     seconds = time.monotonic() - began
     module.disable_gradient_checkpointing()  # type: ignore[operator]
@@ -233,24 +187,27 @@ def pipeline_seconds(folder: Path, run: Run, device: torch.device) -> float:
     pipe.set_progress_bar_config(disable=True)
     size = {"height": settings.height, "width": settings.width, "num_frames": settings.frames}
     fixed = {**size, "guidance_scale": 4.0, "max_sequence_length": run.config.model.text_length, "output_type": "np"}
+    rows = [json.loads(line) for line in Path(settings.prompts).read_text(encoding="utf-8").splitlines()]
+    if "image" in rows[0]:
+        fixed["image"] = Image.open(Path(settings.prompts).parent / rows[0]["image"])
 
     def call(prompt: str, videos: int, steps: int) -> None:
         pipe(prompt=prompt, num_videos_per_prompt=videos, num_inference_steps=steps, **fixed)
 
-    call("warm-up", settings.batch_size, 2)
+    call("warm-up", min(settings.batch_size, settings.group_size), 2)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     began = time.monotonic()
-    for prompt in Path(settings.prompts).read_text(encoding="utf-8").splitlines():
+    for row in rows:
         for _, videos in chunks(settings.group_size, settings.batch_size):
-            call(prompt, videos, settings.steps)
+            call(row["prompt"], videos, settings.steps)
     return time.monotonic() - began  # its result is on the host: nothing is left to wait for
 
 
 def measure(arguments: argparse.Namespace, out: Path) -> str:
     """Everything, as the section of the page."""
     device = torch.device("cuda" if torch.cuda.is_available() and not arguments.small else "cpu")
-    folder = build(out / "model", arguments.model, arguments.dtype, device)
+    folder = build(out / "model", arguments.model, arguments.dtype, device, arguments.small)
     options = {"dtype": arguments.dtype, "device": str(device), "text_length": arguments.text_length}
     policy = Policy.load(folder, **options)
     warm = iterate(make_run(out / "warm", folder, arguments), policy, count=True)
@@ -282,7 +239,8 @@ def render(
     shape = f"{arguments.height}x{arguments.width}, {arguments.frames} frames, {arguments.steps} steps"
     lines = [
         f"`python bench/gpu.py {' '.join(arguments.command)}` on {name}, torch {torch.__version__}: model "
-        f"{arguments.model} with random weights, {arguments.dtype}; {videos}; {shape}; LoRA of rank {arguments.rank}.",
+        f"{'small ' if arguments.small else ''}{arguments.model} with random weights, {arguments.dtype}; {videos}; "
+        f"{shape}; LoRA of rank {arguments.rank}.",
         "",
     ]
     if device.type == "cpu":
@@ -301,8 +259,8 @@ def render(
 def parse(words: list[str]) -> argparse.Namespace:
     """The command line; --small replaces model and shape."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true", help="a tiny model on the CPU")
-    parser.add_argument("--model", choices=["1.3b", "a14b"], default="1.3b")
+    parser.add_argument("--small", action="store_true", help="tiny layers and videos, on the CPU")
+    parser.add_argument("--model", choices=sorted(MODELS), default="1.3b")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16")
     numbers = {"height": 480, "width": 832, "frames": 33, "steps": 10, "prompts": 2, "videos": 2, "batch": 1}
     for name, value in (numbers | {"rank": 32, "text-length": 512}).items():

@@ -12,27 +12,12 @@ begin() {
   [ -e "$RUN/run.toml" ] || rushes init "$RUN" --preset "$preset" "${own[@]}" "${sets[@]}"
 }
 
-# everywhere COMMAND …: one worker on each of $GPUS GPUs; exit code 75 says "nothing left for me, others still at work"
-everywhere() {
-  local worker pids=() code
-  for ((worker = 0; worker < GPUS; worker++)); do
-    CUDA_VISIBLE_DEVICES=$worker rushes "$@" --worker "$worker/$GPUS" &
-    pids+=($!)
-  done
-  for pid in "${pids[@]}"; do
-    code=0
-    wait "$pid" || code=$?
-    [ "$code" = 0 ] || [ "$code" = 75 ] || return "$code"
-  done
-}
-
-# shared_loop: rollout and score on all GPUs, training on the first one (training does not share a GPU's work yet)
-shared_loop() {
-  local k
-  for ((k = 0; k < ITERATIONS; k++)); do
-    everywhere rollout "$RUN" --iteration "$k"
-    everywhere score "$RUN" --iteration "$k"
-    rushes score "$RUN" --iteration "$k" # writes the advantages, if the last worker has not
-    CUDA_VISIBLE_DEVICES=0 rushes train "$RUN" --iteration "$k"
-  done
+# together COMMAND …: one rank on each of $GPUS GPUs of this machine. The ranks share the shards of rollout and score, and
+# train one policy
+together() {
+  if [ "$GPUS" = 1 ]; then
+    rushes "$@"
+  else
+    torchrun --standalone --nproc-per-node "$GPUS" --no-python rushes "$@"
+  fi
 }

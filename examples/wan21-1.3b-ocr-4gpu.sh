@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The same on four GPUs: rollout and score are shared by four workers, which take most of the time. Training itself
-# still runs on one GPU: rushes does not train one policy on several GPUs yet.
+# The same on four GPUs of one machine: four ranks of torchrun share rollout and score, and train one policy together.
+# Never validated by us on the real model.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 MODEL=${MODEL:-Wan-AI/Wan2.1-T2V-1.3B-Diffusers}
@@ -10,5 +10,5 @@ GPUS=${GPUS:-4}
 . "$here/common.sh"
 
 begin wan21-1.3b "rollout.prompts=$here/prompts/ocr.txt" "eval.prompts=$here/prompts/ocr-eval.txt"
-shared_loop
-rushes eval "$RUN" --iteration 0 --iteration "$ITERATIONS"
+together loop "$RUN" --iterations "$ITERATIONS"
+together eval "$RUN" --iteration 0 --iteration "$ITERATIONS"

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Wan2.2 T2V-A14B, both experts, with VideoAlign's visual quality as the reward, on eight GPUs of 80 GB or more.
-# Rollout and score are shared by the GPUs; training runs on one of them, one expert at a time.
+# Eight ranks of torchrun share rollout and score, and train one policy together, one expert at a time.
 #   CHECKPOINT  folder of the VideoReward download     BASE  folder of Qwen2-VL-2B-Instruct
 #   TEMPLATE    a VideoAlign checkout, for its prompt template
 #   GROUP=8 BEST=4, or GROUP=16 BEST=8 (the default): videos of a prompt, and how many of them are trained on
-#   FULL=1      all weights at 8e-6 instead of LoRA at 1e-4. An expert of 14B then needs about 310 GB on one device,
-#               which no GPU has, so this is for smaller models until training runs on several GPUs.
+#   FULL=1      all weights at 8e-6 instead of LoRA at 1e-4. An expert of 14B has 310 GB of weights, gradients and
+#               optimizer then, which eight ranks share: 39 GB on each, before activations.
 # Never validated by us on the real model.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -19,15 +19,17 @@ learn=(train.learning_rate=1e-4)
 [ -z "${FULL:-}" ] || learn=(train.full=true train.learning_rate=8e-6)
 
 # of the 10 steps 1 to 4 run the high-noise expert and 5 to 8 the low-noise one; half of all 10 are trained
+# (timestep_fraction 0.5 of the recipe), on both experts. Rewards, clip range and optimizer are those of the recipe too:
+# coefficients 1, 0, 0 for VQ, MQ and TA, warm-up 10, AdamW of 0.9 and 0.999.
 begin wan22-a14b \
   "rollout.prompts=$here/prompts/scenes.txt" "eval.prompts=$here/prompts/scenes-eval.txt" \
   "rollout.group_size=${GROUP:-16}" "score.best_of_n=${BEST:-8}" \
-  rollout.frames=33 rollout.steps=10 rollout.high_steps=3 rollout.low_steps=2 \
+  rollout.frames=33 rollout.steps=10 rollout.last_step=8 rollout.high_steps=3 rollout.low_steps=2 \
   'score.rewards={"videoalign.VQ"=1.0,"videoalign.MQ"=0.0,"videoalign.TA"=0.0}' \
   "score.options.videoalign.checkpoint=${CHECKPOINT:?set CHECKPOINT to the folder of VideoReward}" \
   "score.options.videoalign.base_model=${BASE:?set BASE to the folder of Qwen2-VL-2B-Instruct}" \
   "score.options.videoalign.template=${TEMPLATE:?set TEMPLATE to a VideoAlign checkout}" \
   "${learn[@]}" train.clip_range=1e-4 train.advantage_clip=5.0 train.warmup=10 \
   train.beta1=0.9 train.beta2=0.999 train.weight_decay=1e-4
-shared_loop
-rushes eval "$RUN" --iteration 0 --iteration "$ITERATIONS"
+together loop "$RUN" --iterations "$ITERATIONS"
+together eval "$RUN" --iteration 0 --iteration "$ITERATIONS"

@@ -15,16 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rollout.card import base_name, model_card
+from rollout.card import Base, base_name, model_card, reward_curve
 from rollout.planning import take_policy
 from rollout.policy import Policy
 from rollout.policy_folder import EXPERT_FOLDERS, Layout
 from rollout.policy_full import is_full
 from rollout.policy_lora import NAMES
 from rollout.policy_plain import merge, open_plain, probe, round_adapter, sample, save_expert, wear
+from shards import mirror
 from shards.errors import RunFailed, StillBusy, UserError
-from shards.files import TEMPORARY, locked, publish_new, read_json, sha256_file, sync, to_json
+from shards.files import TEMPORARY, publish_new, read_json, sha256_file, sync, to_json
+from shards.locks import locked
 from shards.run import Run, Stage
+from shards.urls import working_copy
 
 SCHEMA = 1
 RECORD = "export.json"
@@ -63,7 +66,8 @@ def export(run: Run, iteration: int, out: str | Path, *, average: bool = True, f
     Raises UserError when the iteration was not trained or `out` is taken, RunFailed when the proof fails or the disk is
     full, StillBusy when another process writes there.
     """
-    began, out = time.monotonic(), Path(out)
+    began, out = time.monotonic(), working_copy(out)
+    mirror.fetch(out)
     stage = run.iteration(iteration)
     if not stage.trained():
         raise UserError(
@@ -86,11 +90,12 @@ def export(run: Run, iteration: int, out: str | Path, *, average: bool = True, f
             raise UserError(f"{out} exists already and is not this export", "choose another folder, or remove it")
         with _published(out) as aside:
             checked, difference = _write(run, stage, source, aside, wanted)
+        mirror.put_folder(out, last=RECORD)
     return ExportReport(out, iteration, False, checked, difference, time.monotonic() - began)
 
 
 def _source(stage: Stage, average: bool) -> Path:
-    folder = stage.policy_dir / "ema"
+    folder = stage.fetched_policy() / "ema"
     return folder if average and folder.is_dir() else stage.policy_dir
 
 
@@ -133,11 +138,22 @@ def _write(run: Run, stage: Stage, source: Path, aside: Path, wanted: dict[str, 
         "checked": checked,
     }
     record["files"] = {path.relative_to(aside).as_posix(): sha256_file(path) for path in _files(aside)}
-    kind = read_json(layout.folder / "model_index.json")["_class_name"]
-    card = model_card(run, record, base_name(run, layout.folder), kind, layout.takes_image == "must")
-    publish_new(aside / "README.md", card.encode())
+    publish_new(aside / "README.md", model_card(run, record, _base(run, layout)).encode())
+    if curve := reward_curve(run, stage.iteration):
+        publish_new(aside / "reward.svg", curve.encode())
     publish_new(aside / RECORD, to_json(record, aside / RECORD))
     return checked, difference
+
+
+def _base(run: Run, layout: Layout) -> Base:
+    """The model below the policy, for the card."""
+    scheduler = layout.scheduler_config
+    return Base(
+        name=base_name(run, layout.folder),
+        pipeline=read_json(layout.folder / "model_index.json")["_class_name"],
+        shift=scheduler.get("flow_shift", scheduler.get("shift")),
+        takes_image=layout.takes_image == "must",
+    )
 
 
 def _write_pipeline(policy: Policy, aside: Path) -> float:

@@ -8,6 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from rollout.planning import batch_size
 from rollout.policy_folder import DTYPES, EXPERT_FOLDERS, Layout, find_folder, read_layout
 from rollout.policy_sizes import (
     ExpertSize,
@@ -68,9 +69,15 @@ class Model:
 
     def forward(self) -> Pass:
         """A forward of the rollout."""
-        batch = min(self.config.rollout.batch_size, self.config.rollout.group_size)
         model, per_token = self.config.model, self.layout.expand_timesteps
-        return Pass(self.shape, batch, model.text_length, model.dtype, self.guided, per_token=per_token)
+        return Pass(
+            self.shape,
+            _batch(self.config, self.layout),
+            model.text_length,
+            model.dtype,
+            self.guided,
+            per_token=per_token,
+        )
 
 
 def tokens(shape: tuple[int, int, int, int], patch: tuple[int, int, int]) -> int:
@@ -154,7 +161,8 @@ def render(run: Run, needs: list[Need]) -> str:
         parts = ", ".join(f"{name} {value / GIB:.2f}" for name, value in need.parts.items() if value)
         mark = "*" if need.stage == chosen else " "
         lines.append(f"{mark} {need.stage:<36}{need.device / GIB:>11.2f}{need.host / GIB:>10.2f}  {parts}")
-    video, batch = run.config.rollout, run.config.rollout.batch_size
+    video = run.config.rollout
+    batch = _batch(run.config, read_layout(find_folder(run.config.model.path, weights=False), weights=False))
     shape = f"{video.height}x{video.width}, {video.frames} frames, batch {batch}, {run.config.model.dtype}"
     lines.append(f"* as run.toml has it; {shape}")
     lines.append("Counted on the meta device, one expert on the device. Not in it: CUDA itself (about 0.5 to 1 GiB),")
@@ -234,6 +242,11 @@ def _full_host(model: Model) -> int:
     steps = max(rollout.high_steps, rollout.low_steps if experts > 1 else 0)
     answers = 2 * steps * rollout.prompts_per_iteration * rollout.group_size * state_bytes(model.shape, "float32")
     return weights + averages + (answers if settings.kl_beta > 0 else 0)
+
+
+def _batch(config: RunConfig, layout: Layout) -> int:
+    """Videos in the largest forward pass of a run."""
+    return min(batch_size(config.rollout, layout), config.rollout.group_size)
 
 
 def _train_name(full: bool, checkpointing: bool) -> str:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rollout.policy import Policy
-from rollout.policy_folder import Layout
-from rollout.policy_inputs import open_image
+from rollout.policy_folder import Layout, find_folder, read_layout
+from rollout.policy_inputs import find_device, open_image
 from rollout.prompts import Prompt, load_prompts, prompts_of_iteration, words_folder
-from rollout.schedule import Plan, choose_window, make_plan
+from rollout.schedule import Plan, make_plan
+from rollout.window import choose_window
 from shards.errors import RunFailed, UserError
 from shards.files import publish_new, read_json, to_json
 from shards.run import SCHEMA, Run, Stage, group_key
+
+if TYPE_CHECKING:
+    from shards.config import RolloutConfig
 
 
 def policy_source(run: Run, stage: Stage) -> Path | None:
@@ -26,13 +30,13 @@ def policy_source(run: Run, stage: Stage) -> Path | None:
         return None
     before = stage.iteration - 1
     folder = run.iteration(before).policy_dir
-    if not (folder / "policy.json").is_file():
+    if not run.iteration(before).trained():
         raise UserError(
             f"{folder / 'policy.json'} does not exist: iteration {stage.iteration} samples with the policy that "
             f"iteration {before} trains",
             f"rushes train {run.path} --iteration {before}",
         )
-    average = folder / "ema"
+    average = run.iteration(before).fetched_policy() / "ema"
     return average if stage.kind == "eval" and run.config.eval.ema and average.is_dir() else folder
 
 
@@ -51,6 +55,21 @@ def take_policy(run: Run, stage: Stage, policy: Policy) -> dict[str, Any]:
             raise RunFailed(f"{source}: its files are not those its policy.json names", "restore them, or train again")
     policy.become(source)
     return identity
+
+
+def check_stage(run: Run, stage: Stage, policy: Policy | None = None) -> None:
+    """Refuse what a stage cannot be, from configurations and prompts alone: before a weight is read or a file written.
+
+    `policy` is the model where it is loaded already. A stage that has its plan was checked when that was made. Raises
+    UserError as `stage_plan` and `Policy.load` do.
+    """
+    if stage.plan() is not None:
+        return
+    model = run.config.model
+    if policy is None:
+        find_device(model.device, model.dtype)
+    layout = policy.layout if policy is not None else read_layout(find_folder(model.path))
+    stage_plan(run, stage, layout, {})
 
 
 def stage_plan(run: Run, stage: Stage, layout: Layout, identity: dict[str, Any]) -> dict[str, Any]:
@@ -83,12 +102,30 @@ def stage_plan(run: Run, stage: Stage, layout: Layout, identity: dict[str, Any])
         },
         "storage_dtype": rollout.storage_dtype,
         "group_size": size,
-        "batch_size": rollout.batch_size,
+        "batch_size": batch_size(rollout, layout),
         "negative_prompt": rollout.negative_prompt,
         "groups": [_group(run, stage, sampler, prompt) for prompt in prompts],
         "shards": [keys[start : start + per_shard] for start in range(0, len(keys), per_shard)],
         "same_initial_noise": rollout.same_initial_noise and evaluation is None,
     }
+
+
+def batch_size(rollout: RolloutConfig, layout: Layout) -> int:
+    """Videos in one forward pass: `batch_size`, or, where `batch_tokens` is set, as many as hold no more tokens.
+
+    The plan keeps the number, because training replays the same batches. Raises UserError when one video alone has more
+    tokens than `batch_tokens` allows.
+    """
+    if rollout.batch_tokens is None:
+        return rollout.batch_size
+    tokens = layout.tokens(rollout.height, rollout.width, rollout.frames)
+    if tokens > rollout.batch_tokens:
+        raise UserError(
+            f"rollout.batch_tokens = {rollout.batch_tokens}, but one video has {tokens} tokens "
+            f"({rollout.height}x{rollout.width}, {rollout.frames} frames)",
+            f"take rollout.batch_tokens >= {tokens}, or a smaller or shorter video",
+        )
+    return min(rollout.batch_tokens // tokens, rollout.group_size)
 
 
 def _group(run: Run, stage: Stage, sampler: Plan, prompt: Prompt) -> dict[str, Any]:

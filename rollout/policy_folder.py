@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from transformers.utils import logging as transformers_logging
 
 from shards.errors import RunFailed, UserError
 from shards.files import sha256_file
+from shards.mirror import fetch_model
+from shards.urls import is_url
 
 EXPERT_FOLDERS = ("transformer", "transformer_2")  # of the high-noise expert, of the low-noise one
 PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
@@ -52,6 +55,11 @@ class Layout:
         steps = (frames - 1) // self.temporal_scale + 1
         return self.channels, steps, height // self.spatial_scale, width // self.spatial_scale
 
+    def tokens(self, height: int, width: int, frames: int) -> int:
+        """Tokens of a video of that size: its latents cut into patches."""
+        sizes = zip(self.latent_shape(height, width, frames)[1:], self.patch, strict=True)
+        return prod(size // patch for size, patch in sizes)
+
     def check_shape(self, height: int, width: int, frames: int) -> None:
         """Raise UserError for a size the model cannot make, naming the nearest it can."""
         for name, value, patch in (("height", height, self.patch[1]), ("width", width, self.patch[2])):
@@ -68,11 +76,14 @@ class Layout:
 
 
 def find_folder(path: str, *, weights: bool = True) -> Path:
-    """The local folder of a model: the embedded `words`, a path, or the local copy of a hub repository.
+    """The local folder of a model: the embedded `words`, a path, or the local copy of a URL or a hub repository.
 
     Without `weights` only the configurations of a repository are fetched.
     Raises UserError when there is no such folder, or it holds no Wan pipeline.
     """
+    if is_url(path):
+        suffixes = FINGERPRINTED if weights else (".json",)
+        return fetch_model(path, lambda name: name.endswith(suffixes))
     if path == "words":
         from rollout.prompts import words_folder
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rollout.policy_folder import EXPERT_FOLDERS, Layout, load_transformer
 from rollout.policy_lora import NAMES, WEIGHTS
+from rollout.policy_parallel import plain_copy
 from shards.errors import RunFailed, UserError
 from shards.files import sha256_file, sync
 
@@ -23,18 +25,20 @@ def is_full(folder: Path) -> bool:
     return (folder / NAMES[0] / CONFIG).is_file() and not (folder / NAMES[0] / WEIGHTS).is_file()
 
 
-def save_full(module: nn.Module, folder: Path, base: Path) -> None:
+def save_full(module: nn.Module, folder: Path, base: Path, state: Mapping[str, Tensor] | None = None) -> None:
     """Write FOLDER/config.json and its safetensors, whole or not at all, in the dtypes the module computes with.
 
     The configuration is that of `base`, the transformer folder it was loaded from, byte for byte, so that equal weights
-    are equal files wherever they were trained. RunFailed when the disk is full.
+    are equal files wherever they were trained. `state` are weights to be written instead of the module's own, all of
+    them. RunFailed when the disk is full.
     """
     aside = folder.parent / f".writing-{uuid.uuid4().hex}"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         for leftover in folder.parent.glob(".writing-*"):  # of a killed process; one trainer at a time has the claim
             shutil.rmtree(leftover, ignore_errors=True)
-        module.save_pretrained(aside, safe_serialization=True)  # type: ignore[operator]
+        source = module if state is None else plain_copy(module, state)
+        source.save_pretrained(aside, safe_serialization=True)  # type: ignore[operator]
         shutil.copyfile(base / CONFIG, aside / CONFIG)
         for path in (*aside.iterdir(), aside):
             sync(path)

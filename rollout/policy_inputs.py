@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from shards.errors import UserError
+from shards.world import local_rank, world_size
 
 
 def find_device(name: str, dtype: str = "float32") -> torch.device:
@@ -21,6 +22,8 @@ def find_device(name: str, dtype: str = "float32") -> torch.device:
             raise UserError(f"model.device: {name!r} is no device", "auto, cpu, cuda or cuda:1") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"model.device: {name}, but this machine has no CUDA device", "set model.device = auto")
+    if device.type == "cuda" and world_size() > 1 and device.index is None:
+        device = torch.device("cuda", local_rank())  # each rank of a machine has a device of its own
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         problem = f"model.device: {name}, but this machine has {torch.cuda.device_count()} CUDA devices"
         raise UserError(problem, "they are counted from 0: cuda:0, cuda:1")

@@ -6,6 +6,7 @@ import hashlib
 import json
 import struct
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +55,13 @@ def has_adapter(module: nn.Module) -> bool:
     return ADAPTER in getattr(module, "peft_config", {})
 
 
-def save_adapter(module: nn.Module, folder: Path, state: dict[str, Tensor] | None = None) -> None:
+def save_adapter(module: nn.Module, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
     """Write FOLDER/pytorch_lora_weights.safetensors as `WanPipeline.save_lora_weights` does, alpha in the metadata.
 
     Without that metadata diffusers would load the adapter with alpha = rank, silently. `state` replaces the module's
-    own weights (by averaged ones, or gathered from ranks), under the names `get_peft_model_state_dict` gives.
+    own weights (by averaged ones, or gathered from ranks), under the module's names.
     """
-    state = get_peft_model_state_dict(module, adapter_name=ADAPTER) if state is None else state
+    state = get_peft_model_state_dict(module, None if state is None else dict(state), adapter_name=ADAPTER)
     layers = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     config = module.peft_config[ADAPTER].to_dict()  # type: ignore[index, union-attr]
     # sets have no order of their own: sorted, so that equal adapters are equal files

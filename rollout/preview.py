@@ -24,6 +24,7 @@ def preview(run: Run, stage: Stage) -> str:
     lines = [*_table(sampler, group["window"]), ""]
     window = ", ".join(map(str, group["window"])) or "none"
     lines.append(f"window of the example, prompt {group['prompt_id']}: steps {window}")
+    lines += _too_noisy(plan)
     shares = ", ".join(f"{name} {share:.3f}" for name, share in gradient_shares(plan).items())
     lines.append(f"share of the gradient over all windows: {shares or 'none is trained'}")
     lines += [f"{name}: {value}" for name, value in _amounts(plan, layout, run).items()]
@@ -42,6 +43,19 @@ def gradient_shares(plan: dict[str, Any]) -> dict[str, float]:
             scales[EXPERT_NAMES[sampler.experts[step]]] += step_scale(sampler, step)
     total = sum(scales.values())
     return {name: scale / total for name, scale in scales.items()} if total else {}
+
+
+def _too_noisy(plan: dict[str, Any]) -> list[str]:
+    """A word on the step of all windows that adds the most noise, where that is more than the next state may hold."""
+    sampler = Plan.from_dict(plan["sampler"])
+    rows = describe(sampler, sorted({step for group in plan["groups"] for step in group["window"]}))
+    worst = max(rows, key=lambda row: row["noise_share"])
+    if worst["noise_share"] <= 1:
+        return []
+    return [
+        f"note: step {worst['step']} adds noise of {worst['std']:.3f}, but the next state holds no more than "
+        f"{sampler.sigmas[worst['step'] + 1]:.3f}; lower rollout.eta or rollout.last_step, or set rollout.form=exact"
+    ]
 
 
 def latent_bytes(plan: dict[str, Any], layout: Layout) -> int:
@@ -82,10 +96,12 @@ def _amounts(plan: dict[str, Any], layout: Layout, run: Run) -> dict[str, str]:
     """What the stage will hold. The size of an mp4 depends on the picture, so only its raw size is given."""
     video, groups, size = plan["video"], len(plan["groups"]), plan["group_size"]
     videos, shards = groups * size, len(plan["shards"])
+    tokens = layout.tokens(video["height"], video["width"], video["frames"])
     raw = 3 * video["height"] * video["width"] * video["frames"] * videos
     latents = latent_bytes(plan, layout)
     return {
         "videos": f"{videos} ({groups} prompts, {size} each)",
+        "batch": f"{min(plan['batch_size'], size)} (videos in one forward pass, {tokens} tokens each)",
         "shards": str(shards),
         "bytes of latents": f"{latents} ({latents / 2**20:.1f} MiB; {latents / shards / 2**20:.1f} MiB a shard)",
         "bytes of videos before compression": f"{raw} ({raw / 2**20:.1f} MiB)",

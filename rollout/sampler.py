@@ -119,6 +119,12 @@ class Sampler:
                 result[group]["condition"] = self.policy.encode_image(self.groups[group]["image"], *self.size)
         return result
 
+    def stay(self) -> None:
+        """Called now and then while there is nothing to do."""
+
+    def end(self) -> None:
+        """Called when there is nothing more to do."""
+
     def start(self, chunk: Chunk) -> State:
         """The chunk as noise, rounded to the storage dtype."""
         noises = [noise(self.shape, seed=self._seed(chunk.group, sample, INITIAL)) for sample in chunk.samples]

@@ -1,4 +1,4 @@
-"""The frozen plan of a rollout: sigmas, timesteps, experts and guidance, and which steps are stochastic."""
+"""The frozen plan of a rollout: sigmas, timesteps, experts and guidance of every step, and its table for people."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 HIGH_NOISE, LOW_NOISE = 0, 1
 EXPERT_NAMES = ("high_noise", "low_noise")
-_QUOTA_KEYS = ("rollout.high_steps", "rollout.low_steps")
 
 
 @dataclass(frozen=True)
@@ -124,23 +123,6 @@ def expert_ids(timesteps: Sequence[float], boundary: float | None, train_steps: 
     return tuple(HIGH_NOISE if t >= boundary * train_steps else LOW_NOISE for t in timesteps)
 
 
-def choose_window(plan: Plan, config: RolloutConfig, *, iteration: int, prompt_id: int) -> tuple[int, ...]:
-    """The stochastic steps of one group, rising: a pure function of (run seed, iteration, prompt id) and the plan.
-
-    Each expert gets its quota (`high_steps`, `low_steps`; a plan with one expert ignores the other quota) among its
-    steps from `first_step` on. The last step is never taken: its Gaussian would have no width. All videos of a group
-    share the window. `fixed` takes the first steps, `random` any, `progressive` a block that moves on by one step at
-    each iteration and starts over at the end (MixGRPO). The law `ode` has no window. Raises UserError when a quota
-    cannot be met, or when one of two experts gets no step and `allow_untrained_expert` is off.
-    """
-    if plan.law == "ode":
-        return ()
-    window: list[int] = []
-    for expert, (candidates, quota) in _quotas(plan, config).items():
-        window += _choose(candidates, quota, config, iteration, f"{iteration} {prompt_id} {expert}")
-    return tuple(sorted(window))
-
-
 def describe(plan: Plan, window: Sequence[int]) -> list[dict[str, Any]]:
     """One row per step, for `--dry-run`.
 
@@ -206,62 +188,9 @@ def _check_eta(law: Law, eta: float) -> None:
             f"rollout.eta is 0: the law {law} then adds no noise and has no log-prob",
             "take an eta above 0 (flow-sde: 0.7), or rollout.law=ode with train.objective=nft",
         )
-    if law == "cps" and eta > 1:
-        raise UserError(f"rollout.eta is {eta:g}, but cps takes the angle eta * 90 degrees", "take an eta from 0 to 1")
-
-
-def _quotas(plan: Plan, config: RolloutConfig) -> dict[int, tuple[list[int], int]]:
-    """(steps it may take, number it must take) of each expert in the plan, checked."""
-    if config.first_step >= plan.steps - 1:
-        raise UserError(
-            f"rollout.first_step={config.first_step} leaves no step to train: "
-            f"of {plan.steps} steps the last, number {plan.steps - 1}, is never stochastic",
-            f"take rollout.first_step <= {plan.steps - 2}, or more rollout.steps",
-        )
-    present = sorted(set(plan.experts))
-    quotas = {}
-    for expert in present:
-        candidates = [i for i in range(config.first_step, plan.steps - 1) if plan.experts[i] == expert]
-        quota = _quota(expert, len(candidates), config, alone=len(present) == 1)
-        quotas[expert] = (candidates, quota)
-    if not any(quota for _, quota in quotas.values()):
-        keys = " and ".join(_QUOTA_KEYS[expert] for expert in present)
-        raise UserError(f"no step of the rollout is trained ({keys})", f"set {_QUOTA_KEYS[present[0]]} to 1 or more")
-    return quotas
-
-
-def _quota(expert: int, available: int, config: RolloutConfig, *, alone: bool) -> int:
-    """How many steps an expert gets. A zero, asked for or forced, needs `allow_untrained_expert`."""
-    key, name = _QUOTA_KEYS[expert], EXPERT_NAMES[expert]
-    quota = config.low_steps if expert == LOW_NOISE else config.high_steps
-    if config.allow_untrained_expert and not alone and available == 0:
-        return 0
-    if quota == 0 and not alone and not config.allow_untrained_expert:
-        raise UserError(
-            f"{key}=0 never trains the {name} expert",
-            f"set {key} to 1 or more, or rollout.allow_untrained_expert=true if that is wanted",
-        )
-    if quota > available:
-        raise UserError(
-            f"{key}={quota}, but only {available} steps of the {'model' if alone else name + ' expert'} can be "
-            f"stochastic (from rollout.first_step={config.first_step} to the last but one of {config.steps})",
-            f"set {key} to {available} or less, lower rollout.first_step, or take more rollout.steps"
-            if available
-            else "lower rollout.first_step, take more rollout.steps or another rollout.shift",
-        )
-    return quota
-
-
-def _choose(candidates: list[int], quota: int, config: RolloutConfig, iteration: int, salt: str) -> list[int]:
-    """`quota` of the candidate steps, by the window policy."""
-    if config.window == "fixed":
-        return candidates[:quota]
-    if config.window == "progressive":
-        start = max(iteration, 0) % (len(candidates) - quota + 1)
-        return candidates[start : start + quota]
-    # The steps with the smallest hashes: a random subset that no change of a random generator can alter.
-    keys = {i: hashlib.sha256(f"rushes window {config.seed} {salt} {i}".encode()).digest() for i in candidates}
-    return sorted(candidates, key=keys.__getitem__)[:quota]
+    if law in ("cps", "cps-unnormalised") and eta > 1:
+        problem = f"rollout.eta is {eta:g}, but {law} takes the angle eta * 90 degrees"
+        raise UserError(problem, "take an eta from 0 to 1")
 
 
 def _law_of(plan: Plan, step: int) -> tuple[Law, Form, float, float, float, float]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
-from rollout.transitions import Previous, clean_estimate, dpm_2m, euler, log_prob, transition
+from rollout.transitions import Previous, clean_estimate, dpm_2m, euler, law_log_prob, transition
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +67,7 @@ def step_log_prob(
     inputs = Inputs(prompt_embeds, negative_embeds, condition)
     velocity = _velocity(policy, plan, step, x, inputs)
     mean, std = _transition(plan, step, x, velocity, x0_prev)
-    return Scored(log_prob(x_next, mean, std, policy.free_mask(x, condition)), mean, std, velocity)
+    return Scored(law_log_prob(plan.law, x_next, mean, std, policy.free_mask(x, condition)), mean, std, velocity)
 
 
 def take_step(
@@ -91,7 +91,7 @@ def take_step(
         return Taken(_deterministic(plan, step, x, velocity, x0_prev).to(storage).float(), None, clean)
     mean, std = _transition(plan, step, x, velocity, x0_prev)
     x_next = (mean + std * noise).to(storage).float()
-    return Taken(x_next, log_prob(x_next, mean, std, policy.free_mask(x, inputs.condition)), clean)
+    return Taken(x_next, law_log_prob(plan.law, x_next, mean, std, policy.free_mask(x, inputs.condition)), clean)
 
 
 def looks_back(plan: Plan) -> bool:

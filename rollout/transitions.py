@@ -79,7 +79,8 @@ def refresh(law: Law, sigma: float, sigma_next: float, eta: float, sigma_1: floa
     flow-sde     c = q^(eta^2/2)
     dance-sde    c = exp(-eta^2/2 (1/s' - 1/s))
     wan-sde      c = exp(-eta^2 sigma_1^2 / 2 (s - s'))
-    cps          c = cos(eta pi/2)          the same at every step, which is why `cps` does not keep the marginals
+    cps          c = cos(eta pi/2)          the same at every step, which is why `cps` does not keep the marginals;
+                                            cps-unnormalised takes the same steps
     dpm-sde(-2m) c = q^eta                  sde-dpmsolver++; eta 1 is the published solver
 
     At s' = 0 no noise is left and c is 1. Raises ValueError for an unknown law.
@@ -92,7 +93,7 @@ def refresh(law: Law, sigma: float, sigma_next: float, eta: float, sigma_1: floa
         return math.exp(-0.5 * eta**2 * (1.0 / sigma_next - 1.0 / sigma))
     if law == "wan-sde":
         return math.exp(-0.5 * (eta * sigma_1) ** 2 * (sigma - sigma_next))
-    if law == "cps":
+    if law in ("cps", "cps-unnormalised"):
         return math.cos(0.5 * math.pi * eta)
     if law in ("dpm-sde", "dpm-sde-2m"):
         return math.exp(-eta * _log_snr_gain(sigma, sigma_next, sigma_1))
@@ -154,7 +155,8 @@ def gradient_scale(
     """R = |d mean / d velocity| / std of one step: how strongly its log-prob pulls on the model.
 
     d log_prob / d v = noise * (d mean / d v) / std per element, so steps of one window weigh as their R do.
-    `sigma_previous` adds the second-order term of `dpm-sde-2m`. Raises ValueError for a step without noise.
+    `sigma_previous` adds the second-order term of `dpm-sde-2m`. The density of `cps-unnormalised` lacks 1/(2 std^2), so
+    its R is 2 std^2 times that of `cps`. Raises ValueError for a step without noise.
     """
     k = kernel(law, form, sigma, sigma_next, eta, sigma_1)
     if k.std == 0:
@@ -162,7 +164,7 @@ def gradient_scale(
     on_velocity = k.on_velocity
     if law == "dpm-sde-2m" and sigma_previous is not None:
         on_velocity -= sigma * _second_order_weight(sigma, sigma_next, eta, sigma_previous)
-    return abs(on_velocity) / k.std
+    return abs(on_velocity) * (2 * k.std if law == "cps-unnormalised" else 1 / k.std)
 
 
 def log_prob(x_next: torch.Tensor, mean: torch.Tensor, std: float, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -179,10 +181,19 @@ def log_prob(x_next: torch.Tensor, mean: torch.Tensor, std: float, mask: torch.T
     return _average(density, mask)
 
 
+def law_log_prob(
+    law: Law, x_next: torch.Tensor, mean: torch.Tensor, std: float, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What a law calls the log-prob of a step, fp32 [B]: `log_prob`, but for `cps-unnormalised`."""
+    if law == "cps-unnormalised":
+        return cps_unnormalised_log_prob(x_next, mean, mask)
+    return log_prob(x_next, mean, std, mask)
+
+
 def cps_unnormalised_log_prob(
     x_next: torch.Tensor, mean: torch.Tensor, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """-(x' - mean)^2 averaged, fp32 [B]: what the public `cps` codes call a log-prob. For parity tests only.
+    """-(x' - mean)^2 averaged, fp32 [B]: what the public `cps` codes call a log-prob. For parity runs only.
 
     It is not a density: it lacks the 1/(2 std^2) that weighs the steps, and a clip range means something else with it.
     """

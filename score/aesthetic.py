@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from score.clip import load_embedder, model_identity, positive, spread
+from score.clip import load_embedder, model_identity
 from score.content import digest
-from score.reward import Scored, Video
+from score.frames import FrameReward
 from shards.errors import UserError
 
 HINT = "a head is a chain of linear layers: *.weight [out, in] and *.bias [out], in the order of their names"
 Layers = list[tuple[Tensor, Tensor]]
 
 
-class Aesthetic:
+class Aesthetic(FrameReward):
     """How much people would like the frames, whatever the prompt says.
 
     score    mean over frames spread evenly over the video; 1 to 10 with LAION's heads
@@ -48,7 +50,7 @@ class Aesthetic:
         if activation not in ("none", "relu"):
             raise UserError(f"reward 'aesthetic' has no activation {activation!r}", "there are none and relu")
         self.activation = activation
-        self.frames = positive("aesthetic", "frames", frames)
+        self.look_at(frames)
         layers = read_head(head)
         self.embedder = load_embedder(model, processor or model, device)
         if layers[0][0].shape[1] != self.embedder.size:
@@ -58,15 +60,10 @@ class Aesthetic:
             )
         self.layers = layers
 
-    def __call__(self, videos: Sequence[Video]) -> list[Scored]:
-        """Scores of every video; prompts are not looked at."""
-        return [self.judge(video) for video in videos]
-
-    def judge(self, video: Video) -> Scored:
-        """One video at a time: its numbers must not depend on its neighbours."""
-        numbers = spread(len(video.frames), self.frames)
-        scores = apply(self.layers, self.embedder.images(video.frames[numbers]), self.activation)
-        return Scored({"score": float(scores.mean()), "lowest": float(scores.min())}, frames=numbers)
+    def values(self, frames: NDArray[np.uint8], prompt: str) -> Mapping[str, float]:
+        """Scores of the frames; the prompt is not looked at."""
+        scores = apply(self.layers, self.embedder.images(frames), self.activation)
+        return {"score": float(scores.mean()), "lowest": float(scores.min())}
 
     @staticmethod
     def identity(options: Mapping[str, Any]) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,36 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from score.content import digest_folder
-from score.reward import Scored, Video
+from score.frames import FrameReward
 from shards.errors import UserError
 
 WEIGHTS = (".safetensors", ".bin")
 CONFIGURATION = (".json", ".txt")
 
 
-class CLIP:
+class ClipReward(FrameReward):
+    """A reward on the embeddings of a CLIP model."""
+
+    neutral = ("device",)
+
+    def __init__(self, model: str, processor: str = "", frames: int = 4, device: str = "auto") -> None:
+        """model: folder of a CLIPModel as `save_pretrained` writes it. processor: folder of its CLIPProcessor, that of
+        the model when empty. frames: how many are looked at, the first and the last among them.
+        """
+        self.look_at(frames)
+        self.embedder = load_embedder(model, processor or model, device)
+
+    def cosines(self, frames: NDArray[np.uint8], prompt: str) -> Tensor:
+        """Cosines [T] of the embeddings of frames and prompt, from -1 to 1."""
+        return self.embedder.images(frames) @ self.embedder.text(prompt)
+
+    @staticmethod
+    def identity(options: Mapping[str, Any]) -> dict[str, str]:
+        """Digests of model and processor. Raises UserError for folders that hold none."""
+        return model_identity(options)
+
+
+class CLIP(ClipReward):
     """Cosine of the embeddings of prompt and frame, from -1 to 1, of frames spread evenly over the video.
 
     similarity   mean over the frames (CLIPScore of Hessel et al., 2021, without its factor of 2.5 and its cut at 0)
@@ -32,30 +54,11 @@ class CLIP:
     name = "clip"
     version = "1"
     components = ("similarity", "lowest")
-    neutral = ("device",)
 
-    def __init__(self, model: str, processor: str = "", frames: int = 4, device: str = "auto") -> None:
-        """model: folder of a CLIPModel as `save_pretrained` writes it. processor: folder of its CLIPProcessor, that of
-        the model when empty. frames: how many are looked at, the first and the last among them.
-        """
-        self.frames = positive("clip", "frames", frames)
-        self.embedder = load_embedder(model, processor or model, device)
-
-    def __call__(self, videos: Sequence[Video]) -> list[Scored]:
-        """Similarities of every video with its prompt."""
-        return [self.judge(video) for video in videos]
-
-    def judge(self, video: Video) -> Scored:
-        """One video at a time, so that the batch is that of its own frames and the numbers never depend on others."""
-        numbers = spread(len(video.frames), self.frames)
-        cosines = self.embedder.images(video.frames[numbers]) @ self.embedder.text(video.prompt)
-        values = {"similarity": float(cosines.mean()), "lowest": float(cosines.min())}
-        return Scored(values, frames=numbers)
-
-    @staticmethod
-    def identity(options: Mapping[str, Any]) -> dict[str, str]:
-        """Digests of model and processor. Raises UserError for folders that hold none."""
-        return model_identity(options)
+    def values(self, frames: NDArray[np.uint8], prompt: str) -> Mapping[str, float]:
+        """Similarity of the frames with the prompt."""
+        cosines = self.cosines(frames, prompt)
+        return {"similarity": float(cosines.mean()), "lowest": float(cosines.min())}
 
 
 class Embedder:
@@ -133,17 +136,3 @@ def model_identity(options: Mapping[str, Any]) -> dict[str, str]:
         "model": digest_folder(options["model"], (*WEIGHTS, "config.json")),
         "processor": digest_folder(processor, CONFIGURATION),
     }
-
-
-def spread(count: int, wanted: int) -> list[int]:
-    """Numbers of at most `wanted` of `count` frames, evenly spread, the first and the last among them."""
-    if wanted == 1:
-        return [(count - 1) // 2]
-    return sorted({round(i) for i in np.linspace(0, count - 1, min(wanted, count)).tolist()})
-
-
-def positive(reward: str, option: str, value: int) -> int:
-    """`value`, a count of at least 1. Raises UserError."""
-    if value < 1:
-        raise UserError(f"reward {reward!r}: {option} is {value}", "give 1 or more")
-    return value

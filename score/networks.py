@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from score.detector import FastDetector
+from score.recogniser import FastRecogniser
 from shards.errors import UserError
 
 WEIGHTS = {
@@ -101,4 +103,9 @@ def load_networks(device: str = "cpu", detector_bf16: bool = False) -> Networks:
     recogniser.load_state_dict(_load_weights(folder, "english_g2.pth"), assign=True)
     detector = fuse_batch_norm(detector.eval().requires_grad_(False)).to(device, dtype)
     recogniser = fuse_batch_norm(recogniser.eval().requires_grad_(False)).to(device)
-    return Networks(detector.to(memory_format=torch.channels_last), recogniser, alphabet, torch.device(device), dtype)
+    if torch.device(device).type == "cpu" and not detector_bf16:
+        detector = FastDetector(detector)
+    if torch.device(device).type == "cpu":
+        recogniser = FastRecogniser(recogniser)
+    detector, recogniser = (network.to(memory_format=torch.channels_last) for network in (detector, recogniser))
+    return Networks(detector, recogniser, alphabet, torch.device(device), dtype)

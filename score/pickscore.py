@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
-from score.clip import load_embedder, model_identity, positive, spread
-from score.reward import Scored, Video
+import numpy as np
+from numpy.typing import NDArray
+
+from score.clip import ClipReward
 
 SCALE = 26.0  # what flow_grpo divides by, so that usual images lie somewhat below 1
 
 
-class PickScore:
+class PickScore(ClipReward):
     """Preference of frames for a prompt: learned scale times cosine of the embeddings (Kirstain et al., 2023).
 
     score        mean over frames spread evenly over the video; about 18 to 23 with the released model
@@ -24,26 +25,9 @@ class PickScore:
     name = "pickscore"
     version = "1"
     components = ("score", "normalised", "lowest")
-    neutral = ("device",)
 
-    def __init__(self, model: str, processor: str = "", frames: int = 4, device: str = "auto") -> None:
-        """Options as those of the reward `clip`."""
-        self.frames = positive("pickscore", "frames", frames)
-        self.embedder = load_embedder(model, processor or model, device)
-
-    def __call__(self, videos: Sequence[Video]) -> list[Scored]:
-        """Preferences of every video for its prompt."""
-        return [self.judge(video) for video in videos]
-
-    def judge(self, video: Video) -> Scored:
-        """One video at a time: its numbers must not depend on its neighbours."""
-        numbers = spread(len(video.frames), self.frames)
-        cosines = self.embedder.images(video.frames[numbers]) @ self.embedder.text(video.prompt)
-        scores = self.embedder.scale * cosines
+    def values(self, frames: NDArray[np.uint8], prompt: str) -> Mapping[str, float]:
+        """Preference of the frames for the prompt."""
+        scores = self.embedder.scale * self.cosines(frames, prompt)
         mean = float(scores.mean())
-        return Scored({"score": mean, "normalised": mean / SCALE, "lowest": float(scores.min())}, frames=numbers)
-
-    @staticmethod
-    def identity(options: Mapping[str, Any]) -> dict[str, str]:
-        """Digests of model and processor. Raises UserError for folders that hold none."""
-        return model_identity(options)
+        return {"score": mean, "normalised": mean / SCALE, "lowest": float(scores.min())}

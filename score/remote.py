@@ -30,7 +30,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from numpy.typing import NDArray
 
-from score.clip import positive, spread
+from score.frames import positive, spread
 from score.reward import Scored, Video
 from shards.errors import UserError
 from shards.video import encode_mp4

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from score import tables, work
 from score.reward import Chosen, Scored
-from shards import sidecar
+from shards import claims, sidecar
 from shards.errors import RunFailed, StillBusy, UserError
 from shards.files import read_json
-from shards.run import Run, Stage, claim
+from shards.run import Run, Stage
+from shards.signals import check, stopping
+from shards.world import world_size
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 JOB_BYTES = 64 * 2**20  # of decoded video; bounds the memory of a worker
 JOB_SAMPLES = 32
+LOOK_EVERY = 2.0  # seconds between two counts of what other workers have scored
+AGAIN = "`rushes rollout` samples them"
 AHEAD = 2  # shards whose jobs are queued, so that no worker waits while another ends a shard
 
 
@@ -42,6 +46,8 @@ class ScoreReport:
     advantages: str
     summary: dict[str, Any] | None
     advantages_written: bool
+    waited: float = 0.0
+    """Seconds of those spent waiting for others."""
 
     @property
     def nothing_done(self) -> bool:
@@ -65,27 +71,39 @@ def score(
     advantages_only: bool = False,
     progress: Progress | None = None,
     worker: tuple[int, int] = (0, 1),
+    wait: bool = False,
+    advantages: bool = True,
 ) -> ScoreReport:
     """Score the shards of `stage` that are sampled and have no scores yet; when all have them, write the advantages.
 
-    `rewards` (name -> weight) replaces [score].rewards. `advantages_only` loads no model and needs all scores. `worker`
-    (i, n) takes every n-th shard beginning with i. Raises UserError for a wrong reward or a stage without a plan,
-    RunFailed when too many rewards are missing, StillBusy when others sample or score what is left.
+    `rewards` (name -> weight) replaces [score].rewards. `advantages_only` loads no model and needs all scores. Worker
+    (i, n) begins with the shards i, i+n, … and goes on with what others have not claimed; with `wait` it stays until
+    all is sampled and scored, as long as somebody works on that. Without `advantages` it leaves them to another worker.
+    Raises UserError for a wrong reward or a stage without a plan, RunFailed when too many rewards are missing,
+    StillBusy when there was nothing to do but others sample or score what is left.
     """
     start, config = time.monotonic(), run.config.score
     plan = stage.plan()
     if plan is None:
         raise UserError(f"{stage.path} has no plan.json, so there is nothing to score", "`rushes rollout` comes first")
     selection = tables.select(config, rewards)
-    outcome = Outcome()
-    if not advantages_only:
-        shards = [shard for shard in stage.shards() if shard % worker[1] == worker[0]]
-        scoring = Scoring(stage, plan, selection.scorers, config.max_missing, config.workers, progress)
-        outcome = scoring.score(shards)
-    pending = [shard for shard in range(stage.expected()) if not _complete(stage, shard, selection)]
+    scoring = Scoring(run, stage, plan, selection.scorers, progress, worker)
+    outcome = scoring.outcome if advantages_only else scoring.score(claims.order(stage.shards(), worker))
+    pending = _pending(stage, list(range(stage.expected())), selection)
+    pause = claims.Pause(scoring.seconds / claims.BEATS)
+    while pending and not advantages_only and scoring.stays(pending, wait):
+        scoring.tell()
+        check(f"in {stage.name} score, which waited for others")
+        pause()
+        scoring.score([shard for shard in claims.order(pending, worker) if stage.is_committed(shard)])
+        pending = _pending(stage, pending, selection)
+    if pause.waited:
+        scoring.looked = -LOOK_EVERY
+        scoring.tell()
+    claims.sweep_claims(stage, "score", scoring.seconds)
     summary, written = None, False
     if not pending:
-        summary, written = _advantages(stage, selection, config.max_missing)
+        summary, written = _advantages(stage, selection, config.max_missing) if advantages else (None, False)
     elif advantages_only:
         raise UserError(
             f"{stage.path}: {_shards(pending)} not sampled or not scored",
@@ -103,7 +121,12 @@ def score(
         advantages=selection.digest,
         summary=summary,
         advantages_written=written,
+        waited=pause.waited,
     )
+
+
+def _pending(stage: Stage, shards: list[int], selection: tables.Selection) -> list[int]:
+    return [shard for shard in shards if not _complete(stage, shard, selection)]
 
 
 def _complete(stage: Stage, shard: int, selection: tables.Selection) -> bool:
@@ -143,8 +166,14 @@ class _InFlight:
     shard: int
     rewards: tuple[Chosen, ...]
     keys: list[str]
-    jobs: list[Future[dict[str, list[Scored]]]]
+    jobs: list[Future[work.Judged]]
     release: Callable[[], None]
+
+    def cost(self, directory: str) -> dict[str, str]:
+        """What the scores of one reward took when all jobs are done: seconds of all processes together, peak memory."""
+        done = [job.result() for job in self.jobs]
+        seconds, peak = sum(one.seconds[directory] for one in done), max(one.peak_memory_bytes for one in done)
+        return {"seconds": f"{seconds:.3f}", "peak_memory_bytes": str(peak)}
 
 
 class Scoring:
@@ -152,22 +181,26 @@ class Scoring:
 
     def __init__(
         self,
+        run: Run,
         stage: Stage,
         plan: Mapping[str, Any],
         scorers: list[Chosen],
-        max_missing: float,
-        workers: int,
         progress: Progress | None,
+        worker: tuple[int, int],
     ) -> None:
-        self.stage, self.scorers, self.workers, self.progress = stage, scorers, workers, progress
-        self.max_missing = max_missing
+        self.stage, self.scorers, self.progress, self.worker = stage, scorers, progress, worker
+        self.workers, self.max_missing = run.config.score.workers, run.config.score.max_missing
+        self.seconds = run.config.workers.claim_seconds
         video = plan["video"]
         size = 3 * int(video["height"]) * int(video["width"]) * int(video["frames"])
         self.per_job = max(1, min(JOB_SAMPLES, JOB_BYTES // size))
         self.outcome = Outcome()
         self.reasons: list[str] = []
-        self.held: list[tuple[int, dict[str, pd.DataFrame]]] = []
-        self.finished, self.total = 0, 0
+        self.held: list[tuple[_InFlight, dict[str, pd.DataFrame]]] = []
+        self.finished, self.total, self.missing = 0, 0, set[int]()
+        self.last_life = time.monotonic()
+        self.mine: set[int] = set()
+        self.elsewhere, self.looked = 0, -LOOK_EVERY
 
     def score(self, shards: list[int]) -> Outcome:
         """Score what is missing of `shards`.
@@ -176,20 +209,26 @@ class Scoring:
         mended (a disk, a service) must not be written down as a fact.
         """
         todo = [shard for shard in shards if self._lacking(shard)]
-        self.outcome.skipped = [shard for shard in shards if shard not in set(todo)]
-        self.total = sum(len(self.stage.keys(shard)) for shard in todo)
+        if not self.missing:
+            self.outcome.skipped = sorted(set(shards) - set(todo))
+        self.total += sum(len(self.stage.keys(shard)) for shard in set(todo) - self.missing)
+        self.missing.update(todo)
         flying: deque[_InFlight] = deque()
-        pool = work.executor(self.workers)
-        with ExitStack() as claims:
+        # the ranks of torchrun are the processes then; the jobs stay as large as they are, and so do their batches
+        pool = work.executor(self.workers if world_size() == 1 else 1)
+        ahead = 0 if isinstance(pool, work.Inline) else AHEAD  # to hold shards would only keep them from others
+        with ExitStack() as taken:
             try:
-                for flight in self._take_off(todo, pool, claims):
+                for flight in self._take_off(todo, pool, taken):
                     flying.append(flight)
-                    if len(flying) > AHEAD:
+                    if len(flying) > ahead:
                         self._land(flying.popleft())
                 while flying:
                     self._land(flying.popleft())
+                self._publish_held()
             except BrokenProcessPool as error:
                 work.discard_executors()
+                check(f"in {self.stage.name} score")  # it may have reached the processes too
                 raise RunFailed(
                     f"a scoring process died while it scored {self.stage.path}",
                     "often memory: lower [score].workers; what was scored is kept",
@@ -197,23 +236,48 @@ class Scoring:
             except BaseException:
                 work.discard_executors()
                 raise
-        for shard, held in self.held:
-            self._publish(shard, held)
+        check(f"in {self.stage.name} score")
         return self.outcome
+
+    def stays(self, pending: list[int], wait: bool) -> bool:
+        """Whether to look again at shards that are not done: because they may come free, or to wait for them.
+
+        Waiting ends with StillBusy when nobody has worked on this stage for the time that makes a claim void.
+        """
+        found = {(one.shard, one.what): claims.life(one, self.seconds) for one in claims.claims(self.stage)}
+        mine = [found.get((shard, "score"), "gone") for shard in pending if self.stage.is_committed(shard)]
+        if not wait:
+            return any(state != "alive" for state in mine)
+        if mine or any(state in ("alive", "silent") for state in found.values()):
+            self.last_life = time.monotonic()
+        if time.monotonic() - self.last_life > self.seconds:
+            raise StillBusy(f"{self.stage.path}: {_shards(pending)} not sampled, and nobody samples", AGAIN)
+        return True
+
+    def _publish_held(self) -> None:
+        """Tables with missing rewards, if those are not too many of what was scored here."""
+        tables.check_missing(self.reasons, self.outcome.samples, self.max_missing, self.stage)
+        while self.held:
+            flight, found = self.held.pop(0)
+            self._publish(flight, found)
+            flight.release()
 
     def _lacking(self, shard: int) -> tuple[Chosen, ...]:
         return tuple(one for one in self.scorers if not sidecar.scored(self.stage, shard, one.directory))
 
-    def _take_off(self, shards: list[int], pool: Executor, claims: ExitStack) -> Iterator[_InFlight]:
+    def _take_off(self, shards: list[int], pool: Executor, taken: ExitStack) -> Iterator[_InFlight]:
         """Claim shards and hand out their jobs; a shard that another worker holds is left to it."""
         for shard in shards:
+            if stopping():
+                return
             claimed = ExitStack()
-            claims.callback(claimed.close)
-            held = claimed.enter_context(claim(self.stage, shard, "score"))
+            taken.callback(claimed.close)
+            held = claimed.enter_context(claims.claim(self.stage, shard, "score", self.seconds, self.worker))
             rewards = self._lacking(shard) if held else ()
             if not rewards:
                 claimed.close()
                 continue
+            self.mine.add(shard)
             keys = self.stage.keys(shard)
             size = min(self.per_job, math.ceil(len(keys) / self.workers))
             parts = [tuple(keys[first : first + size]) for first in range(0, len(keys), size)]
@@ -223,9 +287,10 @@ class Scoring:
     def _land(self, flight: _InFlight) -> None:
         scored: dict[str, list[Scored]] = {one.directory: [] for one in flight.rewards}
         for job in flight.jobs:
-            for directory, part in job.result().items():
+            for directory, part in job.result().scored.items():
                 scored[directory].extend(part)
-            self._report(len(part))
+            self.finished += len(part)
+            self.tell()
         found = {one.directory: tables.score_table(one, flight.keys, scored[one.directory]) for one in flight.rewards}
         reasons = _first_reasons(found)
         self.reasons += reasons
@@ -233,21 +298,34 @@ class Scoring:
         self.outcome.missing += len(reasons)
         tables.check_missing(self.reasons, self.total, self.max_missing, self.stage)
         if reasons:
-            self.held.append((flight.shard, found))
+            self.held.append((flight, found))
         else:
-            self._publish(flight.shard, found)
-        flight.release()
+            self._publish(flight, found)
+            flight.release()
 
-    def _report(self, count: int) -> None:
-        self.finished += count
+    def tell(self) -> None:
+        """Report the progress of the whole stage: where there are several workers, what others scored counts too."""
         if self.progress:
-            self.progress(self.finished, self.total, "samples")
+            self.progress(min(self.finished + self._others(), self.total), self.total, "samples")
 
-    def _publish(self, shard: int, found: Mapping[str, pd.DataFrame]) -> None:
+    def _others(self) -> int:
+        """Samples that other workers have scored since we began, from the files they left."""
+        if self.worker[1] > 1 and time.monotonic() - self.looked >= LOOK_EVERY:
+            theirs = [
+                shard
+                for shard in self.missing - self.mine
+                if all(self.stage.score_path(one.directory, shard).exists() for one in self.scorers)
+            ]
+            self.elsewhere = sum(len(self.stage.keys(shard)) for shard in theirs)
+            self.looked = time.monotonic()
+        return self.elsewhere
+
+    def _publish(self, flight: _InFlight, found: Mapping[str, pd.DataFrame]) -> None:
         provenance = {one.directory: tables.provenance(one) for one in self.scorers}
         for directory, table in found.items():
-            sidecar.write_scores(self.stage, shard, directory, table, provenance[directory])
-        self.outcome.done.append(shard)
+            kv = provenance[directory] | flight.cost(directory)
+            sidecar.write_scores(self.stage, flight.shard, directory, table, kv)
+        self.outcome.done.append(flight.shard)
 
 
 def _first_reasons(found: Mapping[str, pd.DataFrame]) -> list[str]:

@@ -9,6 +9,7 @@ import math
 import multiprocessing
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -18,6 +19,8 @@ from score.reward import Chosen, Reward, Scored, Video
 from shards.errors import UserError
 from shards.reader import Shard, open_shard
 from shards.run import Stage
+from shards.signals import leave_to_parent
+from shards.usage import peak_memory_bytes
 from shards.video import decode_mp4
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENCV_FOR_THREADS_NUM": "1"}
@@ -34,14 +37,28 @@ class Job:
     rewards: tuple[Chosen, ...]
 
 
-def score_job(job: Job) -> dict[str, list[Scored]]:
-    """Scores of the job's samples in the order of its keys, by scorer directory.
+@dataclass(frozen=True)
+class Judged:
+    """Scores of a job's samples in the order of its keys and the seconds they took, by scorer directory."""
+
+    scored: dict[str, list[Scored]]
+    seconds: dict[str, float]
+    peak_memory_bytes: int
+
+
+def score_job(job: Job) -> Judged:
+    """What the rewards of a job say.
 
     Raises UserError when the shard is damaged or a reward cannot work at all (weights missing).
     """
     with open_shard(job.stage, job.shard) as shard:
         videos = [_video(shard, key) for key in job.keys]
-    return {chosen.directory: _score(chosen, videos) for chosen in job.rewards}
+    scored, seconds = {}, {}
+    for chosen in job.rewards:
+        began = time.monotonic()
+        scored[chosen.directory] = _score(chosen, videos)
+        seconds[chosen.directory] = time.monotonic() - began
+    return Judged(scored, seconds, peak_memory_bytes())
 
 
 def _video(shard: Shard, key: str) -> Video | str:
@@ -146,6 +163,7 @@ def start_worker() -> None:
 
     Several threads per process spin while they wait and slow each other down on a busy machine; processes do not.
     """
+    leave_to_parent()
     os.environ.update(ONE_THREAD)
     keep_memory()
     threading.Thread(target=_end_with_parent, daemon=True).start()

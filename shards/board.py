@@ -1,25 +1,29 @@
-"""Rewards for TensorBoard: one event file in RUN/report/tensorboard, beside those that training writes."""
+"""Rewards and clips for TensorBoard, in one event file beside those that training writes, and for Weights & Biases."""
 
 from __future__ import annotations
 
 import io
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from shards import report_data
+from shards import board_clips, report_data
+from shards.errors import UserError
 from shards.files import publish_replace
 from shards.report_data import Facts
 from shards.run import Run
 
 NAME = "events.out.tfevents.0000000000.rushes"  # TensorBoard asks for this beginning
+RGB = 3
 
 
 def write_board(run: Run) -> Path:
-    """Write mean, spread and components of the rewards and the guards by iteration; returns the folder.
+    """Write curves and clips by iteration to RUN/report/tensorboard; returns the folder.
 
-    `tensorboard --logdir RUN` shows them beside the metrics of training. Tags are `training/…` and `held out/…`. The
-    file is made again from the tables each time. Raises UserError when the run holds no shard.
+    `tensorboard --logdir RUN` shows them beside the metrics of training. Tags are `training/…` and `held out/…`; clips
+    are animated GIFs among the images. The file is made again each time. Raises UserError when the run holds no shard.
     """
+    from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.summary.writer.record_writer import RecordWriter
 
     facts = report_data.gather(run)
@@ -27,11 +31,40 @@ def write_board(run: Run) -> Path:
     writer = RecordWriter(sink)
     writer.write(_event(file_version="brain.Event:2"))
     for tag, iteration, value in scalars(facts):
-        when = _time(facts, tag, iteration)
-        writer.write(_event(tag=tag, step=iteration, value=value, wall_time=when))
+        writer.write(_shown(facts, iteration, Summary.Value(tag=tag, simple_value=value)))
+    for clip in board_clips.clips(facts):
+        data, width, height = board_clips.gif(clip.video, run.config.rollout.fps)
+        image = Summary.Image(width=width, height=height, colorspace=RGB, encoded_image_string=data)
+        writer.write(_shown(facts, clip.iteration, Summary.Value(tag=f"{clip.tag} clip", image=image)))
     folder = run.path / "report" / "tensorboard"
     publish_replace(folder / NAME, sink.getvalue())
     return folder
+
+
+def send_wandb(run: Run, project: str = "rushes") -> str:
+    """Log curves and clips to Weights & Biases as one run named after the folder; returns where it went.
+
+    Its own variables say how, WANDB_MODE=offline among them; nothing is sent unless this is called. The same folder is
+    always the same run there, so a later call goes on where the last one ended. Raises UserError without the package.
+    """
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("Weights & Biases is not installed", "pip install wandb, or use --tensorboard") from None
+    facts = report_data.gather(run)
+    steps: dict[int, dict[str, Any]] = defaultdict(dict)
+    for tag, iteration, value in scalars(facts):
+        steps[iteration][tag] = value
+    for clip in board_clips.clips(facts):
+        video = wandb.Video(io.BytesIO(clip.video), caption=clip.caption, format="mp4")
+        steps[clip.iteration][f"{clip.tag} clip"] = video
+    folder = run.path / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    name = run.path.resolve().name
+    with wandb.init(project=project, id=name, name=name, resume="allow", dir=folder) as session:
+        for iteration in sorted(steps):
+            session.log(steps[iteration], step=iteration)
+        return str(session.url or session.dir)
 
 
 def scalars(facts: Facts) -> list[tuple[str, int, float]]:
@@ -47,23 +80,17 @@ def scalars(facts: Facts) -> list[tuple[str, int, float]]:
     return found
 
 
-def _time(facts: Facts, tag: str, iteration: int) -> float:
-    """When the stage was sampled, in seconds since 1970: TensorBoard's other axis."""
-    name = f"eval/iter-{iteration:04d}" if tag.startswith("held out") else f"iter-{iteration:04d}"
-    stage = facts.stages[name]
-    return stage.manifest_path(stage.shards()[-1]).stat().st_mtime
-
-
-def _event(
-    *, tag: str = "", step: int = 0, value: float = 0.0, wall_time: float = 0.0, file_version: str = ""
-) -> bytes:
-    from tensorboard.compat.proto.event_pb2 import Event
+def _shown(facts: Facts, iteration: int, value: Any) -> bytes:
+    """An event with one value; its time is that of the shards it speaks of, TensorBoard's other axis."""
     from tensorboard.compat.proto.summary_pb2 import Summary
 
-    if file_version:
-        event: Any = Event(file_version=file_version)
-    else:
-        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
-        event = Event(step=step, wall_time=wall_time, summary=summary)
-    data: bytes = event.SerializeToString()
+    stage = facts.stage("eval" if value.tag.startswith("held out") else "rollout", iteration)
+    when = stage.manifest_path(stage.shards()[-1]).stat().st_mtime
+    return _event(step=iteration, wall_time=when, summary=Summary(value=[value]))
+
+
+def _event(**fields: Any) -> bytes:
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    data: bytes = Event(**fields).SerializeToString()
     return data

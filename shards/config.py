@@ -18,7 +18,7 @@ from shards.errors import UserError
 SCHEMA = 1
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-Law = Literal["ode", "flow-sde", "dance-sde", "wan-sde", "cps", "dpm-sde", "dpm-sde-2m"]
+Law = Literal["ode", "flow-sde", "dance-sde", "wan-sde", "cps", "cps-unnormalised", "dpm-sde", "dpm-sde-2m"]
 Form = Literal["exact", "euler-maruyama"]
 Solver = Literal["euler", "dpm-2m"]
 Schedule = Literal["shifted", "unipc", "euler"]
@@ -67,7 +67,13 @@ class RolloutConfig(Section):
         2, ge=0, description="stochastic steps of a group on the high-noise expert (or the only one)"
     )
     low_steps: int = Field(1, ge=0, description="stochastic steps of a group on the low-noise expert")
+    window_iterations: int = Field(
+        1, ge=1, description="iterations a progressive window stays where it is (MixGRPO: 25 updates)"
+    )
     first_step: int = Field(1, ge=0, description="first step a window may take; step 0 is nearly pure noise")
+    last_step: int | None = Field(
+        None, ge=0, description="last step a window may take (flow_grpo's fast variant: in the first half)"
+    )
     allow_untrained_expert: bool = Field(False, description="accept a window that never reaches one of two experts")
     same_initial_noise: bool = Field(False, description="one initial noise for all videos of a group")
     guidance_scale: float = Field(4.5, ge=0, description="guidance of the high-noise expert, or the only one")
@@ -78,7 +84,13 @@ class RolloutConfig(Section):
     batch_size: int = Field(
         1, ge=1, description="videos of a group in one forward pass; training replays the same batches"
     )
+    batch_tokens: int | None = Field(
+        None, ge=1, description="most tokens in one forward pass; the plan makes the batch size of it, not batch_size"
+    )
     groups_per_shard: int = Field(1, ge=1, description="groups in one shard; a shard of 0.5 to 2 GB is a good size")
+    ulysses: int = Field(
+        1, ge=1, description="ranks that sample one video together, when one GPU cannot hold it; divides heads and tokens"
+    )
     video_crf: int = Field(
         12, ge=0, le=51, description="H.264 quality of the stored video; above 18 small text suffers"
     )
@@ -131,7 +143,9 @@ class TrainConfig(Section):
     clip_range: float = Field(1e-3, gt=0, description="of the ratio of mean log-probs (LoRA 1e-3, full 1e-4)")
     advantage_clip: float = Field(5.0, gt=0, description="largest absolute advantage (flow_grpo, DanceGRPO)")
     kl: Literal["velocity", "transition"] = Field("velocity", description="distance to the reference, the adapter off")
-    kl_beta: float = Field(0.004, ge=0, description="weight of that distance (flow_grpo)")
+    kl_beta: float = Field(
+        4e-4, ge=0, description="weight of that distance (flow_grpo: 4e-4 of the velocity, 0.004 of a transition)"
+    )
     step_weight: Literal["none", "std", "inverse-gradient"] = Field("none", description="weight of a step in the loss")
     ratio_norm: bool = Field(False, description="RatioNorm of GRPO-Guard: take the mean shift out of the log-ratio")
     nft_beta: float = Field(1.0, gt=0, description="mixing of DiffusionNFT's implicit policies")
@@ -139,17 +153,23 @@ class TrainConfig(Section):
         0.9, ge=0, lt=1, description="decay per update of the weights used for evaluation; 0 turns it off"
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    ulysses: int = Field(
+        1, ge=1, description="ranks that share each token sequence; divides the model's heads and tokens"
+    )
+    replicate: int = Field(1, ge=1, description="copies of the sharded weights (HSDP); 1 shards them over all ranks")
     replay_samples: int = Field(
         8, ge=1, description="transitions of each expert and shard proven before the first update"
     )
     replay_limit: float = Field(
-        1e-5, ge=0, description="largest |log-ratio| the gate accepts on a GPU; on a CPU it is 0"
+        1e-5, ge=0, description="largest |log-ratio| the gate accepts on a GPU or under Ulysses; on a CPU it is 0"
     )
     recompute_log_probs: bool = Field(
         False, description="take old log-probs from this machine, for shards of other hardware"
     )
     max_policy_lag: int = Field(0, ge=0, description="oldest shards accepted, in policies")
     save_every: int = Field(1, ge=1, description="updates between trainer checkpoints")
+    keep_checkpoints: int = Field(2, ge=1, description="trainer checkpoints kept of each expert and iteration")
+    async_checkpoints: bool = Field(True, description="write them beside training; takes a copy of the state in memory")
 
 
 class EvalConfig(Section):
@@ -167,6 +187,14 @@ class EvalConfig(Section):
     ema: bool = Field(True, description="evaluate the averaged weights, when training keeps them")
 
 
+class WorkersConfig(Section):
+    """[workers]: how processes that share a run directory keep out of each other's way."""
+
+    claim_seconds: float = Field(
+        60.0, ge=0, description="s without a sign of life after which a shard is taken from its worker; 0: no claims"
+    )
+
+
 class RunConfig(Section):
     """The whole of `run.toml`."""
 
@@ -177,6 +205,7 @@ class RunConfig(Section):
     score: ScoreConfig = ScoreConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
+    workers: WorkersConfig = WorkersConfig()
 
 
 # --- Reading and writing run.toml ------------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ class UserError(Exception):
     """
 
     exit_code = 2
+    told = False
+    """True on a rank that must end quietly because another one says the same."""
 
     def __init__(self, problem: str, hint: str = "") -> None:
         super().__init__(problem)
@@ -30,3 +32,19 @@ class StillBusy(UserError):
     """Nothing is left to claim, but other workers have not finished."""
 
     exit_code = 75
+
+
+class NothingLeft(UserError):
+    """A worker came too late: everything is done, and it did nothing."""
+
+    exit_code = 3
+
+
+class Stopped(UserError):
+    """A signal asked for the end; what was in work is finished and kept, and the same command goes on from there."""
+
+    exit_code = 75
+
+    def __init__(self, problem: str, hint: str = "", exit_code: int = 75) -> None:
+        super().__init__(problem, hint)
+        self.exit_code = exit_code

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import itertools
 import json
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from shards.errors import RunFailed, UserError
+from shards.locks import flock, is_still, name_new, open_creating
+from shards.urls import url_of, working_copy
 
 Buffer = bytes | bytearray | memoryview
 TEMPORARY = ".tmp-"  # Arrow, pandas and our own listings skip names that begin with a dot
@@ -28,24 +29,32 @@ def publish_new(path: str | Path, data: Buffer | Iterable[Buffer]) -> bool:
 
     The file is written aside, synced and hard-linked to its name, so that it is complete from the moment it can be
     seen, and the first of several writers wins. When the name is taken at the start, `data` is not even read.
+    In the working copy of a run at a URL the store decides: the file is put there first, and the loser of a race finds
+    the winner's bytes under `path`.
     Raises RunFailed when the disk is full or broken; nothing is left behind then.
     """
-    path = Path(path)
+    path = working_copy(path)
     if os.path.lexists(path):
         return False
-    with _written_aside(path, data) as temporary, _disk_errors(path):
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            # NFS may repeat a link request whose answer was lost: two names mean that the first one was ours
-            return os.stat(temporary).st_nlink == 2
-    return True
+    with _written_aside(path, data) as temporary:
+        if url_of(path):
+            from shards import mirror
+
+            return mirror.publish_new(temporary, path)
+        with _disk_errors(path):
+            return name_new(temporary, path)
 
 
 def publish_replace(path: str | Path, data: Buffer | Iterable[Buffer]) -> None:
     """Write `data` under `path` in place of what was there; the last writer wins. Raises as publish_new does."""
-    with _written_aside(Path(path), data) as temporary, _disk_errors(path):
-        os.replace(temporary, path)
+    path = working_copy(path)
+    with _written_aside(path, data) as temporary:
+        if url_of(path):
+            from shards import mirror
+
+            mirror.put(temporary, path)
+        with _disk_errors(path):
+            os.replace(temporary, path)
 
 
 def sweep_temporary(directory: str | Path) -> int:
@@ -117,51 +126,26 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[bool]:
-    """Hold the advisory lock file `path`; yields False at once when somebody else holds it.
-
-    The file is removed at release. Where the file system has no locks this yields True: locks only save double work.
-    """
-    handle = _lock_handle(path)
-    if handle is None:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(path)
-        os.close(handle)
-
-
-def _lock_handle(path: Path) -> int | None:
-    while True:
-        handle = _open_creating(path, os.O_RDWR | os.O_CREAT)
-        try:
-            if not _flock(handle, wait=False):
-                os.close(handle)
-                return None
-        except OSError:  # no locks on this file system
-            return handle
-        if _is_still(path, handle):
-            return handle
-        os.close(handle)  # the holder before us removed the name between our open and our lock
-
-
-@contextmanager
-def _written_aside(path: Path, data: Buffer | Iterable[Buffer]) -> Iterator[Path]:
-    """A synced private file beside `path`; its private name is gone in the end whatever happens."""
+def aside(path: Path) -> Iterator[tuple[Path, int]]:
+    """An empty private file beside `path` and its descriptor; the private name is gone in the end whatever happens."""
     with _disk_errors(path):
         temporary, handle = _create_temporary(path)
     try:
-        _write(handle, data, path)
-        with _disk_errors(path):
-            os.fsync(handle)
-        yield temporary
+        yield temporary, handle
     finally:  # one place for every outcome: a private file left on a full disk would keep it full
         with suppress(FileNotFoundError):  # os.replace took it
             os.unlink(temporary)
         os.close(handle)
+
+
+@contextmanager
+def _written_aside(path: Path, data: Buffer | Iterable[Buffer]) -> Iterator[Path]:
+    """A synced private file beside `path` with its content."""
+    with aside(path) as (temporary, handle):
+        _write(handle, data, path)
+        with _disk_errors(path):
+            os.fsync(handle)
+        yield temporary
     with _disk_errors(path):
         sync(path.parent)
 
@@ -171,36 +155,12 @@ def _create_temporary(path: Path) -> tuple[Path, int]:
     while True:
         unique = f"{TEMPORARY}{socket.gethostname()[:40]}-{os.getpid()}-{uuid.uuid4().hex[:8]}-{path.name}"
         temporary = path.with_name(unique)
-        handle = _open_creating(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        handle = open_creating(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         with suppress(OSError):  # no locks on this file system: then nothing is ever swept either
-            _flock(handle, wait=True)
-        if _is_still(temporary, handle):
+            flock(handle, wait=True)
+        if is_still(temporary, handle):
             return temporary, handle
         os.close(handle)
-
-
-def _open_creating(path: Path, flags: int) -> int:
-    """Open a file, making its directory; another worker may remove that directory while it is empty."""
-    for _ in range(100):
-        os.makedirs(path.parent, exist_ok=True)
-        with suppress(FileNotFoundError):
-            return os.open(path, flags | os.O_CLOEXEC, 0o644)
-    raise FileNotFoundError(errno.ENOENT, "its directory vanishes again and again", str(path))
-
-
-def _is_still(path: Path, handle: int) -> bool:
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(handle))
-    except FileNotFoundError:
-        return False
-
-
-def _flock(handle: int, *, wait: bool) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    return True
 
 
 def is_abandoned(path: Path, *, remove: bool = False) -> bool:
@@ -210,7 +170,7 @@ def is_abandoned(path: Path, *, remove: bool = False) -> bool:
     except OSError:
         return False
     try:
-        if not _flock(handle, wait=False):
+        if not flock(handle, wait=False):
             return False
         if remove:
             os.unlink(path)

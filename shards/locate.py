@@ -7,8 +7,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from shards import mirror
 from shards.errors import UserError
 from shards.run import Run, Stage
+from shards.urls import is_url, shown, url_of, working_copy
 
 
 @dataclass(frozen=True)
@@ -22,9 +24,9 @@ class Place:
 
 def locate(path: str | Path) -> Place:
     """Find out what `path` is. Raises UserError when it is neither a run, nor a stage, nor a shard."""
-    path = Path(path)
-    if not os.path.lexists(path):
-        raise UserError(f"{path} does not exist", "give a run, an iteration of it, or a shard")
+    path = _here(path) if is_url(path) else Path(path)
+    if not os.path.lexists(path) and not (path.suffix == ".tar" and url_of(path) and mirror.exists(path)):
+        raise UserError(f"{shown(str(path))} does not exist", "give a run, an iteration of it, or a shard")
     if path.suffix == ".tar":
         return _shard(path)
     absolute = path.resolve()
@@ -37,6 +39,19 @@ def locate(path: str | Path) -> Place:
     if not stages and not run.config_path.exists():
         raise UserError(f"{path} is neither a run, nor a stage, nor a shard", "give a folder that holds run.toml")
     return Place(tuple(stages))
+
+
+def _here(url: str | Path) -> Path:
+    """The working copy of a run, stage or shard at a URL, up to date."""
+    path = working_copy(url)
+    if path.suffix != ".tar":
+        mirror.pull(path)
+        mirror.settle(path)
+    elif place := _shard(path).stages:
+        mirror.pull(place[0].path)
+    else:
+        mirror.look(path)
+    return path
 
 
 def _shard(path: Path) -> Place:

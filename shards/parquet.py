@@ -23,6 +23,17 @@ def encode(table: pyarrow.Table, kv: dict[str, str]) -> bytes:
     return sink.getvalue()
 
 
+def metadata(path: str | Path, hint: str) -> dict[str, str]:
+    """The metadata of a Parquet file, its rows not read. Raises Damaged as `read`."""
+    import pyarrow
+
+    try:
+        with _open(path) as file:
+            return _texts(file.schema_arrow)
+    except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise Damaged(f"{path}: {_reason(error)}", hint) from error
+
+
 def read(path: str | Path, hint: str) -> tuple[pyarrow.Table, dict[str, str]]:
     """Table and metadata of a Parquet file. Raises Damaged with `hint` when it is missing, cut or altered."""
     import pyarrow
@@ -30,10 +41,14 @@ def read(path: str | Path, hint: str) -> tuple[pyarrow.Table, dict[str, str]]:
     try:
         with _open(path) as file:
             table = file.read(use_threads=False)
-        kv = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+        kv = _texts(table.schema)
     except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise Damaged(f"{path}: {_reason(error)}", hint) from error
     return table.replace_schema_metadata(None), kv
+
+
+def _texts(schema: pyarrow.Schema) -> dict[str, str]:
+    return {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
 
 
 def _open(path: str | Path) -> Any:

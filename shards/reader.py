@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 import weakref
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from shards import index, tensors
+from shards import index, mirror, tensors
 from shards.errors import UserError
 from shards.files import read_json
 from shards.run import SCHEMA, Stage
-from shards.tar import BLOCK, EXTENSIONS, REPAIR, SAMPLE_NAME, Damaged, group_name, header
+from shards.source import open_source, open_tar
+from shards.tar import EXTENSIONS, REPAIR, SAMPLE_NAME, Damaged, group_name, header
 
 if TYPE_CHECKING:
     import pandas
     import pyarrow
     import torch
     import webdataset
+
+T = TypeVar("T")
 
 
 def open_shard(stage: Stage, shard: int) -> Shard:
@@ -41,8 +43,8 @@ class Shard:
         self.manifest = read_manifest(stage, shard)
         self._table = checked_index(stage, shard, self.manifest)
         self._rows = {row["key"]: row for row in self._table.to_pylist()}
-        self._handle = open_tar(stage, shard, self.manifest)
-        self._close = weakref.finalize(self, os.close, self._handle)
+        self._source = open_source(stage, shard, self.manifest)
+        self._close = weakref.finalize(self, self._source.close)
 
     def __enter__(self) -> Shard:
         return self
@@ -86,10 +88,7 @@ class Shard:
 
     def trajectory(self, key: str) -> dict[str, torch.Tensor]:
         """All tensors of a sample: latents [M, C, F, H, W] and what README.md lists beside them. Raises Damaged."""
-        row, name = self.row(key), f"{key}.traj.safetensors"
-        payload = self._read(name, row["traj_offset"], row["traj_bytes"])
-        self._check(name, memoryview(payload)[: row["traj_header_bytes"]], row["traj_header_crc32"])
-        return tensors.decode(payload, f"{self.path}: {name}")
+        return self._again(self._trajectory, key)
 
     def group(self, group: str) -> dict[str, torch.Tensor]:
         """Tensors shared by a group: prompt [L, D], negative [Ln, D], …. Raises UserError or Damaged."""
@@ -105,6 +104,15 @@ class Shard:
         A state is a step number: state i is what step i starts from. Neighbours are one read. Raises UserError for a
         state that was not stored and Damaged when a checksum differs.
         """
+        return self._again(self._latents, key, states, out)
+
+    def _trajectory(self, key: str) -> dict[str, torch.Tensor]:
+        row, name = self.row(key), f"{key}.traj.safetensors"
+        payload = self._read(name, row["traj_offset"], row["traj_bytes"])
+        self._check(name, memoryview(payload)[: row["traj_header_bytes"]], row["traj_header_crc32"])
+        return tensors.decode(payload, f"{self.path}: {name}")
+
+    def _latents(self, key: str, states: Sequence[int], out: torch.Tensor | None) -> torch.Tensor:
         import torch
 
         row = self.row(key)
@@ -121,7 +129,7 @@ class Shard:
         size = row["latent_bytes"]
         for first, count in _spans(slots):
             piece = memory[first * size : (first + count) * size]
-            self._fill(piece, row["latents_offset"] + slots[first] * size, key)
+            self._source.fill(piece, row["latents_offset"] + slots[first] * size, size, key)
         for position, slot in enumerate(slots):
             piece = memory[position * size : (position + 1) * size]
             self._check(f"{key}.traj.safetensors, state {states[position]}", piece, row["latent_crc32"][slot])
@@ -134,26 +142,28 @@ class Shard:
         return [row["states"].index(state) for state in states]
 
     def _member(self, name: str, row: dict[str, Any], column: str) -> bytearray:
+        return self._again(self._checked, name, row, column)
+
+    def _checked(self, name: str, row: dict[str, Any], column: str) -> bytearray:
         payload = self._read(name, row[f"{column}_offset"], row[f"{column}_bytes"])
         self._check(name, memoryview(payload), row[f"{column}_crc32"])
         return payload
 
     def _read(self, name: str, offset: int, size: int) -> bytearray:
         """The payload of a member whose tar header, just before it, must be the one we write."""
-        buffer = memoryview(bytearray(BLOCK))
-        self._fill(buffer, offset - BLOCK, name)
-        if bytes(buffer) != header(name, size):
+        found, payload = self._source.member(name, offset, size)
+        if found != header(name, size):
             raise Damaged(f"{self.path}: the tar header of {name} is not where the index says", REPAIR)
-        payload = bytearray(size)
-        self._fill(memoryview(payload), offset, name)
         return payload
 
-    def _fill(self, buffer: memoryview, offset: int, name: str) -> None:
-        while buffer:
-            count = os.preadv(self._handle, [buffer], offset)
-            if not count:
-                raise Damaged(f"{self.path}: cut inside {name}", REPAIR)
-            buffer, offset = buffer[count:], offset + count
+    def _again(self, read: Callable[..., T], *arguments: Any) -> T:
+        """Read; what came damaged over a wire or lay damaged in the cache is forgotten and asked for once more."""
+        try:
+            return read(*arguments)
+        except Damaged:
+            if not self._source.forget():
+                raise
+            return read(*arguments)
 
     def _check(self, name: str, payload: memoryview, crc32: int) -> None:
         if zlib.crc32(payload) != crc32:
@@ -163,7 +173,7 @@ class Shard:
 def read_manifest(stage: Stage, shard: int) -> dict[str, Any]:
     """The commit record of a shard. Raises UserError when there is none, Damaged when it is not one of this shard."""
     path = stage.manifest_path(shard)
-    if not path.exists():
+    if not stage.is_committed(shard):
         raise UserError(f"shard {shard} of {stage.path} is not there", "`rushes rollout` samples what is missing")
     manifest = read_json(path)
     try:
@@ -190,20 +200,6 @@ def checked_index(stage: Stage, shard: int, manifest: dict[str, Any]) -> pyarrow
     if kv.get("shard_sha256") != manifest["tar"]["sha256"]:
         raise Damaged(f"{path}: the index belongs to another tar", REPAIR)
     return table
-
-
-def open_tar(stage: Stage, shard: int, manifest: dict[str, Any]) -> int:
-    """File descriptor of a shard's tar. Raises Damaged when it is missing, a link, or not of the committed size."""
-    path = stage.shard_path(shard)
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError as error:
-        raise Damaged(f"{path}: cannot be opened as a plain file: {error.strerror}", REPAIR) from error
-    found = os.fstat(handle)
-    if not stat.S_ISREG(found.st_mode) or found.st_size != manifest["tar"]["bytes"]:
-        os.close(handle)
-        raise Damaged(f"{path}: has {found.st_size} bytes, committed were {manifest['tar']['bytes']}", REPAIR)
-    return handle
 
 
 def webdataset_pipeline(stage: Stage, shards: Sequence[int] | None = None) -> webdataset.DataPipeline:
@@ -243,6 +239,7 @@ def decode_sample(sample: dict[str, Any]) -> dict[str, Any]:
 
 def _open_tars(stage: Stage, shards: Sequence[int]) -> Iterator[dict[str, Any]]:
     for shard in shards:
+        mirror.look(stage.shard_path(shard))
         with os.fdopen(open_tar(stage, shard, read_manifest(stage, shard)), "rb") as stream:
             yield {"url": str(stage.shard_path(shard)), "stream": stream}
 

@@ -94,7 +94,7 @@ def _tiles(facts: Facts) -> str:
     rollouts = facts.of("rollout")
     seconds = sum(cost.seconds or 0.0 for cost in facts.costs)
     tiles.append(_tile("Iterations", str(rollouts["iteration"].nunique()), f"{len(rollouts)} videos sampled"))
-    tiles.append(_tile("Time recorded", duration(seconds), "sampling and training, all workers added"))
+    tiles.append(_tile("Time recorded", duration(seconds), "sampling, scoring and training, all workers added"))
     return "".join(tiles)
 
 

@@ -50,10 +50,10 @@ class Shelf:
             shard.close()
 
     def _video(self, row: Row) -> bytes:
-        name = f"eval/iter-{row['iteration']:04d}" if row["kind"] == "eval" else f"iter-{row['iteration']:04d}"
-        place = (name, int(row["shard"]))
+        stage = self.facts.stage(row["kind"], row["iteration"])
+        place = (stage.name, int(row["shard"]))
         if place not in self._open:
-            self._open[place] = open_shard(self.facts.stages[name], place[1])
+            self._open[place] = open_shard(stage, place[1])
         return self._open[place].video(row["key"])
 
 

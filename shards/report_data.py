@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from shards import table
+from shards import sidecar, table
 from shards.files import read_json_lines
 from shards.reader import read_manifest
 from shards.report_svg import Point, number
@@ -73,6 +73,10 @@ class Facts:
     def of(self, kind: str) -> pandas.DataFrame:
         """Rows of the rollouts ("rollout") or of the evaluations ("eval")."""
         return self.samples[self.samples["kind"] == kind]
+
+    def stage(self, kind: str, iteration: int) -> Stage:
+        """A stage by what its rows say."""
+        return self.stages[f"{'eval/' if kind == 'eval' else ''}iter-{iteration:04d}"]
 
 
 def gather(run: Run) -> Facts:
@@ -251,6 +255,7 @@ def _costs(stage: Stage, samples: pandas.DataFrame) -> list[Cost]:
     work = "eval" if stage.kind == "eval" else "rollout"
     size = sum(manifest["tar"]["bytes"] for manifest in manifests)
     costs = [Cost(stage.name, work, len(mine), took, size, _peak(infos))]
+    costs += [_scoring_cost(stage, scorer) for scorer in sidecar.scorers(stage)]
     records = read_metrics(stage)
     if records:
         trained = sum(record.get("seconds", 0.0) for record in records)
@@ -258,6 +263,16 @@ def _costs(stage: Stage, samples: pandas.DataFrame) -> list[Cost]:
     return costs
 
 
+def _scoring_cost(stage: Stage, scorer: str) -> Cost:
+    """Time and memory of one reward; tables that do not say what they took leave a gap."""
+    shards = [shard for shard in stage.shards() if stage.score_path(scorer, shard).exists()]
+    records = [sidecar.score_metadata(stage, shard, scorer) for shard in shards]
+    known = all("seconds" in record for record in records)
+    seconds = sum(float(record["seconds"]) for record in records) if known else None
+    videos = sum(len(stage.keys(shard)) for shard in shards)
+    return Cost(stage.name, f"score {scorer.rpartition('-')[0]}", videos, seconds, None, _peak(records))
+
+
 def _peak(records: Sequence[dict[str, Any]]) -> int | None:
-    found = [record["peak_memory_bytes"] for record in records if "peak_memory_bytes" in record]
+    found = [float(record["peak_memory_bytes"]) for record in records if "peak_memory_bytes" in record]
     return int(max(found)) if found else None

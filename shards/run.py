@@ -1,18 +1,19 @@
-"""A run directory: its paths, its configuration, its plans and its claims."""
+"""A run directory: its paths, its configuration and its plans."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from shards import mirror
 from shards.errors import UserError
-from shards.files import locked, publish_new, read_json, sha256_file, to_json
+from shards.files import publish_new, read_json, sha256_file, to_json
+from shards.urls import shown, working_copy
 
 if TYPE_CHECKING:
     from shards.config import RunConfig
@@ -37,22 +38,27 @@ def sample_key(group: str, sample: int) -> str:
 
 
 class Run:
-    """One run directory. Making the object touches no disk; `open` and `create` do."""
+    """One run directory. Making the object touches no disk; `open` and `create` do.
+
+    A run at a URL (s3://bucket/runs/first) has a working copy in the local cache, and `path` is that.
+    """
 
     def __init__(self, path: str | Path, sets: Sequence[str] = ()) -> None:
-        self.path = Path(path)
+        self.path = working_copy(path)
         self.sets = tuple(sets)
 
     @classmethod
     def open(cls, path: str | Path, sets: Sequence[str] = ()) -> Run:
         """A run that exists, with `section.key=value` settings laid over its run.toml for this call alone.
 
-        Raises UserError when `path` is not a run directory.
+        Raises UserError when `path` is not a run directory. A run at a URL is brought up to date here.
         """
         run = cls(path, sets)
+        mirror.pull(run.path)
         if not run.config_path.is_file():
             raise UserError(
-                f"{path} is not a run: it has no run.toml", f"`rushes init {path} --preset words` makes one"
+                f"{shown(str(run.path))} is not a run: it has no run.toml",
+                f"`rushes init {shown(str(run.path))} --preset words` makes one",
             )
         return run
 
@@ -126,7 +132,12 @@ class Stage:
 
     def trained(self) -> bool:
         """Whether training of this iteration has ended, which policy/policy.json decides."""
-        return (self.policy_dir / "policy.json").is_file()
+        return mirror.look(self.policy_dir / "policy.json")
+
+    def fetched_policy(self) -> Path:
+        """policy_dir; the weights of a run at a URL are on this machine then. What training keeps for itself is not."""
+        mirror.fetch(self.policy_dir, lambda name: not mirror.ASIDE.search(name))
+        return self.policy_dir
 
     def shard_path(self, shard: int) -> Path:
         """The tar of a shard."""
@@ -158,7 +169,7 @@ class Stage:
 
     def plan(self) -> dict[str, Any] | None:
         """The plan on disk, or None before there is one. Raises UserError when it is damaged or of another version."""
-        if not self.plan_path.exists():
+        if not mirror.look(self.plan_path):
             return None
         plan = read_json(self.plan_path)
         if plan.get("schema") != SCHEMA:
@@ -190,12 +201,16 @@ class Stage:
         return found
 
     def shards(self) -> list[int]:
-        """Numbers of the committed shards, ascending."""
+        """Numbers of the committed shards, ascending; for a run at a URL those of all machines."""
+        mirror.refresh(self.path / "rollout")
         return _numbers(self.path / "rollout" / "manifest", r"shard-(\d{6})\.json")
 
     def is_committed(self, shard: int) -> bool:
         """Whether the shard exists, which its manifest decides."""
-        return self.manifest_path(shard).exists()
+        path = self.manifest_path(shard)
+        if not path.exists():
+            mirror.refresh(self.path / "rollout")
+        return path.exists()
 
     def expected(self) -> int:
         """Number of shards the plan asks for; 0 before there is a plan."""
@@ -216,16 +231,6 @@ class Stage:
         groups, plan = self.groups(shard), self.plan()
         assert plan is not None
         return [sample_key(group, sample) for group in groups for sample in range(plan["group_size"])]
-
-
-@contextmanager
-def claim(stage: Stage, shard: int, what: str) -> Iterator[bool]:
-    """Claim a piece of work; yields False when another worker holds it. A killed worker's claim ends with it.
-
-    Claims save double work and nothing more: without them two workers still publish the same bytes once.
-    """
-    with locked(stage.path / "work" / f"shard-{shard:06d}.{what}.lock") as held:
-        yield held
 
 
 def _numbers(directory: Path, pattern: str) -> list[int]:

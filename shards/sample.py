@@ -14,6 +14,7 @@ from shards.files import publish_replace
 from shards.locate import locate
 from shards.reader import open_shard
 from shards.run import SAMPLE_KEY, Stage
+from shards.urls import shown
 from shards.video import decode_mp4
 
 EXPERT_NAMES = ("high_noise", "low_noise")
@@ -53,7 +54,7 @@ def describe(path: str | Path, key: str, evaluation: bool = False) -> dict[str, 
     with open_shard(stage, shard) as opened:
         meta = opened.meta(key)
         row = opened.row(key)
-        file = str(opened.path)
+        file = shown(str(opened.path))
     frame = table.samples(stage.path)
     values = {str(name): value for name, value in frame[frame["key"] == key].iloc[0].to_dict().items()}
     scored = {name: value for name, value in values.items() if "." in name}

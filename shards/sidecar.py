@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shards import parquet
+from shards import mirror, parquet
 from shards.errors import UserError
 from shards.files import publish_replace, sweep_temporary
 from shards.reader import checked_index, read_manifest
@@ -55,6 +55,15 @@ def read_scores(stage: Stage, scorer: str, shards: Sequence[int] | None = None) 
     Raises Damaged, naming the file, when one is missing, altered or made for other shards.
     """
     return _read(stage, [(shard, stage.score_path(scorer, shard)) for shard in _chosen(stage, shards)])
+
+
+def score_metadata(stage: Stage, shard: int, scorer: str) -> dict[str, str]:
+    """What a score file says about itself: scorer, version, options, what it took. Empty when there is no such file.
+
+    Raises Damaged when the file cannot be read.
+    """
+    path = stage.score_path(scorer, shard)
+    return parquet.metadata(path, SCORE_AGAIN) if path.exists() else {}
 
 
 def read_advantages(stage: Stage, specification: str, shards: Sequence[int] | None = None) -> pandas.DataFrame:
@@ -196,6 +205,8 @@ def _read(stage: Stage, files: list[tuple[int, Path]]) -> pandas.DataFrame:
 
 def _done(stage: Stage, shard: int, path: Path) -> bool:
     if not path.exists():
+        mirror.refresh(path.parent)
+    if not path.exists():
         return False
     try:
         _, kv = read_table(path)
@@ -209,4 +220,5 @@ def _chosen(stage: Stage, shards: Sequence[int] | None) -> Sequence[int]:
 
 
 def _directories(path: Path) -> list[str]:
+    mirror.refresh(path)
     return sorted(entry.name for entry in path.iterdir() if entry.is_dir()) if path.is_dir() else []

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from shards import index, sidecar
+from shards import index, mirror, sidecar
 from shards.errors import UserError
 from shards.files import TEMPORARY, is_abandoned, read_json, sha256_file
 from shards.locate import locate
 from shards.reader import checked_index, read_manifest
 from shards.run import Run, Stage
 from shards.tar import REPAIR, Damaged
+from shards.urls import is_url, shown, working_copy
 
 if TYPE_CHECKING:
     import pyarrow
@@ -42,6 +43,8 @@ def verify(path: str | Path) -> list[Problem]:
 
     Raises UserError when `path` is none of these. Faults do not raise: an empty list means that all is well.
     """
+    if is_url(path):
+        return _verify_store(path)
     place = locate(path)
     if place.tar is not None:
         return _attempt(scan_tar, Path(path))
@@ -53,6 +56,14 @@ def verify(path: str | Path) -> list[Problem]:
         problems += _attempt(_check_config, root) if (root / "run.toml").exists() else []
         problems += _leftovers(root, recursive=False)
     return problems
+
+
+def _verify_store(url: str | Path) -> list[Problem]:
+    """Everything is fetched anew, the tars one by one, so that it is the store that is verified and not the cache."""
+    with mirror.afresh():
+        locate(url)
+        problems = verify(working_copy(url))
+        return [Problem(one.kind, shown(one.problem), shown(one.hint)) for one in problems]
 
 
 def scan_tar(path: Path) -> list[index.Row]:
@@ -77,6 +88,11 @@ def _stage_problems(stage: Stage) -> Iterator[Problem]:
 
 def _shard_problems(stage: Stage, shard: int) -> Iterator[Problem]:
     """Faults of one shard and of the tables that belong to it."""
+    with mirror.borrowed(stage.shard_path(shard)):
+        yield from _faults(stage, shard)
+
+
+def _faults(stage: Stage, shard: int) -> Iterator[Problem]:
     try:
         manifest = read_manifest(stage, shard)
     except UserError as error:
@@ -227,8 +243,9 @@ def _uncommitted(stage: Stage, committed: list[int]) -> Iterator[Problem]:
 def _policy_problems(stage: Stage) -> Iterator[Problem]:
     """The policy a stage trained: every adapter file that its commit record names."""
     path = stage.policy_dir / "policy.json"
-    if not path.exists():
+    if not stage.trained():
         return
+    stage.fetched_policy()
     record, problems = _result(read_json, path)
     yield from problems
     for name, sha256 in (record or {}).get("adapters", {}).items():

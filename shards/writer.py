@@ -17,6 +17,7 @@ from shards.files import Buffer, publish_new, sha256_file, sweep_temporary, to_j
 from shards.run import GROUP_KEY, SAMPLE_KEY, SCHEMA, Stage
 from shards.tar import END, EXTENSIONS, Damaged, Member, group_name, members, padding, wrap
 from shards.tar import header as tar_header
+from shards.urls import url_of
 
 if TYPE_CHECKING:
     import torch
@@ -198,6 +199,16 @@ class _Assembly:
             yield from self._pass(memoryview(padding(len(buffer))))
         yield from self._pass(memoryview(END))
 
+    def adopt(self, path: Path) -> None:
+        """Take a tar that another machine has put to the store in place of ours. Raises Damaged and RunFailed."""
+        buffer = _map(path)
+        self.rows, self.size = index.scan(buffer, str(path)), len(buffer)
+        self.digest = hashlib.sha256(buffer)
+        for row in self.rows:
+            self._check_origin(buffer, row, path)
+        if [row["key"] for row in self.rows] != self.stage.keys(self.shard):
+            raise RunFailed(f"{path}: its samples are not those of plan.json", f"delete {path} and {AGAIN}")
+
     def _pass(self, data: memoryview) -> Iterator[memoryview]:
         for start in range(0, len(data), HASH_BYTES):
             piece = data[start : start + HASH_BYTES]
@@ -218,7 +229,11 @@ def _publish_tar(stage: Stage, shard: int, assembly: _Assembly) -> None:
     won = publish_new(path, chunks)
     for _ in chunks:  # not consumed when the tar was there: its hash and rows are needed all the same
         pass
-    if not won and sha256_file(path) != assembly.digest.hexdigest():
+    if won or sha256_file(path) == assembly.digest.hexdigest():
+        return
+    if url_of(path):  # of another machine, which has other spools; it may have died before its manifest
+        assembly.adopt(path)
+    else:
         raise RunFailed(
             f"{path} is not what its spool {stage.work_path(shard)} makes, and no manifest vouches for it",
             f"delete {path} and {AGAIN}",

@@ -12,17 +12,20 @@ import torch
 
 from rollout.generate import rollout
 from rollout.policy import Policy
+from rollout.policy_inputs import find_device
 from shards.errors import UserError
 from shards.run import Run
 from tests import training
 
 
 def refused(run: Run, policy: Policy | None = None) -> tuple[str, str]:
-    """Roll out what must be refused; nothing may lie below the iteration directory afterwards."""
+    """Roll out what must be refused; nothing may lie in the run directory afterwards but what `init` wrote."""
+    before = sorted(run.path.rglob("*"))
     with pytest.raises(UserError) as caught:
         rollout(run, run.iteration(0), policy)
     assert caught.value.exit_code == 2
-    assert not list(run.iteration(0).path.glob("**/*"))
+    assert "\n" not in str(caught.value)
+    assert sorted(run.path.rglob("*")) == before
     return caught.value.problem, caught.value.hint
 
 
@@ -47,6 +50,13 @@ def policies(tiny_t2v: Path, tiny_t2v2: Path, tiny_i2v2: Path, tiny_ti2v: Path) 
      "rollout.low_steps=2, but only 0 steps of the low_noise expert can be stochastic "
      "(from rollout.first_step=1 to the last but one of 4)",
      "lower rollout.first_step, take more rollout.steps or another rollout.shift"),
+    ("t2v2", {"last_step": 1},
+     "rollout.low_steps=2, but only 0 steps of the low_noise expert can be stochastic "
+     "(from rollout.first_step=1 to rollout.last_step=1)",
+     "widen rollout.first_step to rollout.last_step, take more rollout.steps or another rollout.shift"),
+    ("t2v", {"batch_tokens": 1},
+     "rollout.batch_tokens = 1, but one video has 2 tokens (16x16, 5 frames)",
+     "take rollout.batch_tokens >= 2, or a smaller or shorter video"),
     ("t2v", {"frames": 8}, "rollout.frames = 8: not 4k+1", "the nearest is 9"),
     ("t2v", {"height": 40}, "rollout.height = 40: not a multiple of 16", "the nearest is 32"),
     ("t2v", {"width": 20}, "rollout.width = 20: not a multiple of 16", "the nearest is 16"),
@@ -135,13 +145,45 @@ def test_a_lora_of_another_base(policies: dict[str, Policy], tiny_t2v2: Path, ti
     )
     from safetensors.torch import load_file, save_file
 
-    (tmp_path / "lora" / "policy.json").unlink()
+    (tmp_path / "lora" / "policy.json").rename(tmp_path / "lora" / "export.json")  # the same, exported
+    assert refused(run) == (
+        f"model.lora: {tmp_path}/lora was trained on another base model than {tiny_t2v2}",
+        f"{tmp_path}/lora/export.json has the fingerprint of its base; name that model in model.path",
+    )
+    (tmp_path / "lora" / "export.json").unlink()
     path = tmp_path / "lora" / "low_noise" / "pytorch_lora_weights.safetensors"
     save_file({name.replace("blocks.1.", "blocks.7."): value for name, value in load_file(path).items()}, path)
     problem, hint = refused(run)
     where = "blocks.7.attn1.to_k.lora_A.weight is [2, 24] there, and here does not exist"
     assert problem == f"{path}: does not fit this model: {where}"
     assert hint == "an adapter of another model"
+
+
+def test_a_lora_of_two_experts_on_one(
+    policies: dict[str, Policy], tiny_t2v: Path, tiny_t2v2: Path, tmp_path: Path
+) -> None:
+    """Its high-noise half alone would fit."""
+    both = Policy.load(tiny_t2v2, device="cpu", text_length=training.TEXT_LENGTH)
+    both.add_lora(2, 4.0, 0)
+    both.save_lora(tmp_path / "lora")
+    run = training.make_run(tmp_path / "run", tiny_t2v, model={"lora": str(tmp_path / "lora")})
+    assert refused(run) == (
+        f"model.lora: {tmp_path}/lora holds adapters of two experts, but {tiny_t2v} has one",
+        "name the model it was trained on in model.path, or the folder of one adapter in model.lora",
+    )
+
+
+def test_bfloat16_on_a_gpu_that_lacks_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No such GPU is at hand, so what torch would say of one is put in its mouth."""
+    answers = {"is_available": True, "device_count": 1, "is_bf16_supported": False, "get_device_name": "Tesla T4"}
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+    with pytest.raises(UserError) as caught:
+        find_device("cuda", "bfloat16")
+    problem = "model.dtype: bfloat16, which Tesla T4 cannot compute"
+    assert (caught.value.problem, caught.value.hint) == (problem, "set model.dtype = float32")
+    with pytest.raises(UserError, match=r"model\.device: cuda:1, but this machine has 1 CUDA devices"):
+        find_device("cuda:1")
 
 
 def test_a_dtype_or_device_that_is_not_there(tiny_t2v: Path, tmp_path: Path) -> None:
@@ -155,3 +197,23 @@ def test_a_dtype_or_device_that_is_not_there(tiny_t2v: Path, tmp_path: Path) -> 
         run = training.make_run(tmp_path / "cuda", tiny_t2v, model={"device": "cuda"})
         problem = "model.device: cuda, but this machine has no CUDA device"
         assert refused(run) == (problem, "set model.device = auto")
+
+
+def test_a_refusal_comes_before_any_weight_is_read(tiny_t2v2: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """What the configurations show is told before gigabytes are loaded, by `rollout` and by `loop`."""
+    import cli
+
+    def forbidden(*_: object, **__: object) -> Policy:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(Policy, "load", forbidden)
+    monkeypatch.setattr(Policy, "of", forbidden)
+    run = training.make_run(tmp_path / "run", tiny_t2v2, guidance_scale_2=None)
+    assert refused(run)[0] == "the model has two experts, but rollout.guidance_scale_2 is not set"
+    with pytest.raises(UserError, match="guidance_scale_2 is not set"):
+        cli.load_policy(run, run.iteration(0))
+    half = training.make_run(tmp_path / "half", tiny_t2v2, model={"dtype": "float16"})
+    with pytest.raises(UserError, match="float16, which a CPU computes badly"):
+        cli.load_policy(half, half.iteration(0))
+    with pytest.raises(AssertionError, match="a model was loaded"):
+        cli.load_policy(run)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
 from shards.errors import RunFailed, UserError
-from train import checkpoint
-from train.checkpoint import TrainerState
+from train import checkpoint, checkpoint_writer
+from train.checkpoint import Checkpoints, TrainerState
 
 
 def make_state(width: int = 4) -> TrainerState:
@@ -37,7 +41,7 @@ def step(state: TrainerState) -> None:
 
 
 def everything(state: TrainerState) -> list[torch.Tensor]:
-    return [value for _, value in sorted(checkpoint._tensors(state).items())]
+    return [value.clone() for _, value in sorted(checkpoint._tensors(state).items())]
 
 
 def same(one: TrainerState, other: TrainerState) -> bool:
@@ -94,6 +98,8 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path) -> Non
     found = checkpoint.latest(tmp_path)
     assert found is not None
     assert found[0] == 1
+    checkpoint.save(tmp_path, state, 2)
+    assert checkpoint.latest(tmp_path) == (2, tmp_path / "update-000002")
 
 
 def test_nothing_on_disk_is_a_pickle(tmp_path: Path) -> None:
@@ -110,14 +116,148 @@ def test_another_model_is_refused_and_left_alone(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, everything(other), strict=True))
 
 
-def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
+@contextmanager
+def full_disk(after: int = 2000) -> Iterator[None]:
+    """No file can grow beyond `after` bytes: writing fails half-way, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (after, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    monkeypatch.setattr(checkpoint.state_dict_saver, "save", full)
-    with pytest.raises(RunFailed, match="No space left on device"):
+
+def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path) -> None:
+    with full_disk(), pytest.raises(RunFailed, match=r"could not be written \(File too large"):
         checkpoint.save(tmp_path / "trainer", make_state(), 1)
     assert list((tmp_path / "trainer").iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "policy").write_text("")
+    with pytest.raises(RunFailed, match="Not a directory"):
+        checkpoint.save(tmp_path / "policy" / "trainer", make_state(), 1)
+
+
+def test_one_flipped_bit_is_found(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, make_state(), 1)
+    file = next(path.glob("*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+    other = make_state(width=4)
+    step(other)
+    before = everything(other)
+    with pytest.raises(UserError, match=f"{file.name} is damaged: its sha256"):
+        checkpoint.load(path, other)
+    assert all(torch.equal(a, b) for a, b in zip(before, everything(other), strict=True))
+
+
+def test_large_states_are_cut_into_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint_writer, "FILE_BYTES", 100)
+    state = make_state()
+    step(state)
+    path = checkpoint.save(tmp_path, state, 1)
+    assert len(list(path.glob("*.safetensors"))) > 3
+    other = make_state(width=4)
+    checkpoint.load(path, other)
+    assert same(state, other)
+
+
+class Held:
+    """Holds the writing thread back until it is let go; counts the writes at work."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.go, self.begun, self.most = threading.Event(), threading.Event(), 0
+        write, at_work = checkpoint_writer.Writer.write_data, []
+
+        def held(writer: checkpoint_writer.Writer, plan: object, planner: object) -> object:
+            at_work.append(writer)
+            self.most = max(self.most, len(at_work))
+            self.begun.set()
+            assert self.go.wait(30)
+            result = write(writer, plan, planner)  # type: ignore[arg-type]
+            at_work.remove(writer)
+            return result
+
+        monkeypatch.setattr(checkpoint_writer.Writer, "write_data", held)
+
+
+def test_training_goes_on_while_a_snapshot_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, state = Held(monkeypatch), make_state()
+    step(state)
+    then = everything(state)
+    with Checkpoints() as checkpoints:
+        checkpoints.save(tmp_path, state, 1)
+        assert held.begun.wait(30)
+        for _ in range(3):
+            step(state)  # in place, on the very tensors that are being written
+        assert checkpoint.latest(tmp_path) is None
+        held.go.set()
+    assert not all(torch.equal(a, b) for a, b in zip(then, everything(state), strict=True))
+    other = make_state()
+    checkpoint.load(tmp_path / "update-000001", other)
+    assert all(torch.equal(a, b) for a, b in zip(then, everything(other), strict=True))
+
+
+def test_at_most_one_snapshot_is_in_flight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, state = Held(monkeypatch), make_state()
+    with Checkpoints(keep=9) as checkpoints:
+        checkpoints.save(tmp_path, state, 1)
+        assert held.begun.wait(30)
+        threading.Timer(0.3, held.go.set).start()
+        checkpoints.save(tmp_path, state, 2)
+        assert (tmp_path / "update-000001").exists()
+    assert held.most == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["update-000001", "update-000002"]
+
+
+def test_without_async_the_snapshot_is_there_on_return(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(keep=1, asynchronous=False)
+    for update in (1, 2):
+        checkpoints.save(tmp_path, make_state(), update)
+        assert [path.name for path in tmp_path.iterdir()] == [f"update-{update:06d}"]
+
+
+@pytest.mark.parametrize("where", ["wait", "next save", "end of the block"])
+def test_an_error_in_the_writing_thread_reaches_the_caller(tmp_path: Path, where: str) -> None:
+    state = make_state()
+
+    def work() -> None:
+        with full_disk(), Checkpoints() as checkpoints:
+            checkpoints.save(tmp_path, state, 1)
+            if where == "wait":
+                checkpoints.wait()
+            elif where == "next save":
+                checkpoints.save(tmp_path, state, 2)
+
+    with pytest.raises(RunFailed, match=r"update-000001: .*File too large"):
+        work()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_first_error_is_told_not_that_of_the_snapshot(tmp_path: Path) -> None:
+    def work() -> None:
+        with full_disk(), Checkpoints() as checkpoints:
+            checkpoints.save(tmp_path, make_state(), 1)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        work()
+
+
+def test_a_rank_that_did_not_exist_gets_random_numbers_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = make_state()
+    path, drawn = checkpoint.save(tmp_path, state, 1), []
+    for rank in (0, 1, 2, 1):
+        monkeypatch.setattr(checkpoint, "_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(checkpoint, "_check_sums", lambda *_: None)
+        checkpoint.load(path, state)
+        drawn.append(torch.rand(()).item())
+    assert len(set(drawn)) == 3
+    assert drawn[1] == drawn[3]
 
 
 WRITER = """
@@ -153,6 +293,7 @@ def test_kill_at_any_moment_leaves_only_whole_checkpoints(tmp_path: Path) -> Non
             assert state.updates == found[0]
             checkpoint.save(snapshot, state, found[0] + 1)
             assert not list(snapshot.glob(".writing-*"))
+            assert checkpoint.latest(snapshot) == (found[0] + 1, snapshot / f"update-{found[0] + 1:06d}")
     process.kill()
     process.wait()
     process.stdout.close()

@@ -59,7 +59,21 @@ def make(run: Path, model: Path, prompts: Path, *sets: str) -> subprocess.Comple
 
 @pytest.mark.parametrize(
     "command",
-    ["init", "rollout", "score", "train", "loop", "eval", "inspect", "report", "verify", "export", "plan-memory"],
+    [
+        "init",
+        "rollout",
+        "score",
+        "train",
+        "loop",
+        "eval",
+        "inspect",
+        "judge",
+        "report",
+        "status",
+        "verify",
+        "export",
+        "plan-memory",
+    ],
 )
 def test_every_command_has_help_with_an_example(command: str) -> None:
     result = rushes(command, "--help")

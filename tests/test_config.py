@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -95,3 +96,35 @@ def test_a_setting_of_another_form_is_refused(setting: str) -> None:
 def test_an_unknown_preset_names_the_nearest() -> None:
     with pytest.raises(UserError, match=r"unknown preset 'wrods' \(hint: did you mean words\?"):
         read_preset("wrods")
+
+
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name.startswith("wan")])
+def test_every_value_of_a_wan_preset_has_its_source(preset: str) -> None:
+    text = (Path(__file__).parents[1] / "shards" / "presets" / f"{preset}.toml").read_text(encoding="utf-8")
+    values = [line for line in text.splitlines() if "=" in line and not line.startswith("#")]
+    assert len(values) > 20
+    assert not [line for line in values if not re.search(r" # \w.{3,}", line)]
+    head = text.partition("[model]")[0].replace("\n# ", " ")
+    assert re.search(r"never validated by us on the real model", head, re.I)
+
+
+def test_presets_train_what_they_say() -> None:
+    """The steps named in their comments: which experts the windows of the real schedules reach."""
+    from rollout.schedule import make_plan
+    from rollout.window import choose_window
+
+    expected = {  # preset: boundary, steps of the high-noise or only expert, steps of the low-noise one
+        "wan21-1.3b": (None, range(1, 10), range(0)),
+        "wan21-14b": (None, range(1, 10), range(0)),
+        "wan22-a14b": (0.875, range(1, 5), range(5, 7)),
+        "wan22-i2v": (0.9, range(1, 4), range(4, 6)),
+        "wan22-ti2v-5b": (None, range(1, 19), range(0)),
+    }
+    assert set(expected) == {name for name in PRESETS if name.startswith("wan")}
+    for name, (boundary, high, low) in expected.items():
+        rollout = parse_config(read_preset(name), name).rollout
+        plan = make_plan(rollout, boundary=boundary, scheduler_config={})
+        windows = [choose_window(plan, rollout, iteration=k, prompt_id=k) for k in range(200)]
+        reached = {step for window in windows for step in window}
+        assert reached == {*high, *low}, name
+        assert {plan.experts[step] for step in low} == ({1} if low else set())

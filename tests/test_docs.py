@@ -26,7 +26,7 @@ import typer
 
 import cli
 from shards.config import RunConfig, Section, apply_sets, parse_config, read_preset
-from shards.errors import StillBusy
+from shards.errors import NothingLeft, StillBusy
 from shards.run import Run, Stage
 from shards.sidecar import write_advantages, write_scores
 from tests.shard_fixtures import committed_stage, score_frame
@@ -258,6 +258,7 @@ set -euo pipefail
 echo "$@" >> submitted
 while [[ $1 == --* ]]; do shift; done
 range=$(sed -n 's/^#SBATCH --array=0-//p' "$1")
+export SLURM_JOB_NODELIST=here SLURM_JOB_NUM_NODES=1 SLURM_GPUS_ON_NODE=1 SLURM_CPUS_PER_TASK=1 SLURM_JOB_ID=7
 for ((task = 0; task <= ${range:-0}; task++)); do
   if [ -n "$range" ]; then export SLURM_ARRAY_TASK_ID=$task SLURM_ARRAY_TASK_COUNT=$((range + 1)); fi
   bash "$@" >&2
@@ -266,15 +267,21 @@ echo "$((100 + $(wc -l < submitted)));cluster"
 """
 RECORD = """#!/usr/bin/env bash
 echo "${SLURM_ARRAY_TASK_ID:--} ${SLURM_ARRAY_TASK_COUNT:--} $*" >> called
-[ "${SLURM_ARRAY_TASK_ID:-}" != 1 ] || exit 75  # as a worker that found nothing left
+[ "${SLURM_ARRAY_TASK_ID:-}" != 1 ] || exit 75  # as a worker whose shards others hold
+[ "${SLURM_ARRAY_TASK_ID:-}" != 2 ] || exit 3  # as a worker that came too late
 """
+OTHERS = {  # commands of SLURM and PyTorch that only start what follows their options
+    "bin/srun": '#!/usr/bin/env bash\nshift\nexec "$@"\n',
+    "bin/torchrun": '#!/usr/bin/env bash\nwhile [ "$1" != --no-python ]; do shift; done\nexec "${@:2}"\n',
+    "bin/scontrol": "#!/usr/bin/env bash\necho here\n",
+}
 
 
 @pytest.fixture(scope="module")
 def submitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the guide's scripts were submitted for iterations 0 and 1; `called` holds what they gave."""
     folder = tmp_path_factory.mktemp("slurm")
-    for name, text in {**FILES, "bin/sbatch": SBATCH, "bin/rushes": RECORD}.items():
+    for name, text in {**FILES, **OTHERS, "bin/sbatch": SBATCH, "bin/rushes": RECORD}.items():
         path = folder / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
@@ -286,13 +293,19 @@ def submitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_the_guide_has_the_scripts_of_the_examples() -> None:
+    for name, text in FILES.items():
+        assert (ROOT / "examples" / name).read_text(encoding="utf-8") == text
+
+
 def test_jobs_wait_for_what_they_need(submitted: Path) -> None:
-    lines = [line.replace("--parsable --kill-on-invalid-dep=yes ", "") for line in read_lines(submitted / "submitted")]
+    queued = (line.replace("--parsable --kill-on-invalid-dep=yes ", "") for line in read_lines(submitted / "submitted"))
+    lines = [line.replace(f"{submitted}/", "") for line in queued]
     assert lines == [
         "slurm/sample.sbatch run 0",
-        "--dependency=afterok:101 slurm/train.sbatch run 0",
+        "--dependency=afterany:101 slurm/train.sbatch run 0",
         "--dependency=afterok:102 slurm/sample.sbatch run 1",
-        "--dependency=afterok:103 slurm/train.sbatch run 1",
+        "--dependency=afterany:103 slurm/train.sbatch run 1",
     ]
 
 
@@ -303,14 +316,14 @@ def test_the_scripts_train_an_iteration(
     seen = []
     for line in read_lines(submitted / "called"):
         task, count, *arguments = line.split()
-        if arguments[-1] == "1":  # the second iteration is the same again
+        if arguments[-1] == ("2" if arguments[0] == "loop" else "1"):  # the second iteration is the same again
             continue
         seen.append((task, arguments[0]))
         for name, value in (("SLURM_ARRAY_TASK_ID", task), ("SLURM_ARRAY_TASK_COUNT", count)):
             monkeypatch.delenv(name, raising=False) if value == "-" else monkeypatch.setenv(name, value)
         call([str(run.path) if argument == "run" else argument for argument in arguments])
     assert seen[:4] == [("0", "rollout"), ("0", "score"), ("1", "rollout"), ("1", "score")]
-    assert len(seen) == 2 * 8 + 2
+    assert len(seen) == 2 * 8 + 1
     assert run.iteration(0).trained()
     records = [json.loads(line) for line in read_lines(run.iteration(0).policy_dir / "metrics.jsonl")]
     fields = {name for record in records for name in record}
@@ -335,8 +348,8 @@ def tiny_run(path: Path, model: Path) -> Run:
 
 
 def call(arguments: list[str]) -> None:
-    """One command in this process; only `nothing left to claim` may end it early."""
-    with suppress(StillBusy):
+    """One command in this process; only `others hold it` and `nothing left` may end it early."""
+    with suppress(StillBusy, NothingLeft):
         cli.app(arguments, standalone_mode=False)
 
 

@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -89,6 +90,24 @@ def test_an_export_is_the_policy_bit_for_bit(layout: str, runs: dict[str, Run], 
     base = load(Path(run.config.model.path))
     for expert, answer in zip(base.expert_ids, found, strict=True):
         assert not torch.equal(probe(base.module(expert), base.layout), answer)
+
+
+@pytest.mark.parametrize("layout", ["t2v", "t2v2"])
+def test_alpha_and_the_moved_weights_arrive(layout: str, runs: dict[str, Run], tmp_path: Path) -> None:
+    """Against adapters made anew in memory, which no file has touched; alpha 6 of rank 2 triples their effect."""
+    run = runs[layout]
+    export(run, 0, tmp_path / "out", average=False)
+    fresh = load(Path(run.config.model.path))
+    fresh.add_lora(2, 6.0, 0)
+    stir(fresh, 1)
+    expected = [probe(fresh.module(expert), fresh.layout) for expert in fresh.expert_ids]
+    found = plain_answers(run, tmp_path / "out")
+    assert len(found) == len(expected) == len(fresh.expert_ids)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    pipe = open_plain(Path(run.config.model.path), "float32", whole=False)
+    wear(pipe, tmp_path / "out", fresh.expert_ids)
+    for name, module in (("high_noise", pipe.transformer), ("low_noise", pipe.transformer_2))[: len(expected)]:
+        assert (module.peft_config[name].r, module.peft_config[name].lora_alpha) == (2, 6.0)
 
 
 def test_averaged_weights_are_the_default(runs: dict[str, Run], tmp_path: Path) -> None:
@@ -181,6 +200,14 @@ def test_the_card_says_what_it_is_and_its_code_runs(runs: dict[str, Run], tmp_pa
     assert f"`{run.config.model.path}`" in card
     assert "`ocr` × 1" in card
     assert "| 0 | - | 0.2500 ± 0.0500 (100 videos) |\n| 1 | - | 0.7500 ± 0.0500 (100 videos) |" in card
+    assert "trained with GRPO" in card
+    curve = ElementTree.fromstring((out / "reward.svg").read_text(encoding="utf-8"))
+    shown = [one.attrib["data-tip"] for one in curve.iter() if "data-tip" in one.attrib]
+    assert shown == [
+        "evaluation, iterations trained 0: 0.25, 0.2 to 0.3",
+        "evaluation, iterations trained 1: 0.75, 0.7 to 0.8",
+    ]
+    assert "![mean reward by iterations trained](reward.svg)" in card
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     assert len(code.splitlines()) == 5
     monkeypatch.chdir(out)
@@ -188,6 +215,23 @@ def test_the_card_says_what_it_is_and_its_code_runs(runs: dict[str, Run], tmp_pa
     exec(code.replace("num_inference_steps=50", "num_inference_steps=2"), names)
     assert names["video"].shape == (5, 16, 16, 3)
     assert set(names["pipe"].transformer_2.peft_config) == {"low_noise"}
+
+
+def test_the_card_samples_as_the_evaluation_did(runs: dict[str, Run], tmp_path: Path, monkeypatch: Any) -> None:
+    """Its own shift, guidance and negative prompt; another objective by its name; the code runs here too."""
+    sets = ["eval.shift=12.0", "eval.guidance_scale=1.5", "eval.guidance_scale_2=2.5", 'train.objective="nft"']
+    run = Run.open(runs["t2v2"].path, [*sets, 'rollout.negative_prompt="it\'s bad"', "eval.steps=2"])
+    export(run, 0, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\nlibrary_name: diffusers\npipeline_tag: text-to-video\ntags: [lora]\n---\n")
+    assert "trained with DiffusionNFT" in card
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert "guidance_scale=1.5, guidance_scale_2=2.5" in code
+    monkeypatch.chdir(tmp_path / "out")
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["pipe"].scheduler.config.flow_shift == 12
+    assert 'negative_prompt="it\'s bad"' in code
 
 
 def test_a_lora_of_another_base_is_one_sentence(tiny_t2v: Path, tmp_path: Path) -> None:

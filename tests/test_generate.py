@@ -17,10 +17,11 @@ from rollout.policy import Policy
 from rollout.sampler import Chunk, Sampler
 from rollout.schedule import Plan
 from rollout.step import step_log_prob
+from shards.claims import claim
 from shards.config import RunConfig, parse_config
 from shards.errors import UserError
 from shards.reader import open_shard
-from shards.run import Run, Stage, claim
+from shards.run import Run, Stage
 from shards.writer import Sample, spooled
 from tests.tiny_models import TEXT_LENGTH
 

@@ -16,7 +16,15 @@ ALLOWED = {
     "shards": {"shards"},
     "rollout": {"rollout", "shards"},
     "score": {"score", "shards"},
-    "train": {"train", "shards", "rollout.transitions", "rollout.schedule", "rollout.policy", "rollout.step"},
+    "train": {
+        "train",
+        "shards",
+        "rollout.transitions",
+        "rollout.schedule",
+        "rollout.policy",
+        "rollout.step",
+        "rollout.parallel",
+    },
 }
 HEAVY = ("torch", "diffusers", "transformers", "pandas", "pyarrow", "easyocr", "matplotlib", "av")
 

@@ -145,3 +145,46 @@ def test_nft_pulls_towards_good_samples_and_away_from_bad_ones(beta: float, good
     assert velocity.grad is not None
     towards = (noise - x0) - old  # the velocity that leads to x0
     assert ((-velocity.grad * towards).sum() > 0) == good
+
+
+def test_nft_loss_of_many_elements_is_the_published_one() -> None:
+    """DiffusionNFT, sample by sample in float64: r |x0(v+) - x0|^2 / w+ + (1-r) |x0(v-) - x0|^2 / w-, over beta."""
+    generator = torch.Generator().manual_seed(5)
+    velocity, old, x, x0 = (torch.randn(3, 2, 4, generator=generator) for _ in range(4))
+    sigma, beta, optimality = 0.7, 0.3, torch.tensor([0.0, 0.25, 1.0])
+    found = nft_loss(velocity, old, x, x0, sigma, optimality, beta)
+    for row in range(3):
+        v, o, noisy, clean = (tensor[row].double() for tensor in (velocity, old, x, x0))
+        errors = []
+        for mixed in (beta * v + (1 - beta) * o, (1 + beta) * o - beta * v):
+            difference = (noisy - sigma * mixed) - clean
+            errors.append((difference**2).mean() / difference.abs().mean())
+        r = optimality[row].double()
+        expected = (r * errors[0] + (1 - r) * errors[1]) / beta
+        assert found[row].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_ratio_norm_is_that_of_grpo_guard_but_for_the_scale_of_its_clip_range() -> None:
+    """GRPO-Guard: exp((d log p + |d mean|^2 / (2 std^2)) std). Without the last factor a clip range c is its c std."""
+    generator = torch.Generator().manual_seed(6)
+    old_mean, x_next, move = (torch.randn(2, 3, 8, generator=generator, dtype=torch.float64) for _ in range(3))
+    mean, std = old_mean + 1e-2 * move, 0.3
+    normal = torch.distributions.Normal
+    log_ratio = (normal(mean, std).log_prob(x_next) - normal(old_mean, std).log_prob(x_next)).flatten(1).mean(1)
+    published = ((log_ratio + (mean - old_mean).square().flatten(1).mean(1) / (2 * std**2)) * std).exp()
+    torch.testing.assert_close((ratio_norm(log_ratio, mean, old_mean, std) * std).exp(), published, rtol=1e-6, atol=0)
+    cross = ((x_next - old_mean) * (mean - old_mean)).flatten(1).mean(1) / std**2  # what is left: the noise alone
+    torch.testing.assert_close(ratio_norm(log_ratio, mean, old_mean, std), cross, rtol=1e-4, atol=1e-7)
+
+
+def test_masked_losses_are_those_of_the_elements_kept() -> None:
+    generator = torch.Generator().manual_seed(7)
+    a, b, c, d = (torch.randn(2, 3, 4, 5, generator=generator) for _ in range(4))
+    mask = torch.ones(1, 1, 4, 1)
+    mask[:, :, 0] = 0
+    kept = [tensor[:, :, 1:] for tensor in (a, b, c, d)]
+    torch.testing.assert_close(mean_shift(a, b, 0.3, mask), mean_shift(kept[0], kept[1], 0.3))
+    zero = torch.zeros(2)
+    torch.testing.assert_close(ratio_norm(zero, a, b, 0.3, mask), ratio_norm(zero, kept[0], kept[1], 0.3))
+    good = torch.tensor([0.2, 0.9])
+    torch.testing.assert_close(nft_loss(a, b, c, d, 0.5, good, 0.4, mask), nft_loss(*kept, 0.5, good, 0.4))

@@ -17,7 +17,8 @@ from transformers import CLIPModel, CLIPProcessor
 
 from score import tables
 from score.aesthetic import Aesthetic
-from score.clip import CLIP, load_embedder, spread
+from score.clip import CLIP, load_embedder
+from score.frames import spread
 from score.content import digest
 from score.motion import Motion
 from score.pickscore import PickScore

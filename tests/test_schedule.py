@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rollout import transitions as tr
-from rollout.schedule import Plan, choose_window, describe, expert_ids, make_plan
+from rollout.schedule import Plan, describe, expert_ids, make_plan
+from rollout.window import choose_window
 from shards.config import EvalConfig, RolloutConfig
 from shards.errors import UserError
 
@@ -217,139 +218,7 @@ def test_a_damaged_plan_is_refused(key, value, message):
         Plan.from_dict({name: entry for name, entry in good.items() if name != "eta"})
 
 
-# --- windows ------------------------------------------------------------------------------------------------------
-
-
-@given(
-    policy=st.sampled_from(["random", "fixed", "progressive"]),
-    steps=st.integers(8, 40),
-    first_step=st.integers(0, 2),
-    iteration=st.integers(0, 10_000),
-    prompt_id=st.integers(0, 10_000),
-    high_steps=st.integers(1, 2),
-    low_steps=st.integers(1, 2),
-    two=st.booleans(),
-)
-@settings(max_examples=150, deadline=None)
-def test_a_window_meets_its_quota_and_never_takes_the_last_step(
-    policy, steps, first_step, iteration, prompt_id, high_steps, low_steps, two
-):
-    chosen = config(
-        window=policy, steps=steps, shift=8.0, first_step=first_step, high_steps=high_steps, low_steps=low_steps
-    )
-    plan = two_experts(chosen) if two else one_expert(chosen)
-    window = choose_window(plan, chosen, iteration=iteration, prompt_id=prompt_id)
-    assert list(window) == sorted(set(window))
-    assert first_step <= window[0]
-    assert window[-1] < steps - 1
-    counts = [plan.experts[step] for step in window]
-    assert (counts.count(0), counts.count(1)) == (high_steps, low_steps if two else 0)
-    assert window == choose_window(plan, chosen, iteration=iteration, prompt_id=prompt_id)
-    for step in window:
-        std = tr.kernel(plan.law, plan.form, plan.sigmas[step], plan.sigmas[step + 1], plan.eta, plan.sigmas[1]).std
-        assert std > 0
-
-
-def test_random_windows_reach_every_step_and_depend_on_seed_iteration_and_prompt():
-    chosen = config(steps=12)
-    plan = two_experts(chosen)
-    windows = {(it, p): choose_window(plan, chosen, iteration=it, prompt_id=p) for it in range(20) for p in range(20)}
-    assert {step for window in windows.values() for step in window} == set(range(1, 11))
-    assert len({windows[it, 0] for it in range(20)}) > 5
-    assert len({windows[0, p] for p in range(20)}) > 5
-    others = [choose_window(plan, config(steps=12, seed=1), iteration=it, prompt_id=0) for it in range(20)]
-    assert others != [windows[it, 0] for it in range(20)]
-    frequency = [sum(step in window for window in windows.values()) for step in range(1, 11)]
-    high = plan.experts[1:11].count(0)
-    assert min(frequency[:high]) > 0.7 * 400 * 2 / high
-    assert max(frequency[:high]) < 1.3 * 400 * 2 / high
-
-
-def test_random_windows_are_frozen():
-    """Another release must choose the same steps, or a resumed run would mix two windows."""
-    chosen = config(steps=12)
-    plan = two_experts(chosen)
-    assert [choose_window(plan, chosen, iteration=it, prompt_id=17) for it in range(3)] == [
-        (1, 2, 10),
-        (1, 4, 8),
-        (1, 5, 10),
-    ]
-
-
-def test_fixed_windows_take_the_first_steps():
-    chosen = config(window="fixed", first_step=2)
-    plan = two_experts(chosen)
-    assert plan.experts.count(0) == 5
-    assert choose_window(plan, chosen, iteration=7, prompt_id=9) == (2, 3, 5)
-
-
-def test_progressive_windows_slide_and_start_over():
-    chosen = config(window="progressive", high_steps=3)
-    plan = one_expert(chosen)
-    windows = [choose_window(plan, chosen, iteration=it, prompt_id=it % 3) for it in range(8)]
-    assert windows[:6] == [(start, start + 1, start + 2) for start in range(1, 7)]
-    assert windows[6:] == windows[:2]
-
-
-def test_one_expert_ignores_the_low_noise_quota():
-    chosen = config(high_steps=2, low_steps=50, guidance_scale_2=None)
-    assert len(choose_window(one_expert(chosen), chosen, iteration=0, prompt_id=0)) == 2
-
-
-@pytest.mark.parametrize(("quota", "expert"), [({"high_steps": 0}, 1), ({"low_steps": 0}, 0)])
-def test_training_one_of_two_experts_must_be_asked_for(quota, expert):
-    plan = two_experts(config())
-    with pytest.raises(UserError, match=r"never trains the .*_noise expert.*allow_untrained_expert"):
-        choose_window(plan, config(**quota), iteration=0, prompt_id=0)
-    allowed = config(allow_untrained_expert=True, **quota)
-    window = choose_window(plan, allowed, iteration=0, prompt_id=0)
-    assert {plan.experts[step] for step in window} == {expert}
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            {"high_steps": 5},
-            r"high_steps=5, but only 4 steps of the high_noise expert.*hint: set rollout.high_steps to 4",
-        ),
-        ({"low_steps": 5}, r"low_steps=5, but only 4 steps of the low_noise expert"),
-        ({"first_step": 5}, r"high_steps=2, but only 0 steps of the high_noise.*hint: lower rollout.first_step"),
-        ({"first_step": 9}, r"first_step=9 leaves no step to train.*hint: take rollout.first_step <= 8"),
-        ({"first_step": 99}, r"first_step=99 leaves no step"),
-        ({"steps": 2, "first_step": 1, "allow_untrained_expert": True}, r"first_step=1 leaves no step"),
-        ({"high_steps": 0, "low_steps": 0, "allow_untrained_expert": True}, r"no step of the rollout is trained"),
-    ],
-)
-def test_impossible_windows_are_refused_with_a_hint(changes, message):
-    chosen = config(**changes)
-    with pytest.raises(UserError, match=message):
-        choose_window(two_experts(chosen), chosen, iteration=0, prompt_id=0)
-
-
-def test_an_expert_out_of_reach_is_passed_over_when_that_is_allowed():
-    chosen = config(first_step=5, allow_untrained_expert=True)
-    plan = two_experts(chosen)
-    window = choose_window(plan, chosen, iteration=0, prompt_id=0)
-    assert [plan.experts[step] for step in window] == [1]
-
-
-def test_one_expert_with_a_quota_of_nothing_is_refused():
-    for allow in (False, True):
-        chosen = config(high_steps=0, allow_untrained_expert=allow)
-        with pytest.raises(UserError, match=r"no step of the rollout is trained.*high_steps to 1"):
-            choose_window(one_expert(chosen), chosen, iteration=0, prompt_id=0)
-
-
-def test_a_schedule_that_never_reaches_an_expert_is_refused():
-    with pytest.raises(UserError, match=r"none of the 2 steps runs the low_noise expert.*875.*more rollout.steps"):
-        two_experts(config(steps=2, shift=12.0))
-    with pytest.raises(UserError, match="none of the 10 steps runs the high_noise expert"):
-        two_experts(config(), boundary=1.1)
-    allowed = config(steps=3, shift=16.0, allow_untrained_expert=True, high_steps=1)
-    plan = two_experts(allowed, boundary=0.5)
-    assert plan.experts == (0, 0, 0)
-    assert choose_window(plan, allowed, iteration=0, prompt_id=0) == (1,)
+# --- what no law can use ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,10 @@ from score.guards import Guards, measure
 from score.reward import Scored, Video, choose, known, split_name
 from score.run import ScoreReport, score
 from shards import sidecar
+from shards.claims import claim
 from shards.config import RunConfig, ScoreConfig
 from shards.errors import RunFailed, StillBusy, UserError
-from shards.run import Run, Stage, claim
+from shards.run import Run, Stage
 from shards.writer import seal
 from tests import shard_fixtures
 
@@ -245,11 +246,17 @@ def test_a_stage_that_is_still_being_sampled(tmp_path: Path) -> None:
 
 def test_workers_share_the_shards(tmp_path: Path) -> None:
     run, stage = make(tmp_path / "run", groups=3)
-    first = score(run, stage, worker=(0, 2))
+    with claim(stage, 1, "score"):
+        first = score(run, stage, worker=(0, 2))
     assert (first.done, first.pending, first.summary) == ([0, 2], [1], None)
     second = score(run, stage, worker=(1, 2))
     assert (second.done, second.pending) == ([1], [])
     assert second.advantages_written
+
+
+def test_a_worker_goes_on_with_the_share_of_another(tmp_path: Path) -> None:
+    run, stage = make(tmp_path / "run", groups=3)
+    assert score(run, stage, worker=(1, 2)).done == [1, 0, 2]
 
 
 def test_a_claimed_shard_is_left_to_its_worker(tmp_path: Path) -> None:

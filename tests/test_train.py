@@ -16,11 +16,11 @@ import torch
 from rollout.planning import stage_plan
 from rollout.policy import Policy
 from rollout.sampler import Sampler
+from shards.claims import claim
 from shards.errors import StillBusy, UserError
-from shards.run import Run, claim
+from shards.run import Run
 from shards.writer import seal, write_group, write_sample
 from tests import training
-from train import checkpoint
 from train.data import Inputs, Rollouts, keys_of, read_chunk
 from train.freeze import check_policy, freeze
 from train.replay import log_probs
@@ -265,9 +265,9 @@ def test_kill_and_resume_end_in_the_same_bits(
     with monkeypatch.context() as patch:
         progress = at_update(*where) if isinstance(where, tuple) else None
         if where == "in a checkpoint":
-            patch.setattr(checkpoint.os, "rename", training.kill_self)
+            patch.setattr("train.checkpoint_writer.os.rename", training.kill_self)
         if where == "in the commit":
-            patch.setattr("train.run.publish_new", training.kill_self)
+            patch.setattr("train.publish.publish_new", training.kill_self)
         training.killed(lambda: train(run, 0, policy, progress))
     assert not (run.iteration(0).policy_dir / "policy.json").exists()
     train(run, 0, policy)

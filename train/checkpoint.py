@@ -1,37 +1,44 @@
-"""Trainer state on disk: weights, AdamW, EMA, generator and cursor of one expert, whole or not at all.
+"""Trainer state on disk: weights, AdamW, EMA, generators and cursor of one expert, whole or not at all.
 
-A checkpoint is a folder `update-000007` of safetensors files written by torch.distributed.checkpoint. It is written
-under another name, synced and renamed, so a folder of that name is always whole. Nothing in it is a pickle.
+A checkpoint is a folder `update-000007` of safetensors files written by torch.distributed.checkpoint, on one rank or on
+many, and read on any number of ranks. It is written under another name, synced and renamed, so a folder of that name
+is always whole. Nothing in it is a pickle.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import re
-import shutil
-import uuid
 import warnings
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
+from shards import mirror
 from shards.errors import RunFailed, UserError
-from shards.files import sync
+from shards.files import sha256_file
+from train.checkpoint_writer import COMMIT, Writer, found
+
+T = TypeVar("T")
 
 KEEP = 2
-COMMIT = "commit.json"
+PATIENCE = timedelta(minutes=30)  # for the slowest rank to write its part
 _ROOT = "trainer"  # one entry at the top: DCP does its bookkeeping once per entry there
-_NAME = re.compile(r"^update-(\d{6})$")
+_ALONE = ".*(torch.distributed is|single process).*"  # DCP warns when there is one process
+_writers: dict[Any, Any] = {}  # the process group of the writing threads, by the default group it belongs to
 
 
 @dataclass
 class TrainerState:
-    """Everything that training one expert changes."""
+    """Everything that training one expert changes; under FSDP the tensors are DTensors."""
 
     parameters: dict[str, torch.nn.Parameter]
     """The trainable weights, by name."""
@@ -42,49 +49,89 @@ class TrainerState:
     """Optimizer steps of this expert over all iterations; drives the warm-up."""
 
 
-def save(directory: Path, state: TrainerState, update: int) -> Path:
-    """Write the state after `update` updates of this iteration, then drop all but the last two checkpoints.
+class Checkpoints:
+    """Writes checkpoints one after another in a thread beside training, at most one at a time.
 
-    A checkpoint that already exists is left as it is. RunFailed when the disk is full or cannot be written.
+    All ranks must call `save` and `wait` at the same places. At the end of a `with` block the last one is waited for.
     """
-    final = directory / f"update-{update:06d}"
-    if final.exists():
+
+    def __init__(self, keep: int = KEEP, asynchronous: bool = True) -> None:
+        self.keep, self.asynchronous = keep, asynchronous
+        self._flying: tuple[Future[Any], Writer] | None = None
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        try:
+            self.wait()
+        except RunFailed:
+            if error is None:
+                raise  # else the first error is the one to tell
+
+    def save(self, directory: Path, state: TrainerState, update: int) -> Path:
+        """Copy the state after `update` updates of this iteration and begin to write it; the copy is made on return.
+
+        Waits for the write before. A whole checkpoint that exists is left as it is; all but the last `keep` are
+        dropped. RunFailed when the disk of any rank is full or broken: here, at the next save, or in `wait`.
+        """
+        self.wait()
+        final = directory / f"update-{update:06d}"
+        if _of_first(_whole(final)):
+            return final
+        writer = Writer(final, update, self.keep)
+        warnings.filterwarnings("ignore", message=_ALONE)
+        future = state_dict_saver.async_save(
+            {_ROOT: _tensors(state)}, storage_writer=writer, process_group=_writing_group(), no_dist=_alone()
+        )
+        assert isinstance(future, Future)
+        self._flying = future, writer
+        if not self.asynchronous:
+            self.wait()
         return final
-    temporary = directory / f".writing-{uuid.uuid4().hex}"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(directory)
-        _write(temporary, _tensors(state), update)
-        os.rename(temporary, final)
-        sync(directory)
-    except OSError as error:
-        raise RunFailed(
-            f"{final}: the trainer checkpoint could not be written ({error.strerror or error})",
-            "free some disk space and run the same command again; it goes on from the checkpoint before",
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    for _, old in _found(directory)[:-KEEP]:
-        shutil.rmtree(old, ignore_errors=True)
-    return final
+
+    def wait(self) -> None:
+        """Until no checkpoint is being written. RunFailed when the last one could not be."""
+        if self._flying is None:
+            return
+        (future, writer), self._flying = self._flying, None
+        try:
+            future.result()
+        except (Exception, CheckpointException) as error:
+            writer.discard()
+            raise _failure(writer.final, error) from error
+
+
+def save(directory: Path, state: TrainerState, update: int, keep: int = KEEP) -> Path:
+    """Write one checkpoint and wait until it is on the disk; see `Checkpoints.save`."""
+    return Checkpoints(keep, asynchronous=False).save(directory, state, update)
 
 
 def latest(directory: Path) -> tuple[int, Path] | None:
-    """Number of updates and folder of the newest whole checkpoint, or None."""
-    whole = [(update, path) for update, path in _found(directory) if _whole(path)]
-    return whole[-1] if whole else None
+    """Number of updates and folder of the newest whole checkpoint, or None; all ranks get what the first one sees."""
+    mirror.fetch_newest(directory, COMMIT)
+    whole = [update for update, path in found(directory) if _whole(path)]
+    update = _of_first(whole[-1] if whole else None)
+    return None if update is None else (update, directory / f"update-{update:06d}")
 
 
 def load(path: Path, state: TrainerState, *, weights: bool = True) -> dict[str, Tensor]:
     """Read a checkpoint into the live weights, optimizer, EMA and generator; returns the stored weights by name.
 
-    With `weights=False` (the trainer of the iteration before) the weights and the generator stay as they are.
-    UserError when the checkpoint was made with other trainable weights.
+    The number of ranks may be another than that which wrote it; all of them must call this. With `weights=False` (the
+    trainer of the iteration before) the weights and the generator stay as they are. UserError when the checkpoint was
+    made with other trainable weights, or is damaged; nothing has been changed then.
     """
-    tensors = _tensors(state)
-    _check_same(path, tensors)
+    commit = json.loads((path / COMMIT).read_text())
+    live = _tensors(state)
+    _check_same(path, commit, live)
+    _check_sums(path, commit.get("sha256", {}))
+    # read aside, so that reading can fail without having touched the live weights
+    tensors = {name: torch.empty_like(value) for name, value in live.items() if name in commit["tensors"]}
+    generators = {name: torch.get_rng_state() for name in commit["tensors"] if _is_generator(name)}
+    tensors |= generators
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*single process.*")
+        warnings.filterwarnings("ignore", message=_ALONE)
         state_dict_loader.load({_ROOT: tensors}, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=_alone())
     for name, parameter in state.parameters.items():
         if weights:
@@ -97,37 +144,37 @@ def load(path: Path, state: TrainerState, *, weights: bool = True) -> dict[str, 
     state.ema = {name: tensors[f"ema.{name}"] for name in state.ema}
     state.updates = int(tensors["updates"].item())
     if weights:
-        torch.set_rng_state(tensors["generator"])
+        _set_generator(generators)
     return {name: tensors[f"weight.{name}"] for name in state.parameters}
 
 
 def _tensors(state: TrainerState) -> dict[str, Tensor]:
-    """The state as one flat dictionary of tensors; moments AdamW has not made yet are zeros at step 0.
-
-    Copies, not views: reading a checkpoint must be able to fail without having touched the live weights.
-    """
-    tensors = {"updates": torch.tensor([state.updates]), "generator": torch.get_rng_state()}
+    """The live state as one flat dictionary of tensors; moments AdamW has not made yet are zeros at step 0."""
+    tensors = {"updates": torch.tensor([state.updates]), _generator(_rank()): torch.get_rng_state()}
     for name, parameter in state.parameters.items():
         moments = state.optimizer.state.get(parameter, {})
-        tensors[f"weight.{name}"] = parameter.detach().clone()
+        tensors[f"weight.{name}"] = parameter.detach()
         tensors[f"step.{name}"] = torch.as_tensor(moments.get("step", 0.0), dtype=torch.float32).cpu().reshape(1)
         for ours, theirs in (("first", "exp_avg"), ("second", "exp_avg_sq")):
-            tensors[f"{ours}.{name}"] = moments.get(theirs, torch.zeros_like(parameter)).detach().clone()
-    return tensors | {f"ema.{name}": value.detach().clone() for name, value in state.ema.items()}
+            tensors[f"{ours}.{name}"] = moments[theirs].detach() if theirs in moments else torch.zeros_like(parameter)
+    return tensors | {f"ema.{name}": value.detach() for name, value in state.ema.items()}
 
 
-def _write(folder: Path, tensors: dict[str, Tensor], update: int) -> None:
-    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*single process.*")
-        state_dict_saver.save({_ROOT: tensors}, storage_writer=writer, no_dist=_alone())
-    sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
-    shapes = {name: list(value.shape) for name, value in sorted(tensors.items())}
-    commit = folder / COMMIT
-    commit.write_text(json.dumps({"schema": 1, "update": update, "files": sizes, "tensors": shapes}, indent=1) + "\n")
-    for file in folder.iterdir():
-        sync(file)
-    sync(folder)
+def _generator(rank: int) -> str:
+    """Name of the state of a rank's random generator."""
+    return f"generator.{rank}" if rank else "generator"
+
+
+def _is_generator(name: str) -> bool:
+    return name.partition(".")[0] == "generator"
+
+
+def _set_generator(stored: dict[str, Tensor]) -> None:
+    """The generator of this rank; a rank that did not exist then gets a new one, drawn from that of another."""
+    rank = _rank()
+    torch.set_rng_state(stored[_generator(rank % len(stored))])
+    if rank >= len(stored):
+        torch.manual_seed(int(torch.randint(2**62, ()).item()) + rank)
 
 
 def _whole(path: Path) -> bool:
@@ -139,9 +186,9 @@ def _whole(path: Path) -> bool:
         return False
 
 
-def _check_same(path: Path, tensors: dict[str, Tensor]) -> None:
-    stored = {name: tuple(shape) for name, shape in json.loads((path / COMMIT).read_text())["tensors"].items()}
-    wanted = {name: tuple(value.shape) for name, value in tensors.items()}
+def _check_same(path: Path, commit: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    stored = {name: tuple(shape) for name, shape in commit["tensors"].items() if not _is_generator(name)}
+    wanted = {name: tuple(value.shape) for name, value in tensors.items() if not _is_generator(name)}
     different = sorted(name for name in stored.keys() | wanted.keys() if stored.get(name) != wanted.get(name))
     if different:
         raise UserError(
@@ -150,16 +197,65 @@ def _check_same(path: Path, tensors: dict[str, Tensor]) -> None:
         )
 
 
-def _found(directory: Path) -> list[tuple[int, Path]]:
-    names = [(match, path) for path in directory.glob("update-*") if (match := _NAME.match(path.name))]
-    return sorted((int(match[1]), path) for match, path in names)
+def _check_sums(path: Path, sums: dict[str, str]) -> None:
+    """UserError on all ranks for a file whose content has changed; each rank reads its share of the files."""
+    mine = sorted(sums)[_rank() :: 1 if _alone() else distributed.get_world_size()]
+    changed = _of_all([name for name in mine if sha256_file(path / name) != sums[name]])
+    if changed:
+        raise UserError(
+            f"{path / changed[0]} is damaged: its sha256 is not that in {COMMIT}",
+            f"restore it from a copy, or delete {path.name}; training then goes on from the checkpoint before",
+        )
 
 
-def _remove_leftovers(directory: Path) -> None:
-    """A checkpoint that a killed process left half written."""
-    for path in directory.glob(".writing-*"):
-        shutil.rmtree(path, ignore_errors=True)
+def _failure(final: Path, error: BaseException) -> RunFailed:
+    """What to tell of a checkpoint that was not written, whichever rank it failed on."""
+    where, cause = "", error
+    if isinstance(error, CheckpointException):
+        rank, (cause, _) = min(error.failures.items())
+        where = "" if _alone() else f"rank {rank}: "
+    reason = f"{type(cause).__name__}: {cause}"
+    if isinstance(cause, OSError | UserError):
+        reason = getattr(cause, "strerror", None) or str(cause)
+    return RunFailed(
+        f"{final}: the trainer checkpoint could not be written ({where}{reason.splitlines()[0]})",
+        "free some disk space, look at the permissions, and run the same command again; it goes on from the checkpoint "
+        "before",
+    )
+
+
+def _writing_group() -> Any:
+    """The process group of the writing threads: their messages must not mix with those of training."""
+    if _alone():
+        return None
+    default = distributed.group.WORLD
+    if default not in _writers:
+        _writers.clear()
+        _writers[default] = distributed.new_group(backend="gloo", timeout=PATIENCE)
+    return _writers[default]
+
+
+def _of_first(value: T) -> T:
+    """The value of the first rank, on all of them."""
+    if _alone():
+        return value
+    box = [value]
+    distributed.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def _of_all(values: list[T]) -> list[T]:
+    """The values of all ranks, on all of them."""
+    if _alone():
+        return values
+    boxes: list[list[T]] = [[]] * distributed.get_world_size()
+    distributed.all_gather_object(boxes, values)
+    return [value for box in boxes for value in box]
+
+
+def _rank() -> int:
+    return 0 if _alone() else distributed.get_rank()
 
 
 def _alone() -> bool:
-    return not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    return not (distributed.is_available() and distributed.is_initialized())

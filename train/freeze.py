@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from shards.run import Run, Stage
 
 SCHEMA = 1
-FREE = {"save_every", "replay_samples", "replay_limit", "gradient_checkpointing", "max_policy_lag"}
+FREE = {"save_every", "replay_samples", "replay_limit", "gradient_checkpointing", "max_policy_lag", "keep_checkpoints",
+        "async_checkpoints", "ulysses",
+        "replicate"}  # fmt: skip
 """Settings of [train] that may change between a kill and a resume: they do not change the result."""
 
 
@@ -72,8 +74,7 @@ def choose_specification(stage: Stage, config: RunConfig) -> str:
 
 def policy_record(stage: Stage) -> dict[str, Any] | None:
     """policy.json, the commit record of the policy an iteration trained; None before it is whole."""
-    path = stage.policy_dir / "policy.json"
-    return read_json(path) if path.exists() else None
+    return read_json(stage.policy_dir / "policy.json") if stage.trained() else None
 
 
 def starting_policy(run: Run, iteration: int) -> Path | None:
@@ -86,7 +87,7 @@ def starting_policy(run: Run, iteration: int) -> Path | None:
     before = run.iteration(iteration - 1)
     if policy_record(before) is None:
         raise UserError(f"{before.policy_dir} holds no policy", f"run `rushes train --iteration {iteration - 1}` first")
-    return before.policy_dir
+    return before.fetched_policy()
 
 
 def check_policy(rollouts: Rollouts, policy: Policy, fingerprint: str, settings: TrainConfig) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shards import mirror
 from shards.files import publish_replace, read_json_lines
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ class MetricsLog:
     def __init__(self, policy_dir: Path, kept: Mapping[str, int]) -> None:
         """Keep the records of updates that a checkpoint covers (`kept`: expert name -> updates) and drop later ones."""
         self.path = policy_dir / "metrics.jsonl"
+        mirror.look(self.path)
         self.records = [
             record for record in read_json_lines(self.path) if record["update"] <= kept.get(record["expert"], 0)
         ]
@@ -40,6 +42,7 @@ class MetricsLog:
         self.records.append(record)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(_line(record))
+        mirror.put(self.path, self.path)
         self._show(record)
 
     def close(self) -> None:

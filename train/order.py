@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 
 class Unit(NamedTuple):
@@ -67,3 +69,60 @@ def split(order: Sequence[Unit], parts: int) -> list[tuple[Unit, ...]]:
     """Cut a list into consecutive parts whose lengths differ by one at most."""
     edges = [len(order) * part // parts for part in range(parts + 1)]
     return [tuple(order[start:stop]) for start, stop in itertools.pairwise(edges)]
+
+
+class Slot(NamedTuple):
+    """One forward batch of one rank."""
+
+    unit: Unit
+    counts: bool
+    """False for padding: the unit is run, because all ranks must make the same number of forwards, with weight 0."""
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """Which unit every data-parallel rank works on at every moment of one expert's training."""
+
+    batches: list[tuple[Unit, ...]]
+    """The units of each optimizer step, as one process would take them."""
+    slots: list[NDArray[np.int64]]
+    """[slots, ranks] for each optimizer step: position in its batch, -1 for padding."""
+
+    def of_rank(self, update: int, rank: int) -> list[Slot]:
+        """What a rank does in an update; every rank has the same number of slots."""
+        batch = self.batches[update]
+        return [Slot(batch[max(position, 0)], position >= 0) for position in self.slots[update][:, rank].tolist()]
+
+    @property
+    def padding(self) -> float:
+        """Share of all forward batches that are padding, 0 to 1."""
+        total = sum(table.size for table in self.slots)
+        return sum(int((table < 0).sum()) for table in self.slots) / total if total else 0.0
+
+    @property
+    def imbalance(self) -> float:
+        """How many samples more than the average the busiest rank gets, as a share of the average."""
+        if not self.slots:
+            return 0.0
+        per_rank = np.zeros(self.slots[0].shape[1])
+        for batch, table in zip(self.batches, self.slots, strict=True):
+            sizes = np.array([*(unit.size for unit in batch), 0])  # -1 is the 0 at the end
+            per_rank += sizes[table].sum(axis=0)
+        return float(per_rank.max() / per_rank.mean() - 1.0)
+
+
+def plan_ranks(units: Sequence[Unit], ranks: int, *, seed: int, iteration: int, expert: int, updates: int) -> RankPlan:
+    """Divide the minibatches of one expert among ranks: a pure function, so that all of them know the whole plan.
+
+    The order is that of one process; the ranks take its units in turn, and the last turn of a minibatch is padded.
+    """
+    batches = minibatches(units, seed=seed, iteration=iteration, expert=expert, updates=updates)
+    return RankPlan(batches, [deal(len(batch), ranks) for batch in batches])
+
+
+def deal(count: int, ranks: int) -> NDArray[np.int64]:
+    """Numbers 0 to count-1 dealt to ranks in turn: [turns, ranks], the last turn filled up with -1."""
+    turns = -(-count // ranks)
+    table = np.full(turns * ranks, -1, dtype=np.int64)
+    table[:count] = np.arange(count)
+    return table.reshape(turns, ranks)

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from rollout.parallel import World
 from rollout.schedule import EXPERT_NAMES
 from rollout.step import step_log_prob
 from shards.errors import RunFailed
+from train import signals
 from train.data import Chunk, Rollouts, read_chunk
 from train.freeze import check_policy, starting_policy
-from train.order import Unit, generator
+from train.order import Unit, deal, generator
 
 if TYPE_CHECKING:
     from rollout.policy import Policy
@@ -33,9 +35,13 @@ class Replayed:
     """Largest |log-ratio| of each expert."""
 
 
-def replay_limit(policy: Policy, gpu_limit: float) -> float:
-    """What the gate accepts: bitwise equality on a CPU, `gpu_limit` (train.replay_limit) elsewhere."""
-    return 0.0 if torch.device(policy.device).type == "cpu" else gpu_limit
+def replay_limit(policy: Policy, limit: float, ulysses: int = 1) -> float:
+    """What the gate accepts: bitwise equality on a CPU, sharded or not, `limit` (train.replay_limit) elsewhere.
+
+    With Ulysses each rank multiplies a part of the tokens, and a matrix of another height may be rounded otherwise, on
+    a CPU too (measured: 6e-8 in the log-prob).
+    """
+    return 0.0 if torch.device(policy.device).type == "cpu" and ulysses == 1 else limit
 
 
 def prove(
@@ -45,12 +51,15 @@ def prove(
     samples: int,
     limit: float,
     progress: Progress | None = None,
+    world: World | None = None,
 ) -> Replayed:
     """Recompute the log-probs of at least `samples` transitions of each expert and shard with the policy as it is.
 
-    The very chunks of the rollout are run again, so that the batch shape is the same. The low-noise expert goes
-    first, which leaves the other one in memory for training. Raises RunFailed at the first |log-ratio| above `limit`.
+    The very chunks of the rollout are run again, so that the batch shape is the same; ranks take them in turn, and all
+    find the same. The low-noise expert goes first, which leaves the other one in memory for training. Raises RunFailed
+    at the first |log-ratio| above `limit`.
     """
+    world = world or World()
     chosen = sample_units(rollouts, samples)
     per_expert: dict[str, float] = {}
     transitions = 0
@@ -59,9 +68,16 @@ def prove(
         if mine:
             policy.use(expert)
         worst = 0.0
-        for unit in mine:
-            worst = max(worst, _replay_unit(policy, rollouts, unit, limit))
-            transitions += unit.size
+        for turn in deal(len(mine), world.data_parallel):
+            signals.check("while it replayed the rollouts")
+            units = [mine[position] for position in turn.tolist() if position >= 0]
+            own = turn.tolist()[world.data_rank]
+            found = _replay_unit(policy, rollouts, mine[max(own, 0)], world)
+            for unit, (ratio, key) in zip(units, world.gather_data(found), strict=False):  # without the padding
+                if not ratio <= limit:
+                    raise world.one_voice(_failure(rollouts, unit, key, ratio, limit))
+                worst = max(worst, ratio)
+            transitions += sum(unit.size for unit in units)
             if progress:
                 progress(transitions, sum(unit.size for unit in chosen), "transitions", "replaying the rollouts")
         per_expert[EXPERT_NAMES[expert]] = worst
@@ -108,15 +124,19 @@ def log_probs(policy: Policy, rollouts: Rollouts, chunk: Chunk) -> torch.Tensor:
     return scored.log_prob
 
 
-def _replay_unit(policy: Policy, rollouts: Rollouts, unit: Unit, limit: float) -> float:
-    chunk = read_chunk(rollouts, policy, unit)
+def _replay_unit(policy: Policy, rollouts: Rollouts, unit: Unit, world: World) -> tuple[float, str]:
+    """The largest |log-ratio| among the samples of a unit, and whose it is; one that is no number is the largest."""
+    with world.together():
+        chunk = read_chunk(rollouts, policy, unit)
     ratios = (log_probs(policy, rollouts, chunk) - chunk.log_prob).abs().tolist()
     worst = max(ratios, key=lambda value: math.inf if math.isnan(value) else value)
-    if not worst <= limit:
-        raise RunFailed(
-            f"replay failed: |log-ratio| {worst:.3g} is above {limit:g} for {chunk.keys[ratios.index(worst)]}, "
-            f"step {unit.step}, {EXPERT_NAMES[unit.expert]} expert, {rollouts.stage.shard_path(unit.shard)}",
-            "this policy does not repeat the rollout: check [model] in run.toml and that no weight changed, or, for "
-            "shards of other hardware, set train.recompute_log_probs",
-        )
-    return worst
+    return worst, chunk.keys[ratios.index(worst)]
+
+
+def _failure(rollouts: Rollouts, unit: Unit, key: str, ratio: float, limit: float) -> RunFailed:
+    return RunFailed(
+        f"replay failed: |log-ratio| {ratio:.3g} is above {limit:g} for {key}, "
+        f"step {unit.step}, {EXPERT_NAMES[unit.expert]} expert, {rollouts.stage.shard_path(unit.shard)}",
+        "this policy does not repeat the rollout: check [model] in run.toml and that no weight changed, or, for "
+        "shards of other hardware, set train.recompute_log_probs",
+    )

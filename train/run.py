@@ -9,17 +9,21 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from rollout.parallel import World
 from rollout.policy import Policy
 from rollout.schedule import EXPERT_NAMES
-from shards.errors import StillBusy, UserError
-from shards.files import publish_new, to_json
-from shards.run import Stage, claim
-from train import checkpoint
+from shards.errors import UserError
+from shards.run import Stage
+from shards.signals import stopped
+from train import checkpoint, signals
+from train.checkpoint import Checkpoints
 from train.data import Inputs, Rollouts
-from train.freeze import check_policy, freeze, policy_record, starting_policy
-from train.history import guard_history
-from train.metrics import MetricsLog, guard, guard_groups, guard_unmoved
-from train.order import minibatches
+from train.freeze import check_policy, policy_record, starting_policy
+from train.metrics import MetricsLog
+from train.notes import notes
+from train.order import plan_ranks
+from train.publish import publish
+from train.ranks import agree_on_inputs, agree_on_run, claimed
 from train.replay import prove, replay_limit
 from train.update import ExpertTrainer
 
@@ -28,17 +32,31 @@ if TYPE_CHECKING:
     from shards.progress import Progress
     from shards.run import Run
 
-SCHEMA = 1
-
 
 @dataclass(frozen=True)
 class Trained:
     """What became of one expert."""
 
     averages: dict[str, Tensor]
-    """Averaged weights by name, on the host; empty without `train.ema`."""
+    """Averaged weights by name, on the host of rank 0; empty without `train.ema`."""
     unmoved: list[str]
     """Layers that no gradient reached."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the training of every expert of an iteration needs."""
+
+    policy: Policy
+    inputs: Inputs
+    config: RunConfig
+    world: World
+    start: Path | None
+    """Folder of the policy the iteration starts from."""
+    log: MetricsLog | None
+    """None on all ranks but the first."""
+    checkpoints: Checkpoints
+    progress: Progress | None
 
 
 @dataclass(frozen=True)
@@ -74,106 +92,125 @@ def train(
     `policy` is a loaded model to use instead of loading one; its weights are set from the files. `advantage` names the
     specification to train on, when there are several. Killed at any moment
     and called again, it goes on from its last checkpoint and ends with the weights of an undisturbed run (on a CPU, bit
-    for bit). Raises UserError for incomplete, stale or changed inputs, RunFailed when the replay gate fails, StillBusy
-    when another process trains this iteration.
+    for bit). Under torchrun all ranks call this; the policy is sharded over them and has to be given the weights it
+    shall have next (`become`) before it is used otherwise.
+    Raises UserError for incomplete, stale or changed inputs and for ranks that do not have the same, RunFailed when the
+    replay gate fails, StillBusy when another process trains this iteration.
     """
+    ranks = World.joined()
     stage = run.iteration(iteration)
-    record = policy_record(stage)
-    if record is not None:
-        return TrainReport(skipped=True, fingerprint=record["fingerprint"])
-    _check_settings(run.config)
-    with claim(stage, 0, "train") as ours:
-        if not ours:
-            raise StillBusy(f"{stage.path} is being trained by another process", "wait for it, or stop it")
-        return _train(run, stage, policy, progress, advantage)
+    with signals.lost_ranks():
+        record = ranks.broadcast(policy_record(stage) if ranks.is_first else None)
+        if record is not None:
+            return TrainReport(skipped=True, fingerprint=record["fingerprint"])
+        with ranks.together():
+            _check_settings(run.config)
+            device = policy.device if policy else Policy.device_of(run.config.model)
+        world = World.of(run.config, device)
+        agree_on_run(world, run, stage)
+        with claimed(world, stage, run.config.workers.claim_seconds):
+            report = _train(run, stage, policy, world, progress if world.is_first else None, advantage)
+            world.barrier()
+            return report
 
 
-def prove_iteration(run: Run, iteration: int, policy: Policy | None = None, progress: Progress | None = None) -> float:
-    """Replay every transition of an iteration with the policy that made it; returns the largest |log-ratio|.
-
-    Raises UserError for a policy that is not the one of the shards, RunFailed where a log-prob comes out otherwise.
-    """
-    rollouts = Rollouts.open(run.iteration(iteration), partial=True)
-    policy = policy or Policy.of(run.config.model)
-    start = starting_policy(run, iteration)
-    policy.become(start)
-    check_policy(rollouts, policy, policy.fingerprint(start)["fingerprint"], run.config.train)
-    limit = replay_limit(policy, run.config.train.replay_limit)
-    return prove(
-        policy, rollouts, samples=len(rollouts.keys()) * rollouts.schedule.steps, limit=limit, progress=progress
-    ).largest
-
-
-def _train(run: Run, stage: Stage, policy: Policy | None, progress: Progress | None, advantage: str) -> TrainReport:
+def _train(
+    run: Run, stage: Stage, policy: Policy | None, world: World, progress: Progress | None, advantage: str
+) -> TrainReport:
     started = time.monotonic()
     config = run.config
-    inputs = freeze(run, stage, advantage)
-    policy = policy or Policy.of(config.model)
-    start = starting_policy(run, stage.iteration)
-    policy.become(start)
-    lag = check_policy(inputs.rollouts, policy, policy.fingerprint(start)["fingerprint"], config.train)
-    _check_lag(config.train, lag)
-    _make_trainable(policy, config, start)
+    inputs = agree_on_inputs(world, run, stage, advantage)
+    with world.together():
+        start = starting_policy(run, stage.iteration)
+    policy, lag = _ready(run, inputs.rollouts, policy, start, world)
     covered = {name: found[0] for name in EXPERT_NAMES if (found := checkpoint.latest(_trainer_dir(stage, name)))}
     replayed = None
     if not covered and _must_prove(config.train, inputs.rollouts, lag):
-        limit = replay_limit(policy, config.train.replay_limit)
-        replayed = prove(policy, inputs.rollouts, samples=config.train.replay_samples, limit=limit, progress=progress)
-    log = MetricsLog(stage.policy_dir, covered)
+        limit = replay_limit(policy, config.train.replay_limit, world.ulysses)
+        replayed = prove(
+            policy, inputs.rollouts, samples=config.train.replay_samples, limit=limit, progress=progress, world=world
+        )
+    log = MetricsLog(stage.policy_dir, covered) if world.is_first else None
     try:
-        trained = {
-            expert: _train_expert(policy, inputs, config, expert, start, log, progress) for expert in policy.expert_ids
-        }
+        with Checkpoints(config.train.keep_checkpoints, config.train.async_checkpoints) as checkpoints:
+            work = Work(policy, inputs, config, world, start, log, checkpoints, progress)
+            trained = {expert: _train_expert(work, expert) for expert in policy.expert_ids}
     finally:
-        log.close()
-    fingerprint = _publish(policy, stage, {expert: one.averages for expert, one in trained.items()})
-    updates = {name: sum(record["expert"] == name for record in log.records) for name in EXPERT_NAMES}
-    return TrainReport(
+        if log:
+            log.close()
+    averages = {expert: one.averages for expert, one in trained.items()}
+    fingerprint = publish(policy, stage, averages, world, config.train.ema > 0)
+    records = log.records if log else []
+    updates = {name: sum(record["expert"] == name for record in records) for name in EXPERT_NAMES}
+    unmoved = {expert: one.unmoved for expert, one in trained.items()}
+    report = TrainReport(
         skipped=False,
         fingerprint=fingerprint,
         updates={EXPERT_NAMES[expert]: updates[EXPERT_NAMES[expert]] for expert in policy.expert_ids},
         replay=replayed.largest if replayed else None,
-        warnings=_warnings(run, inputs, log, trained, lag),
+        warnings=notes(run, inputs, records, unmoved, lag) if world.is_first else [],
         seconds=time.monotonic() - started,
     )
+    return world.broadcast(report)
 
 
-def _train_expert(
-    policy: Policy,
-    inputs: Inputs,
-    config: RunConfig,
-    expert: int,
-    start: Path | None,
-    log: MetricsLog,
-    progress: Progress | None,
-) -> Trained:
+def _ready(run: Run, rollouts: Rollouts, policy: Policy | None, start: Path | None, world: World) -> tuple[Policy, int]:
+    """The policy of `start`, trainable and on all ranks, and its distance from the one that sampled, in policies."""
+    settings, video = run.config.train, rollouts.plan["video"]
+    with world.together():
+        policy = policy or Policy.of(run.config.model)
+        policy.become(start)
+        fingerprint = policy.fingerprint(start)["fingerprint"]
+        lag = check_policy(rollouts, policy, fingerprint, settings)
+        _check_lag(settings, lag)
+        _make_trainable(policy, run.config, start)
+        policy.check_ulysses(video["height"], video["width"], video["frames"], world)
+    world.agree("policy", fingerprint)
+    policy.distribute(world)
+    return policy, lag
+
+
+def _train_expert(work: Work, expert: int) -> Trained:
     """All updates of one expert, from where its last checkpoint left off."""
-    stage, settings = inputs.rollouts.stage, config.train
-    trainer = ExpertTrainer(policy, inputs, settings, expert)
+    inputs, settings, world = work.inputs, work.config.train, work.world
+    stage = inputs.rollouts.stage
+    trainer = ExpertTrainer(work.policy, inputs, settings, expert, world)
     folder = _trainer_dir(stage, trainer.name)
-    done = _restore(trainer, folder, start)
-    batches = minibatches(
+    done = _restore(trainer, folder, work.start)
+    plan = plan_ranks(
         inputs.units(),
+        world.data_parallel,
         seed=inputs.rollouts.plan["seed"],
         iteration=stage.iteration,
         expert=expert,
         updates=settings.updates_per_rollout,
     )
-    if settings.recompute_log_probs and done < len(batches):
+    total = len(plan.batches)
+    if settings.recompute_log_probs and done < total:
         trainer.recompute_log_probs([unit for unit in inputs.units() if unit.expert == expert])
-    for number in range(done, len(batches)):
-        metrics = trainer.update(batches[number])
+    for number in range(done, total):
+        _end_if_asked(work.checkpoints, folder, trainer, number)
+        metrics = trainer.update(plan.batches[number], plan.of_rank(number, world.data_rank))
         names = {"iteration": stage.iteration, "expert": trainer.name, "update": number + 1}
-        log.add(names | {"total_updates": trainer.state.updates} | metrics)
-        if (number + 1) % settings.save_every == 0 or number + 1 == len(batches):
-            checkpoint.save(folder, trainer.state, number + 1)
-        if progress:
-            progress(number + 1, len(batches), "updates", f"{trainer.name}, loss {metrics['loss']:.4g}")
-    if not batches:
-        checkpoint.save(folder, trainer.state, 0)
+        if work.log:
+            work.log.add(names | {"total_updates": trainer.state.updates} | metrics)
+        if (number + 1) % settings.save_every == 0 or number + 1 == total:
+            work.checkpoints.save(folder, trainer.state, number + 1)
+        if work.progress:
+            work.progress(number + 1, total, "updates", f"{trainer.name}, loss {metrics['loss']:.4g}")
+    if not total:
+        work.checkpoints.save(folder, trainer.state, 0)
     trainer.finish()
-    averages = {name: value.cpu() for name, value in trainer.state.ema.items()}
-    return Trained(averages, trainer.unmoved())
+    return Trained(trainer.averages(), trainer.unmoved())
+
+
+def _end_if_asked(checkpoints: Checkpoints, folder: Path, trainer: ExpertTrainer, done: int) -> None:
+    """Stopped, on all ranks after the same update, when a signal asked for the end; first that update is kept."""
+    found = signals.agreed()
+    if found:
+        checkpoints.save(folder, trainer.state, done)
+        checkpoints.wait()
+        raise stopped(found, f"after update {done} of the {trainer.name} expert")
 
 
 def _restore(trainer: ExpertTrainer, folder: Path, start: Path | None) -> int:
@@ -190,53 +227,10 @@ def _restore(trainer: ExpertTrainer, folder: Path, start: Path | None) -> int:
     before = checkpoint.latest(start / "trainer" / trainer.name) if start else None
     if before is not None:
         masters = checkpoint.load(before[1], trainer.state, weights=False)
-        if trainer.policy.is_full:
-            trainer.masters.take(masters, before[1])
+        with trainer.world.together():
+            if trainer.policy.is_full:
+                trainer.masters.take(masters, before[1])
     return 0
-
-
-def _publish(policy: Policy, stage: Stage, averages: dict[int, dict[str, Tensor]]) -> str:
-    """Write what was trained, its average beside it, and policy.json last; returns the fingerprint."""
-    policy.use(None)
-    policy.save(stage.policy_dir)
-    if any(averages.values()):
-        _save_averages(policy, stage.policy_dir / "ema", averages)
-    identity = policy.fingerprint(stage.policy_dir)
-    path = stage.policy_dir / "policy.json"
-    publish_new(path, to_json({"schema": SCHEMA, "iteration": stage.iteration, **identity}, path))
-    return str(identity["fingerprint"])
-
-
-def _save_averages(policy: Policy, folder: Path, averages: dict[int, dict[str, Tensor]]) -> None:
-    """Save the averaged weights through the policy's own writer, by putting them into the experts for a moment."""
-    weights = {expert: {name: value.data for name, value in policy.trainable(expert)} for expert in averages}
-    try:
-        for expert, average in averages.items():
-            for name, parameter in policy.trainable(expert):
-                parameter.data = average[name].to(parameter.data)
-        policy.save(folder)
-    finally:
-        for expert, kept in weights.items():
-            for name, parameter in policy.trainable(expert):
-                parameter.data = kept[name]
-
-
-def _warnings(run: Run, inputs: Inputs, log: MetricsLog, trained: dict[int, Trained], lag: int) -> list[str]:
-    rollouts, settings = inputs.rollouts, run.config.train
-    groups = {key.rpartition("-")[0]: False for key in inputs.advantages}
-    for key, (advantage, weight) in inputs.advantages.items():
-        groups[key.rpartition("-")[0]] |= weight > 0 and advantage != 0
-    sentences = guard_groups(sum(not alive for alive in groups.values()), len(groups))
-    steps = {unit.expert for unit in rollouts.units()}
-    sentences += [f"{EXPERT_NAMES[one]}: no step of it was sampled with noise, so it was not trained"
-                  for one in trained if one not in steps]  # fmt: skip
-    for expert, one in trained.items():
-        mine = [record for record in log.records if record["expert"] == EXPERT_NAMES[expert]]
-        sentences += [f"{EXPERT_NAMES[expert]}: {text}" for text in guard_unmoved(mine, one.unmoved)]
-    sentences += guard_history(run, rollouts.stage.iteration, log.records)
-    on_policy = settings.clip_range / 10 if lag == 0 and settings.objective == "grpo" else float("inf")
-    clips = settings.objective == "grpo"
-    return sentences + guard(log.records, epsilon=settings.epsilon, on_policy_limit=on_policy, clips=clips)
 
 
 def _must_prove(settings: TrainConfig, rollouts: Rollouts, lag: int) -> bool:
@@ -279,6 +273,10 @@ def _check_settings(config: RunConfig) -> None:
     if config.train.objective == "grpo" and config.rollout.law == "ode":
         raise UserError(
             "rollout.law = ode has no log-probs to train on", "choose a stochastic law, or train.objective = nft"
+        )
+    if config.train.ratio_norm and config.rollout.law == "cps-unnormalised":
+        raise UserError(
+            "train.ratio_norm needs a density, which rollout.law = cps-unnormalised is not", "set rollout.law = cps"
         )
 
 

@@ -1,0 +1,80 @@
+"""How long `rushes score --advantages-only` takes: shards and scores of a whole iteration, then the call itself.
+
+The run is written by the product's own writers: groups of 16 samples with small files, OCR scores with their text and
+guard metrics. Then the command runs in a process of its own, with other weights than before.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from score import tables
+from score.reward import Chosen, Scored
+from shards import sidecar
+from shards.config import parse_config, read_preset
+from shards.run import SCHEMA, Run, Stage, group_key, sample_key
+from shards.writer import Sample, seal, write_group, write_sample
+
+GROUP, GROUPS_A_SHARD = 16, 25
+WEIGHTS = ("ocr=0.7", "ocr.exact=0.2", "guards.saturation=0.1")
+
+
+def measure(folder: Path, samples: int) -> tuple[float, float]:
+    """Seconds of the command: by the clock, and of the processor."""
+    run = Run.create(folder / "run", parse_config(read_preset("words"), "preset words"))
+    stage = fill(run.iteration(0), samples)
+    for chosen in tables.select(run.config.score).scorers:
+        for shard in stage.shards():
+            keys = stage.keys(shard)
+            found = [invented(chosen, shard * len(keys) + number) for number in range(len(keys))]
+            table = tables.score_table(chosen, keys, found)
+            sidecar.write_scores(stage, shard, chosen.directory, table, tables.provenance(chosen))
+    words = [word for weight in WEIGHTS for word in ("--reward", weight)]
+    program = [sys.executable, "-c", "import cli; cli.main()"]
+    before, began = os.times(), time.perf_counter()
+    subprocess.run([*program, "score", str(run.path), "--iteration", "0", *words, "--advantages-only"], check=True)
+    seconds, after = time.perf_counter() - began, os.times()
+    processor = after.children_user + after.children_system - before.children_user - before.children_system
+    return seconds, processor
+
+
+def fill(stage: Stage, samples: int) -> Stage:
+    """A sampled stage: `samples` of them, rounded up to whole groups, with tensors and videos of a few bytes."""
+    keys = [group_key(stage.iteration, number) for number in range(-(-samples // GROUP))]
+    shards = [keys[first : first + GROUPS_A_SHARD] for first in range(0, len(keys), GROUPS_A_SHARD)]
+    groups = [{"key": key, "prompt_id": number} for number, key in enumerate(keys)]
+    stage.publish_plan(
+        {
+            "schema": SCHEMA,
+            "kind": "rollout",
+            "iteration": 0,
+            "groups": groups,
+            "group_size": GROUP,
+            "shards": shards,
+            "video": {"height": 32, "width": 64, "frames": 5, "fps": 16},
+        }
+    )
+    tensors: dict[str, Any] = {"latents": np.zeros((1, 1, 1, 1, 1), np.float16), "states": np.zeros(1, np.int32)}
+    for shard, members in enumerate(shards):
+        for group in members:
+            write_group(stage, shard, group, {"prompt": np.zeros((1, 1), np.float16)})
+            for number in range(GROUP):
+                key = sample_key(group, number)
+                write_sample(stage, shard, Sample(key, {"schema": SCHEMA, "key": key}, b"video", tensors))
+        seal(stage, shard, {})
+    return stage
+
+
+def invented(chosen: Chosen, seed: int) -> Scored:
+    """Some score of a reward."""
+    rng = np.random.default_rng(seed)
+    values: Mapping[str, Any] = {name: float(rng.uniform()) for name in chosen.components}
+    return Scored(values, text=["FILM"] * 3, confidence=[0.9] * 3) if chosen.keeps_text else Scored(values)

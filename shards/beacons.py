@@ -1,0 +1,97 @@
+"""Claims on a run at a URL, for other machines to see: ours are put to the store, theirs lie as copies beside ours.
+
+Claims are advice. When the store does not answer, nothing is said and nothing is waited for: two machines may then do
+the same shard, and one of the two is kept.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shards import store
+from shards.errors import UserError
+from shards.files import aside
+from shards.mirror import RUN
+from shards.urls import notes_folder, url_of
+
+if TYPE_CHECKING:
+    from shards.run import Stage
+
+COPY = b"elsewhere\n"  # last line of the copy of a claim that another machine holds
+LOOK_AGAIN = 1.0  # s between two looks at the claims of a stage
+
+_looked: dict[Path, float] = {}
+
+
+def begin(path: Path, content: bytes) -> bool:
+    """Show a new claim; False when another machine has put one of that name. True at once for a local run."""
+    url = _url(path)
+    with suppress(UserError):
+        return url is None or _send(path, content, url, new=True)
+    return True
+
+
+def keep(path: Path, content: bytes) -> bool:
+    """Show a sign of life; False when the claim was taken over and is gone from the store."""
+    url = _url(path)
+    with suppress(UserError):
+        return url is None or (store.head(url) is not None and _send(path, content, url, new=False))
+    return True
+
+
+def end(path: Path) -> None:
+    """Take a claim out of the store, ours or that of a dead one."""
+    url = _url(path)
+    with suppress(UserError):
+        if url is not None:
+            store.remove(url)
+
+
+def gather(stage: Stage) -> None:
+    """Copy what other machines claim into the stage's work folder, once a second at most, and drop copies that are
+    over. What was claimed on this machine is left alone."""
+    url, folder = url_of(stage.path), stage.path / "work"
+    now = time.monotonic()
+    if url is None or now - _looked.get(stage.path, -LOOK_AGAIN) < LOOK_AGAIN:
+        return
+    _looked[stage.path] = now
+    with suppress(UserError):
+        there = store.listing(f"{url}/claims")
+        copies = {path.name for path in folder.glob("*.claim-*") if _is_copy(path)}
+        ours = {path.name for path in folder.glob("*.claim-*")} - copies
+        for name in there.keys() - ours:
+            _copy(f"{url}/claims/{name}", folder / name, there[name].size)
+        for name in copies - there.keys():
+            (folder / name).unlink(missing_ok=True)
+
+
+def _url(path: Path) -> str | None:
+    url = url_of(path.parent.parent)
+    return f"{url}/claims/{path.name}" if url else None
+
+
+def _send(path: Path, content: bytes, url: str, *, new: bool) -> bool:
+    """Put a claim to the store as others shall read it: they cannot ask whether our lock is held."""
+    with aside(notes_folder(path.parent) / path.name) as (temporary, _):
+        temporary.write_bytes(content.replace(b'"locked": true', b'"locked": false') + COPY)
+        if new:
+            return store.put_new(temporary, url, RUN.sub("", url))
+        store.put(temporary, url)
+        return True
+
+
+def _copy(url: str, path: Path, size: int) -> None:
+    with suppress(UserError), aside(notes_folder(path.parent) / path.name) as (temporary, _):
+        temporary.write_bytes(store.read(url, 0, size))  # released in the meantime: an error, and no copy
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(temporary, path)
+
+
+def _is_copy(path: Path) -> bool:
+    with suppress(OSError):
+        return path.read_bytes().endswith(COPY)
+    return False

@@ -1,0 +1,151 @@
+"""Where the bytes of a committed tar come from: the file on this machine, or ranged reads of the object in a store."""
+
+from __future__ import annotations
+
+import os
+import stat
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from shards import store
+from shards.errors import RunFailed
+from shards.files import aside
+from shards.run import Stage
+from shards.tar import BLOCK, REPAIR, Damaged
+from shards.urls import cache_folder, url_of
+
+
+class Source(Protocol):
+    """Reads by position; threads may share it. What is read is not verified here."""
+
+    def member(self, name: str, offset: int, size: int) -> tuple[bytes, bytearray]:
+        """The tar header of a member and its payload, which lies at `offset`. Raises Damaged where the tar is cut."""
+        ...
+
+    def fill(self, buffer: memoryview, offset: int, unit: int, name: str) -> None:
+        """Fill a buffer from `offset`; it holds pieces of `unit` bytes that will be asked for again one by one."""
+        ...
+
+    def forget(self) -> bool:
+        """Drop what was kept of the tar; False when nothing is kept, so that asking again would not help."""
+        ...
+
+    def close(self) -> None:
+        """Release what is open."""
+        ...
+
+
+class LocalTar:
+    """A tar on this machine."""
+
+    def __init__(self, path: Path, handle: int) -> None:
+        self.path, self.handle = path, handle
+
+    def member(self, name: str, offset: int, size: int) -> tuple[bytes, bytearray]:
+        """As Source."""
+        header, payload = bytearray(BLOCK), bytearray(size)
+        self.fill(memoryview(header), offset - BLOCK, BLOCK, name)
+        self.fill(memoryview(payload), offset, size, name)
+        return bytes(header), payload
+
+    def fill(self, buffer: memoryview, offset: int, unit: int, name: str) -> None:
+        """As Source."""
+        while buffer:
+            count = os.preadv(self.handle, [buffer], offset)
+            if not count:
+                raise Damaged(f"{self.path}: cut inside {name}", REPAIR)
+            buffer, offset = buffer[count:], offset + count
+
+    def forget(self) -> bool:
+        """As Source."""
+        return False
+
+    def close(self) -> None:
+        """As Source."""
+        os.close(self.handle)
+
+
+class RemoteTar:
+    """A tar in a store, read by ranges. Pieces are kept in the cache under the tar's sha256, each in a file of its own;
+    whoever reads verifies them by the checksums of the index, so a damaged piece is noticed, forgotten and asked for
+    again."""
+
+    def __init__(self, url: str, sha256: str) -> None:
+        self.url, self.folder = url, cache_folder() / "pieces" / sha256
+
+    def member(self, name: str, offset: int, size: int) -> tuple[bytes, bytearray]:
+        """As Source; header and payload come in one request."""
+        both = bytearray(BLOCK + size)
+        self.fill(memoryview(both), offset - BLOCK, len(both), name)
+        return bytes(both[:BLOCK]), both[BLOCK:]
+
+    def fill(self, buffer: memoryview, offset: int, unit: int, name: str) -> None:
+        """As Source; what is missing comes in one request."""
+        pieces = [(offset + at, buffer[at : at + unit]) for at in range(0, len(buffer), unit)]
+        missing = [(at, piece) for at, piece in pieces if not self._recall(at, piece)]
+        if not missing:
+            return
+        first, last = missing[0][0], missing[-1][0] + len(missing[-1][1])
+        data = store.read(self.url, first, last)
+        for at, piece in missing:
+            piece[:] = data[at - first : at - first + len(piece)]
+            self._keep(at, piece)
+
+    def forget(self) -> bool:
+        """As Source."""
+        with suppress(FileNotFoundError):
+            for name in os.listdir(self.folder):
+                Path(self.folder, name).unlink(missing_ok=True)
+        return True
+
+    def close(self) -> None:
+        """As Source."""
+
+    def _path(self, offset: int, size: int) -> Path:
+        return self.folder / f"{offset}+{size}"
+
+    def _recall(self, offset: int, piece: memoryview) -> bool:
+        with suppress(FileNotFoundError), open(self._path(offset, len(piece)), "rb") as file:
+            return file.readinto(piece) == len(piece)
+        return False
+
+    def _keep(self, offset: int, piece: memoryview) -> None:
+        path = self._path(offset, len(piece))
+        with suppress(RunFailed, OSError), aside(path) as (temporary, _):  # a full disk must not stop a reader
+            temporary.write_bytes(piece)
+            os.replace(temporary, path)
+
+
+def open_source(stage: Stage, shard: int, manifest: dict[str, Any]) -> Source:
+    """The tar of a shard, from this machine where it is here. Raises Damaged when it is not what was committed."""
+    path, size = stage.shard_path(shard), manifest["tar"]["bytes"]
+    url = url_of(path)
+    if url is None or _is_here(path, size):
+        return LocalTar(path, open_tar(stage, shard, manifest))
+    entry = store.head(url)
+    if entry is None:
+        raise Damaged(f"{url}: is not there, but its manifest is", REPAIR)
+    if entry.size != size:
+        raise Damaged(f"{url}: has {entry.size} bytes, committed were {size}", REPAIR)
+    return RemoteTar(url, manifest["tar"]["sha256"])
+
+
+def open_tar(stage: Stage, shard: int, manifest: dict[str, Any]) -> int:
+    """File descriptor of a shard's tar. Raises Damaged when it is missing, a link, or not of the committed size."""
+    path = stage.shard_path(shard)
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise Damaged(f"{path}: cannot be opened as a plain file: {error.strerror}", REPAIR) from error
+    found = os.fstat(handle)
+    if not stat.S_ISREG(found.st_mode) or found.st_size != manifest["tar"]["bytes"]:
+        os.close(handle)
+        raise Damaged(f"{path}: has {found.st_size} bytes, committed were {manifest['tar']['bytes']}", REPAIR)
+    return handle
+
+
+def _is_here(path: Path, size: int) -> bool:
+    with suppress(FileNotFoundError):
+        return path.stat().st_size == size
+    return False

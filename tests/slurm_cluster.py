@@ -1,0 +1,153 @@
+"""A real SLURM of one node, started as root in a folder of its own: munged, slurmctld, slurmd; no systemd."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch")
+PATIENCE = 60.0  # seconds for the node to come up
+
+CONF = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={controller}
+SlurmdPort={node}
+SlurmUser=root
+AuthType=auth/munge
+CredType=cred/munge
+AuthInfo=socket={folder}/munge.sock,cred_expire=15
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core_Memory
+SchedulerType=sched/backfill
+SchedulerParameters=bf_interval=1,sched_interval=1
+KillWait=10
+MinJobAge=300
+ReturnToService=2
+SlurmdParameters=config_overrides
+GresTypes=gpu
+NodeName={host} NodeAddr=127.0.0.1 CPUs=128 RealMemory=1048576 Gres=gpu:8 State=UNKNOWN
+PartitionName=all Nodes={host} Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+def why_not() -> str:
+    """Why no cluster can be started here; empty when one can."""
+    missing = [name for name in DAEMONS if shutil.which(name, path=_path()) is None]
+    if missing:
+        return f"SLURM is not installed ({', '.join(missing)} missing; Debian: apt-get install slurm-wlm munge)"
+    return "" if os.geteuid() == 0 else "a SLURM of one's own is started as root"
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A cluster that runs; its commands find it by `environment`."""
+
+    folder: Path
+    environment: dict[str, str]
+
+    def call(self, *command: str | Path, **more: str) -> str:
+        """Run a command in the environment of the cluster; returns what it printed."""
+        result = subprocess.run(
+            [str(part) for part in command], env={**self.environment, **more}, cwd=self.folder,
+            capture_output=True, text=True, check=False, timeout=60,
+        )  # fmt: skip
+        assert result.returncode == 0, f"{command}: {result.stderr}\n{self.logs()}"
+        return result.stdout
+
+    def states(self) -> dict[str, str]:
+        """State of every job and array task that the controller remembers."""
+        lines = self.call("squeue", "--all", "--states=all", "--array", "--noheader", "--format=%i %T").splitlines()
+        return dict(line.split() for line in lines)
+
+    def logs(self) -> str:
+        """What daemons and jobs have said."""
+        paths = [*self.folder.glob("*.log"), *self.folder.glob("slurm-*.out")]
+        return "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')[-3000:]}" for path in sorted(paths))
+
+
+@contextmanager
+def cluster(folder: Path, programs: Path) -> Iterator[Cluster]:
+    """Start the daemons, and end them with all jobs when the block is left. Jobs find `programs` first in PATH."""
+    controller, node = _free_ports(2)
+    host = socket.gethostname().partition(".")[0]
+    for name in ("state", "spool"):
+        (folder / name).mkdir(parents=True)
+    folder.chmod(0o755)
+    (folder / "slurm.conf").write_text(CONF.format(folder=folder, host=host, controller=controller, node=node))
+    for number in range(8):  # devices that exist, as far as a count of them is asked
+        (folder / f"gpu{number}").touch()
+    (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-7]\n")
+    key = folder / "munge.key"
+    key.write_bytes(os.urandom(128))
+    key.chmod(0o400)
+    environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "PATH": f"{programs}:{_path()}"}
+    munged = [
+        "munged", "--foreground", "--force", f"--key-file={key}", f"--socket={folder}/munge.sock",
+        f"--pid-file={folder}/munged.pid", f"--log-file={folder}/munged.log", f"--seed-file={folder}/munged.seed",
+    ]  # fmt: skip
+    daemons: list[subprocess.Popen[bytes]] = []
+    made = Cluster(folder, environment)
+    try:
+        for command in (munged, ["slurmctld", "-D", "-i"], ["slurmd", "-D", "-N", host]):
+            with (folder / f"{command[0]}.out.log").open("wb") as log:
+                daemons.append(subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log))
+            if command is munged:
+                _wait(lambda: (folder / "munge.sock").exists(), made)
+        _wait(lambda: "idle" in _quiet(made, "sinfo", "--noheader", "--format=%t"), made)
+        yield made
+    finally:
+        with suppress(AssertionError, subprocess.TimeoutExpired):
+            made.call("scancel", "--full", "--signal=KILL", "--user=root")
+            made.call("scancel", "--user=root")
+        for daemon in reversed(daemons):
+            daemon.terminate()
+            try:
+                daemon.wait(20)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+
+
+def _quiet(made: Cluster, *command: str) -> str:
+    result = subprocess.run(command, env=made.environment, capture_output=True, text=True, check=False, timeout=60)
+    return result.stdout
+
+
+def _wait(ready, made: Cluster) -> None:  # type: ignore[no-untyped-def]
+    deadline = time.monotonic() + PATIENCE
+    while not ready():
+        assert time.monotonic() < deadline, made.logs()
+        time.sleep(0.2)
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [int(one.getsockname()[1]) for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
+
+
+def _path() -> str:
+    return f"{os.environ['PATH']}:/usr/sbin:/sbin"

@@ -1,0 +1,79 @@
+"""examples/cron: started again and again, at most one at a time, and quiet unless something is wrong."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "cron" / "rushes.sh"
+RUSHES = """#!/usr/bin/env bash
+echo "$@" >> "$2/calls"
+echo "working" >&2
+trap 'exit 75' TERM
+while [ ! -e "$2/code" ]; do sleep 0.05; done
+exit "$(cat "$2/code")"
+"""
+
+pytestmark = pytest.mark.skipif(shutil.which("flock") is None, reason="util-linux (flock) is not installed")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run directory, and beside it a `rushes` that works until it is told its exit code."""
+    for name in ("bin", "run"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "bin" / "rushes").write_text(RUSHES)
+    (tmp_path / "bin" / "rushes").chmod(0o755)
+    return tmp_path / "run"
+
+
+def cron(run: Path, *more: str) -> subprocess.Popen[str]:
+    """Start the script as cron does."""
+    environment = {"PATH": f"{run.parent / 'bin'}:{os.environ['PATH']}"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen([SCRIPT, run, "5", *more], env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def calls(run: Path, count: int) -> list[str]:
+    """The commands given so far, once there are as many."""
+    deadline = time.monotonic() + 60
+    while not (run / "calls").exists() or len((run / "calls").read_text().splitlines()) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return (run / "calls").read_text().splitlines()
+
+
+def test_a_second_one_ends_at_once_and_the_next_goes_on(run: Path) -> None:
+    first = cron(run)
+    assert calls(run, 1) == [f"loop {run} --iterations 5"]
+    second = cron(run)
+    assert second.communicate(timeout=60) == ("", "")
+    assert second.returncode == 0
+    assert first.poll() is None
+    first.kill()  # the script alone: what it started still works, and still holds the lock
+    first.wait()
+    assert cron(run).wait(60) == 0
+    assert len(calls(run, 1)) == 1
+    (run / "code").write_text("0")
+    deadline = time.monotonic() + 60
+    while len(calls(run, 1)) < 2:
+        assert cron(run).wait(60) == 0
+        assert time.monotonic() < deadline
+    assert (run / "cron.log").read_text() == "working\n" * len(calls(run, 1))
+
+
+@pytest.mark.parametrize(("code", "shown"), [("75", 0), ("1", 1), ("2", 2)])
+def test_only_failures_are_told(code: str, shown: int, run: Path) -> None:
+    (run / "code").write_text(code)
+    assert cron(run).wait(60) == shown
+
+
+def test_after_its_hours_it_is_asked_to_end(run: Path) -> None:
+    process = cron(run, "0.0002")
+    assert process.wait(60) == 0
+    assert calls(run, 1) == [f"loop {run} --iterations 5"]

@@ -1,0 +1,264 @@
+"""Signals: what is in work is finished and kept, ranks end together, nobody outlives a rank that was killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+import cli
+from rollout.policy import Policy
+from shards.errors import RunFailed, Stopped
+from shards.run import Run
+from shards.signals import check, stoppable, stopping
+from tests import training
+from train import signals
+from train.run import train
+
+UPDATES = 3
+
+
+def send(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """A shell may have started the tests with Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+# --- Noting a signal -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+def test_a_signal_waits_until_it_is_asked_for(number: signal.Signals, code: int) -> None:
+    before = signal.getsignal(number)
+    with stoppable():
+        check("before anything")
+        send(number)
+        assert stopping() == number
+        with pytest.raises(Stopped, match=f"stopped by {number.name} in shard 3") as caught:
+            check("in shard 3")
+    assert caught.value.exit_code == code
+    assert stopping() is None
+    assert signal.getsignal(number) == before
+
+
+def test_the_second_interrupt_is_at_once() -> None:
+    with stoppable():
+        send(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+    assert stopping() is None
+
+
+def test_the_signals_of_a_batch_system_may_come_again() -> None:
+    with stoppable():
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+            send(number)
+        assert stopping() == signal.SIGTERM
+
+
+def test_an_inner_stage_leaves_the_note_to_the_outer_one() -> None:
+    with stoppable():
+        with stoppable():
+            send(signal.SIGTERM)
+        assert stopping() == signal.SIGTERM
+    assert stopping() is None
+
+
+def test_an_ignored_interrupt_stays_ignored() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with stoppable():
+        send(signal.SIGINT)
+        assert stopping() is None
+
+
+def test_another_thread_may_use_it_too() -> None:
+    seen: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            with stoppable():
+                check("in a thread")
+        except BaseException as error:
+            seen.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert not seen
+
+
+def test_a_plain_error_of_one_process_is_no_lost_rank() -> None:
+    with pytest.raises(RuntimeError, match="Connection closed by peer") as caught, signals.lost_ranks():
+        raise RuntimeError("Connection closed by peer")
+    assert not isinstance(caught.value, RunFailed)
+
+
+# --- Training under signals ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_t2v2: Path) -> Policy:
+    return Policy.load(str(tiny_t2v2), device="cpu", text_length=training.TEXT_LENGTH)
+
+
+@pytest.fixture(scope="module")
+def rolled(tiny_t2v2: Path, policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Iteration 0 sampled and scored, not trained."""
+    run = training.make_run(tmp_path_factory.mktemp("signals") / "run", tiny_t2v2, {"updates_per_rollout": UPDATES})
+    training.advise(training.roll(run, 0, policy))
+    return run
+
+
+@pytest.fixture(scope="module")
+def undisturbed(rolled: Run, policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The same, trained in one go by one process."""
+    run = training.fork(rolled, tmp_path_factory.mktemp("signals") / "undisturbed")
+    train(run, 0, policy)
+    return run
+
+
+class Ranks:
+    """Processes that run the command line as `srun` starts ranks: with an environment and without an agent."""
+
+    def __init__(self, folder: Path, count: int, *arguments: object) -> None:
+        self.folder, self.count, self.arguments = folder, count, [str(one) for one in arguments]
+        folder.mkdir()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+
+    def run(self, when: Callable[..., bool], number: int, victim: int) -> list[int]:
+        """Exit codes, by rank. `number` is sent to rank `victim` by the first rank once `when` (of progress) is true.
+
+        A child of a fork needs no imports, so that this takes seconds; a rank killed by a signal has minus its number.
+        """
+        self.began = time.monotonic()
+        children = []
+        for rank in range(self.count):
+            child = os.fork()
+            if child == 0:
+                self._rank(rank, when, number, victim)
+            children.append(child)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        self.seconds = time.monotonic() - self.began
+        return codes
+
+    def said(self, rank: int) -> str:
+        """What a rank wrote to stderr."""
+        return (self.folder / f"stderr-{rank}").read_text()
+
+    def _rank(self, rank: int, when: Callable[..., bool], number: int, victim: int) -> None:
+        """Never returns."""
+        code = 99
+        try:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(self.count),
+                              MASTER_ADDR="127.0.0.1", MASTER_PORT=str(self.port))  # fmt: skip
+            file = os.open(self.folder / f"stderr-{rank}", os.O_WRONLY | os.O_CREAT)
+            os.dup2(file, 2)
+            sys.stderr = os.fdopen(2, "w", buffering=1)
+            (self.folder / f"pid-{rank}").write_text(str(os.getpid()))
+            cli.progress = self._progress(when, number, victim)  # type: ignore[assignment]
+            sys.argv = ["rushes", *self.arguments]
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+
+    def _progress(self, when: Callable[..., bool], number: int, victim: int) -> Callable[[str], object]:
+        @contextmanager
+        def progress(label: str) -> Iterator[Callable[..., None]]:
+            def report(done: int, total: int, unit: str, note: str = "") -> None:
+                if when(done, unit, note):
+                    os.kill(int((self.folder / f"pid-{victim}").read_text()), number)
+
+            yield report
+
+        return progress
+
+
+def at_update(expert: str, update: int) -> Callable[..., bool]:
+    return lambda done, unit, note: unit == "updates" and done == update and note.startswith(expert)
+
+
+def lines(run: Run) -> list[tuple[str, int]]:
+    """Expert and number of the updates in the metrics."""
+    records = [json.loads(line) for line in (run.iteration(0).policy_dir / "metrics.jsonl").open()]
+    return [(record["expert"], record["update"]) for record in records]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_training_stops_after_the_update_and_goes_on_in_the_same_bits(
+    number: signal.Signals, code: int, rolled: Run, undisturbed: Run, policy: Policy, tmp_path: Path
+) -> None:
+    run = training.fork(rolled, tmp_path / "run", save_every=UPDATES)  # the signal alone makes it write
+    process = Ranks(tmp_path / "process", 1, "train", run.path, "--iteration", 0)
+    assert process.run(at_update("high_noise", 2), number, 0) == [code]
+    assert process.said(0) == (
+        f"rushes: stopped by {number.name} after update 2 of the high_noise expert "
+        "(hint: run the same command again; it goes on from there)\n"
+    )
+    assert lines(run) == [("high_noise", 1), ("high_noise", 2)]
+    assert [path.name for path in (run.iteration(0).policy_dir / "trainer" / "high_noise").iterdir()] == [
+        "update-000002"
+    ]
+    seen: list[int] = []
+    train(run, 0, policy, lambda done, total, unit, note="": seen.append(done) if unit == "updates" else None)
+    assert seen == [3, 1, 2, 3]
+    assert training.equal(training.weights(run, 0), training.weights(undisturbed, 0))
+    assert training.equal(training.weights(run, 0, "ema"), training.weights(undisturbed, 0, "ema"))
+
+
+def test_rollout_stops_between_samples(tiny_t2v2: Path, policy: Policy, tmp_path: Path) -> None:
+    run = training.make_run(tmp_path / "run", tiny_t2v2)
+    process = Ranks(tmp_path / "process", 1, "rollout", run.path)
+    assert process.run(lambda done, unit, note: done == 2, signal.SIGTERM, 0) == [75]
+    assert process.said(0).startswith("rushes: stopped by SIGTERM in shard 0 of iter-0000 (hint: run the same command")
+    assert training.frame_of(training.roll(run, 0, policy)).shape[0] == 2 * training.GROUP
+
+
+def test_ranks_stop_together_and_outlive_no_killed_one(
+    rolled: Run, undisturbed: Run, policy: Policy, tmp_path: Path
+) -> None:
+    """Two ranks; a signal reaches one; two again; one is killed without a word; the rest is done by one process."""
+    run = training.fork(rolled, tmp_path / "run")
+    command = ("train", run.path, "--iteration", 0)
+    first = Ranks(tmp_path / "first", 2, *command)
+    assert first.run(at_update("high_noise", 1), signal.SIGTERM, 1) == [75, 75]
+    match = re.match(r"rushes: stopped by SIGTERM after update (\d) of the high_noise expert", first.said(0))
+    assert match, first.said(0)
+    assert first.said(0).count("\n") == 1
+    assert first.said(1) == ""
+    assert lines(run) == [("high_noise", number + 1) for number in range(int(match[1]))]
+    second = Ranks(tmp_path / "second", 2, *command)
+    assert second.run(at_update("low_noise", 1), signal.SIGKILL, 1) == [1, -signal.SIGKILL]
+    assert second.seconds < 60
+    assert "rank 0: another rank has ended or cannot be reached" in second.said(0)
+    assert "Traceback" not in second.said(0)
+    assert not run.iteration(0).trained()
+    train(run, 0, policy)
+    ours, theirs = training.weights(run, 0), training.weights(undisturbed, 0)
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=0, atol=1e-5)

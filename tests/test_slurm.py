@@ -1,0 +1,105 @@
+"""examples/slurm on a real SLURM: an array with a cancelled worker, iterations in a chain, a job that is requeued."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+import cli
+from shards import claims, sidecar
+from shards.run import Stage
+from tests.slurm_cluster import Cluster, cluster, why_not
+from tests.test_generate import contents, differences
+from tests.workers import small_run
+
+ROOT = Path(__file__).parents[1]
+SLURM = ROOT / "examples" / "slurm"
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
+PATIENCE = 400.0  # seconds; a loaded machine starts Python slowly
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(why_not()), reason=why_not())]
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A cluster whose jobs find our `rushes` and PyTorch's `torchrun`."""
+    folder = tmp_path_factory.mktemp("slurm")
+    programs = folder / "bin"
+    programs.mkdir()
+    for name, command in {
+        "rushes": [sys.executable, str(ROOT / "cli.py")],
+        "torchrun": [sys.executable, "-m", "torch.distributed.run"],
+    }.items():
+        (programs / name).write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+        (programs / name).chmod(0o755)
+    with cluster(folder / "cluster", programs) as made:
+        yield made
+
+
+def until(ready: Callable[[], bool], slurm: Cluster) -> None:
+    """Wait for something that must happen."""
+    deadline = time.monotonic() + PATIENCE
+    while not ready():
+        assert time.monotonic() < deadline, slurm.logs()
+        time.sleep(0.1)
+
+
+def test_an_array_and_a_chain_make_what_one_process_makes(slurm: Cluster, tiny_t2v2: Path, tmp_path: Path) -> None:
+    run = small_run(tmp_path / "run", tiny_t2v2, "workers.claim_seconds=6.0")
+    slurm.call(
+        SLURM / "submit.sh", run.path, "0", "1",
+        SAMPLE="--array=0-3", TRAIN="--nodes=1 --gpus-per-node=1", OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    stage = run.iteration(0)
+    until(lambda: any(one.owner and one.owner.worker == "2/4" for one in claims.claims(stage)), slurm)
+    first = min(int(job.partition("_")[0]) for job in slurm.states())
+    slurm.call("scancel", f"{first}_2")
+    alone = small_run(tmp_path / "alone", tiny_t2v2)
+    cli.app(["loop", str(alone.path), "--iterations", "2"], standalone_mode=False)
+    until(lambda: set(slurm.states().values()) <= ENDED, slurm)
+    states = slurm.states()
+    assert states.pop(f"{first}_2") == "CANCELLED", slurm.logs()
+    assert set(states.values()) == {"COMPLETED"}, slurm.logs()
+    assert len(states) == 3 + 4 + 2
+    for k in (0, 1):
+        same(run.iteration(k), alone.iteration(k))
+    assert not stage.path.joinpath("work").exists()
+
+
+def same(one: Stage, other: Stage) -> None:
+    """The same videos, trajectories, scores, advantages and weights, bit for bit."""
+    assert differences(contents(one), contents(other)) == []
+    assert sidecar.scorers(one) == sidecar.scorers(other)
+    for scorer in sidecar.scorers(one):
+        frames = [sidecar.read_scores(stage, scorer) for stage in (one, other)]
+        pd.testing.assert_frame_equal(*frames, check_exact=True)
+    for name in sidecar.specifications(one):
+        frames = [sidecar.read_advantages(stage, name) for stage in (one, other)]
+        pd.testing.assert_frame_equal(*frames, check_exact=True)
+    paths = sorted(path.relative_to(one.policy_dir) for path in one.policy_dir.glob("*_noise/*.safetensors"))
+    assert len(paths) == 2
+    for path in paths:
+        assert (one.policy_dir / path).read_bytes() == (other.policy_dir / path).read_bytes()
+
+
+def test_a_train_job_that_is_asked_to_end_is_queued_again(slurm: Cluster, tiny_t2v2: Path, tmp_path: Path) -> None:
+    run = small_run(tmp_path / "run", tiny_t2v2, "train.updates_per_rollout=40", "rollout.prompts_per_iteration=2")
+    options = ["--parsable", "--nodes=1", "--gpus-per-node=1"]
+    job = slurm.call("sbatch", *options, SLURM / "train.sbatch", run.path, "0", OMP_NUM_THREADS="1").strip()
+    log = run.iteration(0).policy_dir / "metrics.jsonl"
+    until(lambda: log.exists() and log.read_text().count("\n") >= 2, slurm)
+    slurm.call("scancel", "--batch", "--signal=USR1", job)  # as SLURM itself does before the time is up
+    until(lambda: "Restarts=1" in slurm.call("scontrol", "show", "job", job), slurm)
+    kept = log.read_text()
+    assert not run.iteration(0).trained()
+    until(lambda: slurm.states()[job] in ENDED, slurm)
+    assert slurm.states()[job] == "COMPLETED", slurm.logs()
+    assert run.iteration(0).trained()
+    assert log.read_text().startswith(kept)
+    assert "stopped by SIGUSR1" in (slurm.folder / f"slurm-{job}.out").read_text()

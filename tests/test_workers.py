@@ -1,0 +1,330 @@
+"""Workers on one run: killed, late, waiting, without claims, as ranks of torchrun; always the same files."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+import cli
+from rollout.generate import rollout
+from rollout.parallel import World
+from rollout.policy import Policy
+from rollout.policy_ulysses import shared_tokens
+from score.run import score
+from shards import claims, files, sidecar
+from shards.claims import claim
+from shards.errors import NothingLeft, RunFailed, StillBusy, UserError
+from shards.run import Stage
+from shards.verify import verify
+from shards.writer import spooled
+from tests.test_generate import contents, differences
+from tests.tiny_models import TEXT_LENGTH
+from tests.workers import ROOT, finish, small_run, start
+
+PATIENCE = 300.0  # seconds; a loaded machine starts Python slowly
+WHERE = """
+import os, sys
+from rollout import meet
+meet.PATIENCE = 1.0
+import cli
+sys.argv = ["rushes", "rollout", sys.argv[1 + int(os.environ["RANK"])]]
+cli.main()
+"""
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_t2v2: Path) -> Policy:
+    return Policy.load(tiny_t2v2, device="cpu", text_length=TEXT_LENGTH)
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_t2v2: Path, tmp_path_factory: pytest.TempPathFactory) -> Stage:
+    """An iteration that one process sampled and scored in peace."""
+    run = small_run(tmp_path_factory.mktemp("alone") / "run", tiny_t2v2)
+    cli.app(["loop", str(run.path), "--iterations", "1"], standalone_mode=False)
+    return run.iteration(0)
+
+
+def same(one: Stage, other: Stage) -> None:
+    """The same videos, trajectories, scores and advantages, bit for bit, and nothing left behind."""
+    assert verify(one.run_path) == []
+    assert differences(contents(one), contents(other)) == []
+    assert not (one.path / "work").exists()
+    for scorer in sidecar.scorers(other):
+        frames = [sidecar.read_scores(stage, scorer) for stage in (one, other)]
+        pd.testing.assert_frame_equal(*frames, check_exact=True)
+    for name in sidecar.specifications(other):
+        frames = [sidecar.read_advantages(stage, name) for stage in (one, other)]
+        pd.testing.assert_frame_equal(*frames, check_exact=True)
+
+
+def until(ready: Callable[[], object]) -> None:
+    """Wait for something that must happen."""
+    deadline = time.monotonic() + PATIENCE
+    while not ready():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_another_worker_goes_on_with_the_spool_of_a_killed_one(
+    alone: Stage, policy: Policy, tiny_t2v2: Path, tmp_path: Path
+) -> None:
+    run = small_run(tmp_path / "run", tiny_t2v2)
+    stage = run.iteration(0)
+    worker = start("rollout", run.path, "--worker", "1/3")
+    until(lambda: stage.plan_path.exists() and spooled(stage, 1))
+    worker.kill()
+    worker.communicate()
+    left = sum(len(spooled(stage, shard)) for shard in range(6)) + 2 * len(stage.shards())
+    assert left > 0
+    assert len(claims.claims(stage)) <= 1
+    report = rollout(run, stage, policy, worker=(0, 3))
+    assert (report.done, report.skipped, report.busy) == (12 - left, left, 0)
+    score(run, stage)
+    same(stage, alone)
+
+
+def test_without_claims_two_workers_at_once_make_the_same(alone: Stage, tiny_t2v2: Path, tmp_path: Path) -> None:
+    """First writer wins: claims save double work and nothing else."""
+    run = small_run(tmp_path / "run", tiny_t2v2, "workers.claim_seconds=0.0", "score.workers=1")
+    for stage in ("rollout", "score"):
+        for worker in [start(stage, run.path, "--iteration", "0") for _ in range(2)]:
+            finish(worker)
+    same(run.iteration(0), alone)
+
+
+def test_a_late_worker_says_so(
+    alone: Stage, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(alone.run_path)
+    for stage in ("rollout", "score"):
+        cli.app([stage, path, "--iteration", "0"], standalone_mode=False)  # by hand: nothing to do, and all is well
+        monkeypatch.setattr(sys, "argv", ["rushes", stage, path, "--iteration", "0", "--worker", "1/4"])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert end.value.code == 3
+        assert f"rushes: iter-0000 {stage}: nothing is left for this worker" in capsys.readouterr().err
+        with monkeypatch.context() as patch:
+            patch.setenv("SLURM_ARRAY_TASK_ID", "7")
+            patch.setenv("SLURM_ARRAY_TASK_MIN", "4")
+            patch.setenv("SLURM_ARRAY_TASK_COUNT", "4")
+            assert cli.Share.of("", False) == cli.Share((3, 4), wait=False, late=True)
+            with pytest.raises(NothingLeft):
+                cli.app([stage, path, "--iteration", "0"], standalone_mode=False)
+
+
+def test_ranks_are_workers_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those of an array task; they wait for each other, and none of them fails for being late."""
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert cli.Share.of("", False) == cli.Share((1, 2), wait=True, late=False)
+    assert cli.Share.of("2/3", False) == cli.Share((5, 6), wait=True, late=False)
+
+
+@pytest.mark.parametrize("what", ["rollout", "score"])
+def test_a_worker_waits_for_others_or_says_that_they_work(
+    what: str, alone: Stage, policy: Policy, tiny_t2v2: Path, tmp_path: Path
+) -> None:
+    run = small_run(tmp_path / "run", tiny_t2v2, "score.workers=1")
+    stage = run.iteration(0)
+    if what == "score":
+        rollout(run, stage, policy)
+
+    def work(wait: bool) -> int:
+        """Shards that others hold at the end."""
+        if what == "rollout":
+            return rollout(run, stage, policy, wait=wait).busy
+        return len(score(run, stage, wait=wait).pending)
+
+    with claim(stage, 2, what):
+        assert work(wait=False) == 1
+        left: list[int] = []
+        waiting = threading.Thread(target=lambda: left.append(work(wait=True)))
+        waiting.start()
+        time.sleep(0.3)
+        assert waiting.is_alive()
+    waiting.join(PATIENCE)
+    assert left == [0]
+    score(run, stage)
+    same(stage, alone)
+
+
+def test_nobody_waits_for_rollouts_that_nobody_makes(policy: Policy, tiny_t2v2: Path, tmp_path: Path) -> None:
+    run = small_run(tmp_path / "run", tiny_t2v2, "workers.claim_seconds=1.0", "score.workers=1")
+    stage = run.iteration(0)
+    with claim(stage, 5, "rollout"):
+        rollout(run, stage, policy)
+    with pytest.raises(StillBusy, match=r"shard 5 is not sampled, and nobody samples"):
+        score(run, stage, wait=True)
+    assert len(sidecar.scorers(stage)) == 2
+
+
+def test_a_stopped_worker_ends_with_75_and_leaves_no_claim(tiny_t2v2: Path, tmp_path: Path) -> None:
+    run = small_run(tmp_path / "run", tiny_t2v2)
+    stage = run.iteration(0)
+    worker = start("rollout", run.path, "--worker", "0/2")
+    until(lambda: claims.claims(stage))
+    worker.send_signal(signal.SIGTERM)
+    talk = finish(worker, 75)
+    assert "rushes: stopped by SIGTERM" in talk
+    assert claims.claims(stage) == []
+
+
+def test_progress_is_that_of_the_stage(policy: Policy, tiny_t2v2: Path, tmp_path: Path) -> None:
+    """Of two workers each counts what the other has finished."""
+    run = small_run(tmp_path / "run", tiny_t2v2, "score.workers=1")
+    stage = run.iteration(0)
+    seen: list[tuple[int, int]] = []
+
+    def progress(done: int, total: int, unit: str, note: str = "") -> None:
+        seen.append((done, total))
+        time.sleep(0.3)
+
+    work: dict[str, Callable[..., Any]] = {
+        "rollout": lambda *rest, **more: rollout(run, stage, policy, *rest, **more),
+        "score": lambda *rest, **more: score(run, stage, None, False, *rest, **more),
+    }
+    for what, call in work.items():
+        seen.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("rollout.generate.LOOK_EVERY", 0.0)
+            patch.setattr("score.run.LOOK_EVERY", 0.0)
+            with claim(stage, 1, what), claim(stage, 4, what):
+                call(progress, worker=(0, 2))
+            assert seen[-1] == (8, 12)
+            assert sorted(seen) == seen
+            seen.clear()
+            call(progress, worker=(1, 2))
+            assert seen[-1] == (4, 4)
+
+
+@pytest.mark.slow
+def test_ranks_make_what_one_process_makes(alone: Stage, tiny_t2v2: Path, tmp_path: Path) -> None:
+    run = small_run(tmp_path / "run", tiny_t2v2)
+    talk = finish(start("loop", run.path, "--iterations", "1", ranks=2))
+    same(run.iteration(0), alone)
+    assert run.iteration(0).trained()
+    for result in ("videos sampled", "shards scored", "; policy "):
+        assert sum(result in line for line in talk.splitlines()) == 1, talk  # one rank speaks for all
+    assert "12/12 videos" in talk
+    workers = {manifest(run.iteration(0), shard)["info"].get("worker") for shard in range(6)}
+    assert workers <= {"0/2", "1/2"}
+    again = finish(start("eval", run.path, "--iteration", "0", ranks=2))
+    rows = [line for line in again.splitlines() if line.split()[:1] in (["iteration"], ["0"])]
+    assert len(rows) == 2
+
+
+def manifest(stage: Stage, shard: int) -> dict[str, Any]:
+    """The manifest of a shard."""
+    return files.read_json(stage.manifest_path(shard))
+
+
+def torchrun(*arguments: str | Path) -> str:
+    """Two ranks that must fail: what they said to the user."""
+    import subprocess
+
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
+    result = subprocess.run(
+        list(map(str, command)), cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, check=False, timeout=PATIENCE,
+    )  # fmt: skip
+    assert result.returncode == 1
+    return "\n".join(line for line in result.stderr.splitlines() if line.startswith("rushes: "))
+
+
+@pytest.mark.slow
+def test_ranks_that_do_not_mean_the_same_run_are_ended(tiny_t2v2: Path, tmp_path: Path) -> None:
+    script = tmp_path / "where.py"
+    script.write_text(WHERE)
+    one, other = (small_run(tmp_path / name / "run", tiny_t2v2) for name in made(tmp_path, "one", "other"))
+    said = torchrun(script, one.path, other.path)
+    assert said == (
+        f"rushes: rank 1 of 2: {other.path} is not the directory that rank 0 sees under this name (hint: all ranks "
+        "need one run directory, on a file system that their machines share)"
+    )
+    third = small_run(tmp_path / "other" / "third", tiny_t2v2, "rollout.eta=0.5")
+    said = torchrun(script, one.path, third.path)
+    assert said.startswith("rushes: rank 1 has another configuration than rank 0: ")
+    assert len(said.splitlines()) == 1
+    for run in (one, other, third):
+        assert [path.name for path in run.path.iterdir()] == ["run.toml"]
+
+
+def made(folder: Path, *names: str) -> list[str]:
+    """Folders for runs."""
+    for name in names:
+        (folder / name).mkdir()
+    return list(names)
+
+
+def test_a_stage_of_another_version_is_refused(
+    alone: Stage, policy: Policy, monkeypatch: pytest.MonkeyPatch, tiny_t2v2: Path, tmp_path: Path
+) -> None:
+    run = small_run(tmp_path / "run", tiny_t2v2)
+    stage = run.iteration(0)
+    with claim(stage, 3, "rollout"):
+        rollout(run, stage, policy)
+    monkeypatch.setattr(claims, "our_version", lambda: "99.0")
+    with pytest.raises(UserError, match=r"was begun by rushes .*, this is 99\.0"):
+        rollout(run, stage, policy)
+    assert stage.shards() == [0, 1, 2, 4, 5]
+
+
+def test_a_full_quota_is_named_and_nothing_is_left(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch, tiny_t2v2: Path, tmp_path: Path
+) -> None:
+    run = small_run(tmp_path / "run", tiny_t2v2)
+    stage = run.iteration(0)
+    writev = os.writev
+
+    def full(handle: int, buffers: Any) -> int:
+        if any(spooled(stage, shard) for shard in range(6)):
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+        return writev(handle, buffers)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "writev", full)
+        with pytest.raises(RunFailed, match="disk full"):
+            rollout(run, stage, policy)
+    assert not list(run.path.rglob(".tmp-*"))
+    assert claims.claims(stage) == []
+    assert stage.shards() == []
+    with monkeypatch.context() as patch:
+        patch.setattr(claims, "open_creating", no_room)
+        with pytest.raises(RunFailed, match=r"claim-0001: cannot be written: Disk quota exceeded"):
+            rollout(run, stage, policy)
+
+
+def no_room(*arguments: object) -> int:
+    raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+
+@pytest.mark.slow
+def test_ranks_that_share_the_tokens_of_a_video_make_the_same_bits(
+    alone: Stage, tiny_t2v2: Path, tmp_path: Path
+) -> None:
+    """All of a loop: rollouts under Ulysses, then a training without it, with the same policy in memory."""
+    run = small_run(tmp_path / "run", tiny_t2v2, "rollout.ulysses=2")
+    finish(start("loop", run.path, "--iterations", "1", ranks=2))
+    same(run.iteration(0), alone)
+    assert {manifest(run.iteration(0), shard)["info"]["worker"] for shard in range(6)} == {"0/1"}
+    assert run.iteration(0).trained()
+
+
+def test_degrees_that_do_not_divide_are_named(policy: Policy, tiny_t2v2: Path, tmp_path: Path) -> None:
+    run = small_run(tmp_path / "run", tiny_t2v2, "rollout.ulysses=3")
+    with pytest.raises(UserError, match=r"rollout\.ulysses = 3: 1 ranks cannot be divided so") as error:
+        rollout(run, run.iteration(0), policy)
+    assert "torchrun" in error.value.hint
+    with pytest.raises(UserError, match=r"rollout\.ulysses = 3: does not divide the 2 heads and \d+ tokens"):
+        shared_tokens(policy, (16, 16, 5), World(0, 3, 3)).__enter__()

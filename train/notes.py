@@ -1,0 +1,38 @@
+"""What is worth a look after an iteration, in plain words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from rollout.schedule import EXPERT_NAMES
+from train.data import Inputs
+from train.history import guard_history
+from train.metrics import Record, guard, guard_groups, guard_unmoved
+
+if TYPE_CHECKING:
+    from shards.run import Run
+
+
+def notes(
+    run: Run, inputs: Inputs, records: Sequence[Record], unmoved: Mapping[int, Sequence[str]], lag: int
+) -> list[str]:
+    """Sentences on an iteration that is trained: its metrics (`records`), and layers of each expert that never moved.
+
+    `lag` is the number of policies between the one that sampled and the one that was trained.
+    """
+    rollouts, settings = inputs.rollouts, run.config.train
+    groups = {key.rpartition("-")[0]: False for key in inputs.advantages}
+    for key, (advantage, weight) in inputs.advantages.items():
+        groups[key.rpartition("-")[0]] |= weight > 0 and advantage != 0
+    sentences = guard_groups(sum(not alive for alive in groups.values()), len(groups))
+    steps = {unit.expert for unit in rollouts.units()}
+    sentences += [f"{EXPERT_NAMES[one]}: no step of it was sampled with noise, so it was not trained"
+                  for one in unmoved if one not in steps]  # fmt: skip
+    for expert, names in unmoved.items():
+        mine = [record for record in records if record["expert"] == EXPERT_NAMES[expert]]
+        sentences += [f"{EXPERT_NAMES[expert]}: {text}" for text in guard_unmoved(mine, names)]
+    sentences += guard_history(run, rollouts.stage.iteration, records)
+    on_policy = settings.clip_range / 10 if lag == 0 and settings.objective == "grpo" else float("inf")
+    clips = settings.objective == "grpo"
+    return sentences + guard(records, epsilon=settings.epsilon, on_policy_limit=on_policy, clips=clips)

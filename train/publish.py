@@ -1,0 +1,37 @@
+"""The trained policy on disk: its weights, their average beside them, and policy.json, which commits both, last."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from shards import mirror
+from shards.files import publish_new, to_json
+
+if TYPE_CHECKING:
+    from rollout.parallel import World
+    from rollout.policy import Policy
+    from shards.run import Stage
+
+SCHEMA = 1
+
+
+def publish(policy: Policy, stage: Stage, averages: dict[int, dict[str, Tensor]], world: World, ema: bool) -> str:
+    """Write what was trained and, with `ema`, the averages; all ranks call this, rank 0 writes.
+
+    Returns the fingerprint of the new policy, on all ranks. RunFailed when the disk is full.
+    """
+    policy.use(None)
+    policy.save(stage.policy_dir)
+    if ema:
+        policy.save(stage.policy_dir / "ema", averages)
+    fingerprint = ""
+    with world.together():
+        if world.is_first:
+            identity = policy.fingerprint(stage.policy_dir)
+            mirror.put_folder(stage.policy_dir, wanted=lambda name: not mirror.ASIDE.search(name))
+            path = stage.policy_dir / "policy.json"
+            publish_new(path, to_json({"schema": SCHEMA, "iteration": stage.iteration, **identity}, path))
+            fingerprint = str(identity["fingerprint"])
+    return world.broadcast(fingerprint)
