@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import shutil
+import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -80,8 +81,8 @@ def measured_section(command: str, found: dict[str, Any]) -> str:
         "Rates are the median with the range in brackets, shares those of the median round; imports and the loading of "
         "the model are not counted.",
         "",
-        "| stage | processes | a second | " + " | ".join(HEADS[kind] for kind in KINDS) + " |",
-        "|-" * (len(KINDS) + 3) + "|",
+        "| stage | processes | a second | processor, ms each | " + " | ".join(HEADS[kind] for kind in KINDS) + " |",
+        "|-" * (len(KINDS) + 4) + "|",
     ]
     for name, rounds in runs.items():
         lines.append(stage_row(name, rounds))
@@ -95,7 +96,9 @@ def stage_row(name: str, rounds: Sequence[Timed]) -> str:
     kind, _, count = name.partition(" ")
     shares = " | ".join(f"{100 * one.shares[key]:.1f} %" for key in KINDS)
     unit = "videos" if kind == "rollout" else "transitions"
-    return f"| {NAMES[kind]} | {count} | {one.rate:.2f} {unit} ({min(rates):.2f}–{max(rates):.2f}) | {shares} |"
+    rate = f"{one.rate:.2f} {unit} ({min(rates):.2f}–{max(rates):.2f})"
+    cpu = statistics.median(timed.cpu for timed in rounds)
+    return f"| {NAMES[kind]} | {count} | {rate} | {1e3 * cpu:.0f} | {shares} |"
 
 
 def speed_lines(runs: dict[str, list[Timed]]) -> list[str]:
@@ -103,7 +106,11 @@ def speed_lines(runs: dict[str, list[Timed]]) -> list[str]:
     lines = []
     for kind, name in NAMES.items():
         one, two = (middle(runs[f"{kind} {count}"]) for count in (1, 2))
-        lines.append(f"- {name}: two processes do {two.rate / one.rate:.2f} times what one does.")
+        cpu = two.cpu / one.cpu
+        lines.append(
+            f"- {name}: two processes do {two.rate / one.rate:.2f} times what one does, with {cpu:.2f} times its "
+            "processor time for each."
+        )
     worst = max(
         timed.shares["read"] for name, rounds in runs.items() if not name.startswith("rollout") for timed in rounds
     )

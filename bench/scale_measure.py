@@ -70,6 +70,8 @@ class Timed:
     """Videos, or transitions in updates, a second."""
     shares: dict[str, float]
     """By kind; they add up to 1."""
+    cpu: float
+    """Seconds of all processes on a processor, for one video or transition."""
     seconds: float
     """From the first process with a model to the last one done; in training, of the updates."""
     parts: dict[str, float]
@@ -128,7 +130,8 @@ def of_rollout(records: Sequence[dict[str, Any]], videos: int) -> Timed:
     for record, end in zip(records, done, strict=True):
         spent.update(kinds(record["own"]["rollout"]))
         spent["wait"] += max(done) - end
-    return _timed(records, videos / seconds, spent, seconds)
+    cpu = sum(record["cpu"]["rollout"] - record["cpu"].get("load", 0.0) for record in records)
+    return _timed(records, videos / seconds, cpu / videos, spent, seconds)
 
 
 def time_training(out: Path, sampled: Run, size: Size, objective: str, ranks: int) -> Timed:
@@ -153,10 +156,11 @@ def of_training(records: Sequence[dict[str, Any]], transitions: int) -> Timed:
     spent = Counter[str]()
     for record in records:
         spent.update(kinds(record["own"]["update"]))
-    return _timed(records, transitions / seconds, spent, seconds)
+    cpu = sum(record["cpu"]["update"] for record in records)
+    return _timed(records, transitions / seconds, cpu / transitions, spent, seconds)
 
 
-def _timed(records: Sequence[dict[str, Any]], rate: float, spent: Counter[str], seconds: float) -> Timed:
+def _timed(records: Sequence[dict[str, Any]], rate: float, cpu: float, spent: Counter[str], seconds: float) -> Timed:
     whole = sum(spent.values())
     parts, calls = Counter[str](), Counter[str]()
     for record in records:
@@ -164,7 +168,7 @@ def _timed(records: Sequence[dict[str, Any]], rate: float, spent: Counter[str], 
         calls.update(record["calls"])
     shares = {kind: spent[kind] / whole for kind in KINDS}
     written = sum(record["bytes"]["written"] for record in records)
-    return Timed(len(records), rate, shares, seconds, dict(parts), dict(calls), written)
+    return Timed(len(records), rate, shares, cpu, seconds, dict(parts), dict(calls), written)
 
 
 def middle(rounds: Sequence[Timed]) -> Timed:

@@ -83,12 +83,16 @@ KINDS = {probe.label: probe.kind for probe in PROBES}
 class Account:
     """Seconds of one thread: every moment is owned by the innermost call that is timed, in the innermost phase."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.clock, self.thread = clock, threading.get_ident()
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, processor: Callable[[], float] = time.thread_time
+    ) -> None:
+        self.clock, self.processor, self.thread = clock, processor, threading.get_ident()
         self.own: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         """By phase and label: without the timed calls inside."""
         self.total: dict[str, float] = defaultdict(float)
         """By label: with everything inside."""
+        self.cpu: dict[str, float] = defaultdict(float)
+        """By label, with everything inside: seconds on a processor, which a busy machine does not stretch."""
         self.calls: dict[str, int] = defaultdict(int)
         self.first: dict[str, float] = {}
         """When a label was first left, on the clock."""
@@ -108,6 +112,7 @@ class Account:
             finally:
                 self.aside[label] += self.clock() - began
             return
+        worked = self.processor()
         self._turn(began)
         self._stack.append(label)
         try:
@@ -118,6 +123,7 @@ class Account:
             self._stack.pop()
             if label not in self._stack:
                 self.total[label] += ended - began
+                self.cpu[label] += self.processor() - worked
                 self.calls[label] += 1
             self.first.setdefault(label, ended)
             self.last[label] = ended
@@ -216,8 +222,9 @@ def main() -> None:
     finally:
         record = {
             "rank": world.rank(), "began": began, "ended": time.monotonic(), "own": account.own,
-            "total": account.total, "calls": account.calls, "first": account.first, "last": account.last,
-            "aside": account.aside, "bytes": {name: count - before[name] for name, count in moved().items()},
+            "total": account.total, "cpu": account.cpu, "calls": account.calls, "first": account.first,
+            "last": account.last, "aside": account.aside,
+            "bytes": {name: count - before[name] for name, count in moved().items()},
         }  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{os.getpid()}.json").write_text(json.dumps(record), encoding="utf-8")

@@ -167,7 +167,7 @@ class _Work:
         self.missing = {n: len(stage.keys(n)) for n in range(stage.expected()) if not stage.is_committed(n)}
         self.mine: set[int] = set()
         self.ready = 0
-        self.elsewhere, self.looked = 0, -LOOK_EVERY
+        self.elsewhere, self.looked, self.shown = 0, -LOOK_EVERY, 0
 
     def run(self, wait: bool) -> tuple[list[int], float]:
         """Sample what is missing. Returns the shards that living workers hold, and the seconds spent waiting for them.
@@ -182,7 +182,7 @@ class _Work:
             self.sampler.stay()
             pause()
             busy = self.go(busy)
-        if pause.waited:
+        if self.worker[1] > 1 and self.shown < sum(self.missing.values()):  # others finished the rest
             self.looked = -LOOK_EVERY
             self.tell("")
         claims.sweep_claims(self.stage, "rollout", self.seconds)
@@ -283,7 +283,8 @@ class _Work:
         """Report the progress of the whole stage: where there are several workers, what others finished counts too."""
         if self.progress:
             total = sum(self.missing.values())
-            self.progress(min(self.ready + self._others(), total), total, "videos", note)
+            self.shown = min(self.ready + self._others(), total)
+            self.progress(self.shown, total, "videos", note)
 
     def _others(self) -> int:
         """Videos that other workers have finished since we began, from the files they left."""

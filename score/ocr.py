@@ -41,7 +41,7 @@ class OCR:
     ) -> None:
         """interval: every n-th frame is read. max_frames: at most so many of those, evenly spread (0: all).
         min_size: smallest box in pixels (0: by frame size). canvas_size: larger side the detector sees (416: 3 times
-        faster, for text over 28 px). detector_bf16: twice as fast where the CPU has bfloat16; boxes may differ.
+        faster, for text over 28 px). detector_bf16: for GPUs, and CPUs with AMX; boxes may differ.
         fold_confusables: 0/o, 1/i/l, 5/s count as equal. min_confidence: boxes not above it are ignored.
         """
         if mode not in DEFINITIONS:

@@ -97,9 +97,7 @@ def score(
         pause()
         scoring.score([shard for shard in claims.order(pending, worker) if stage.is_committed(shard)])
         pending = _pending(stage, pending, selection)
-    if pause.waited:
-        scoring.looked = -LOOK_EVERY
-        scoring.tell()
+    scoring.tell_rest()
     claims.sweep_claims(stage, "score", scoring.seconds)
     summary, written = None, False
     if not pending:
@@ -200,7 +198,7 @@ class Scoring:
         self.finished, self.total, self.missing = 0, 0, set[int]()
         self.last_life = time.monotonic()
         self.mine: set[int] = set()
-        self.elsewhere, self.looked = 0, -LOOK_EVERY
+        self.elsewhere, self.looked, self.shown = 0, -LOOK_EVERY, 0
 
     def score(self, shards: list[int]) -> Outcome:
         """Score what is missing of `shards`.
@@ -306,7 +304,14 @@ class Scoring:
     def tell(self) -> None:
         """Report the progress of the whole stage: where there are several workers, what others scored counts too."""
         if self.progress:
-            self.progress(min(self.finished + self._others(), self.total), self.total, "samples")
+            self.shown = min(self.finished + self._others(), self.total)
+            self.progress(self.shown, self.total, "samples")
+
+    def tell_rest(self) -> None:
+        """Report once more when others finished the rest."""
+        if self.worker[1] > 1 and self.shown < self.total:
+            self.looked = -LOOK_EVERY
+            self.tell()
 
     def _others(self) -> int:
         """Samples that other workers have scored since we began, from the files they left."""

@@ -244,17 +244,25 @@ def _create(path: Path, seconds: float, worker: tuple[int, int]) -> Claim | None
     except OSError as error:
         hint = "check the disk, its quota and permissions"
         raise RunFailed(f"{path}: cannot be written: {error.strerror}", hint) from error
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        locked = True
-    except OSError:  # no locks on this file system
-        locked = False
-    held = Claim(path, handle, _owner(seconds, worker, locked))
+    held = Claim(path, handle, _owner(seconds, worker, _lock(handle)))
     held.beat()
     if held.lost:  # another machine was first in the store
         held.release()
         return None
     return held
+
+
+def _lock(handle: int) -> bool:
+    """Whether we could lock our new file. Those who ask for its owner hold it for a moment; nothing waits for ever."""
+    for _ in range(50):
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            time.sleep(0.002)
+        except OSError:  # no locks on this file system
+            return False
+    return False
 
 
 def _owner(seconds: float, worker: tuple[int, int], locked: bool) -> Owner:

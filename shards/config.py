@@ -89,7 +89,7 @@ class RolloutConfig(Section):
     )
     groups_per_shard: int = Field(1, ge=1, description="groups in one shard; a shard of 0.5 to 2 GB is a good size")
     ulysses: int = Field(
-        1, ge=1, description="ranks that sample one video together, when one GPU cannot hold it; divides heads and tokens"
+        1, ge=1, description="ranks that sample a video together, when one GPU cannot hold it; divides heads and tokens"
     )
     video_crf: int = Field(
         12, ge=0, le=51, description="H.264 quality of the stored video; above 18 small text suffers"

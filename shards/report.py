@@ -24,6 +24,18 @@ COST_COLUMNS = ("stage", "work", "videos", "time", "per video", "shards", "peak 
 EXPERT_LABELS = {"high_noise": "high-noise expert", "low_noise": "low-noise expert"}
 EXPERT_STYLES = {"high_noise": "high", "low_noise": "low"}
 
+CHARTS = {  # by objective: title, metric, what is taken off it, explanation
+    "grpo": [
+        ("ratio − 1", "ratio_mean", 1.0, "The band reaches from the smallest to the largest; 0 at the first update."),
+        ("clip fraction", "clip_fraction", 0.0, "Share of samples whose ratio was clipped; 0 at the first update."),
+    ],
+    "nft": [("loss", "loss", 0.0, "Error of predicted clean latents; DiffusionNFT has no ratio and clips nothing.")],
+    "every": [
+        ("KL", "kl", 0.0, "Distance to the reference policy; 0 throughout when train.kl_beta is 0."),
+        ("gradient norm", "gradient_norm", 0.0, "Before clipping to train.max_grad_norm."),
+    ],
+}
+
 
 def write_report(run: Run, megabytes: float = MEGABYTES) -> Path:
     """Write RUN/report/index.html and return its path; the same files give the same page.
@@ -156,22 +168,8 @@ def _components(facts: Facts) -> str:
 
 
 def _training(facts: Facts) -> str:
-    charts = [
-        (
-            "ratio − 1",
-            "ratio_mean",
-            1.0,
-            "The band reaches from the smallest to the largest; 0 at the first update.",
-        ),
-        ("KL", "kl", 0.0, "Distance to the reference policy; 0 throughout when train.kl_beta is 0."),
-        (
-            "clip fraction",
-            "clip_fraction",
-            0.0,
-            "Share of samples whose ratio was clipped; 0 at the first update.",
-        ),
-        ("gradient norm", "gradient_norm", 0.0, "Before clipping to train.max_grad_norm."),
-    ]
+    objective = facts.run.config.train.objective
+    charts = [*CHARTS.get(objective, []), *CHARTS["every"]]
     panels = []
     for title, name, base, note in charts:
         series = [
@@ -237,11 +235,12 @@ def _costs(costs: Sequence[Cost]) -> str:
     rows = [_cost_row(cost) for cost in costs]
     for work in dict.fromkeys(cost.work for cost in costs):
         mine = [cost for cost in costs if cost.work == work]
+        seconds = [cost.seconds for cost in mine if cost.seconds is not None]
         total = Cost(
             "all",
             work,
             sum(cost.videos or 0 for cost in mine) or None,
-            sum(cost.seconds or 0.0 for cost in mine),
+            sum(seconds) if len(seconds) == len(mine) else None,
             sum(cost.bytes or 0 for cost in mine) or None,
             max((cost.peak_bytes for cost in mine if cost.peak_bytes), default=None),
         )

@@ -117,7 +117,7 @@ def to_text(found: dict[str, Any]) -> str:
         lines += [f"  {name:<14} {_plain(value)}" for name, value in components.items()]
     for scorer, readings in found["text"].items():
         lines += ["", f"text read by {scorer}, one line a frame looked at"]
-        lines += [f"  {number:<14} {_plain(reading)}" for number, reading in enumerate(readings)]
+        lines += [_reading(number, reading) for number, reading in enumerate(readings)]
     lines += [
         "",
         f"{'step':>4}  {'sigma':>8}  {'to':>8}  {'timestep':>9}  {'expert':<10}  {'guidance':>8}  {'log_prob':>10}",
@@ -129,6 +129,14 @@ def to_text(found: dict[str, Any]) -> str:
     latents = found["latents"]
     lines += ["", f"latents     {latents['dtype']} {latents['shape']}, states {latents['states']}"]
     return "\n".join(lines) + "\n"
+
+
+def _reading(number: int, reading: Any) -> str:
+    """A line with what was read: frame, text, confidence; a reward may also have kept the bare text."""
+    if not isinstance(reading, dict):
+        return f"  {number:<14} {_plain(reading)}"
+    sure = f"   confidence {reading['confidence']:.2f}" if reading.get("text") and "confidence" in reading else ""
+    return f"  frame {reading.get('frame', number):<8} {reading.get('text') or '(nothing)'}{sure}"
 
 
 def _steps(meta: dict[str, Any]) -> list[dict[str, Any]]:

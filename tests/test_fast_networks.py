@@ -44,6 +44,11 @@ def test_the_parts_of_the_work_make_no_difference(monkeypatch: pytest.MonkeyPatc
         torch.testing.assert_close(layer(Plane.of(maps)).maps, whole)
 
 
+def test_a_buffer_without_room_for_whole_tiles_is_refused() -> None:
+    with pytest.raises(ValueError, match="too small"):
+        Plane(torch.zeros(1, 8, 7, 2), 6, 5)  # one column less than two tiles and the border
+
+
 def test_pooled_keeps_the_largest_of_four() -> None:
     maps = torch.randn(2, 3, 6, 10)
     torch.testing.assert_close(Plane.of(maps).pooled().maps, F.max_pool2d(maps, 2))

@@ -137,6 +137,18 @@ def test_one_sample_in_full(run: Path) -> None:
     assert json.loads(sample.show(run, key, "json")) == found
 
 
+def test_what_was_read_stands_in_words_frame_by_frame(run: Path) -> None:
+    found = sample.describe(run, "i000001-p000001-s02")
+    readings = [{"frame": 0, "text": "FILM", "confidence": 0.9731}, {"frame": 4, "text": "", "confidence": 0.0}, "bare"]
+    lines = sample.to_text(found | {"text": {"ocr": readings}}).splitlines()
+    start = lines.index("text read by ocr, one line a frame looked at") + 1
+    assert [line.split() for line in lines[start : start + 3]] == [
+        ["frame", "0", "FILM", "confidence", "0.97"],
+        ["frame", "4", "(nothing)"],
+        ["2", "bare"],
+    ]
+
+
 def test_the_frames_are_those_of_the_video(run: Path, tmp_path: Path) -> None:
     key = "i000000-p000000-s01"
     stage, shard = sample.find(run, key)

@@ -140,7 +140,7 @@ def start(folder: Path, ranks: int, cases: list[dict[str, Any]]) -> Results:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=1200,
+        timeout=3000,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
@@ -155,9 +155,10 @@ def published(run: Path) -> dict[str, torch.Tensor]:
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    """The metrics of the last iteration, without the clock."""
+    """The metrics of the last iteration, but for what one process used up."""
     lines = (last(run) / "policy" / "metrics.jsonl").read_text().splitlines()
-    return [{name: value for name, value in json.loads(line).items() if name != "seconds"} for line in lines]
+    own = ("seconds", "peak_memory_bytes")
+    return [{name: value for name, value in json.loads(line).items() if name not in own} for line in lines]
 
 
 def last(run: Path) -> Path:
@@ -196,7 +197,7 @@ def test_many_ranks_end_where_one_process_ends(
             assert moved > 0
             assert difference <= 2e-2 * moved, key  # the change itself, as far as fp32 beside a weight can tell it
     for mine, other in zip(metrics(folder / name), metrics(alone[name.split()[0]].path), strict=True):
-        assert mine == pytest.approx(other, rel=1e-5, abs=1e-9)
+        assert mine == pytest.approx(other, rel=1e-4 if name.startswith("bf16") else 1e-5, abs=1e-9)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -264,7 +265,7 @@ def test_rushes_train_under_torchrun_speaks_once(ground: Run, tmp_path: Path) ->
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1200,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]

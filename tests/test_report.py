@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shards import report_clips, report_data, sidecar
-from shards.board import NAME, write_board
+from shards import board_clips, report_clips, report_data, sidecar
+from shards.board import NAME, send_wandb, write_board
 from shards.errors import UserError
 from shards.report import duration, write_report
 from shards.report_svg import Point, Series, lines, nice_ticks, number
 from shards.run import Run, Stage
+from shards.video import encode_mp4
 from tests import chromium
 from tests.shard_fixtures import advantage_frame, committed_stage, score_frame
 
@@ -44,7 +46,8 @@ def judge(stage: Stage, luma: float) -> None:
     """Scores of a reward that reads, guards and advantages for a whole stage."""
     for shard in stage.shards():
         scores = score_frame(stage, shard)
-        sidecar.write_scores(stage, shard, "ocr-1a2b3c4d", scores.assign(text='["<FILM>", ""]'), {})
+        cost = {"seconds": "1.25", "peak_memory_bytes": str(3 * 2**30)}
+        sidecar.write_scores(stage, shard, "ocr-1a2b3c4d", scores.assign(text='["<FILM>", ""]'), cost)
         guards = scores.drop(columns=["accuracy", "text"])
         noise = 0.001 * np.arange(len(guards))
         sidecar.write_scores(
@@ -64,7 +67,9 @@ def write_updates(stage: Stage, **changed: float) -> None:
         "gradient_norm": 0.5,
     }
     records = [
-        {"iteration": stage.iteration, "expert": expert, "update": update, "seconds": 1.5} | values | changed
+        {"iteration": stage.iteration, "expert": expert, "update": update, "seconds": 1.5, "peak_memory_bytes": 2.0**31}
+        | values
+        | changed
         for expert in ("high_noise", "low_noise")
         for update in (1, 2)
     ]
@@ -176,6 +181,13 @@ def test_costs_come_from_the_records(run: Run) -> None:
     assert costs["iter-0001", "train"].seconds == pytest.approx(6.0)
     assert costs["eval/iter-0001", "eval"].videos == 4
     assert costs["iter-0000", "rollout"].peak_bytes is None
+    scoring = costs["iter-0001", "score ocr"]
+    assert (scoring.videos, scoring.seconds, scoring.peak_bytes) == (8, pytest.approx(2.5), 3 * 2**30)
+    assert costs["iter-0000", "score guards"].seconds is None  # of tables that do not say
+    assert costs["iter-0000", "train"].peak_bytes == 2**31
+    page = write_report(run).read_text(encoding="utf-8")
+    assert "<td>score ocr</td><td>8</td><td>2.5 s</td>" in page
+    assert "<td>3 GiB</td>" in page
 
 
 def guard_table(values: list[list[float]]) -> pandas.DataFrame:
@@ -256,11 +268,59 @@ def test_tensorboard_reads_the_rewards(run: Run) -> None:
     found = {}
     for event in EventFileLoader(str(folder / NAME)).Load():
         for value in event.summary.value:
-            found[value.tag, event.step] = value.tensor.float_val[0]
+            if value.tensor.float_val:
+                found[value.tag, event.step] = value.tensor.float_val[0]
     assert found["training/reward", 1] == pytest.approx(0.15)
     assert found["held out/ocr/accuracy", 0] == pytest.approx(0.05)
     assert ("training/guards/luma", 0) in found
     assert write_board(run) == folder
+
+
+def test_tensorboard_shows_the_best_the_worst_and_the_same_held_out_clips(run: Run) -> None:
+    import io
+
+    from PIL import Image
+    from tensorboard.backend.event_processing import event_accumulator
+
+    accumulator = event_accumulator.EventAccumulator(str(write_board(run)), {event_accumulator.IMAGES: 0}).Reload()
+    tags = ["held out/0 clip", "held out/1 clip", "training/best clip", "training/worst clip"]
+    assert sorted(accumulator.Tags()["images"]) == tags
+    for tag in tags:
+        shown = accumulator.Images(tag)
+        assert [event.step for event in shown] == [0, 1]
+        picture = Image.open(io.BytesIO(shown[0].encoded_image_string))
+        assert (shown[0].width, shown[0].height, picture.size) == (64, 32, (64, 32))
+        assert (picture.n_frames, picture.info["duration"], picture.info["loop"]) == (5, 60, 0)  # GIF counts 10 ms
+    rewards = {clip.tag: clip.caption for clip in board_clips.clips(report_data.gather(run))}
+    assert "reward 0.300" in rewards["training/best"]
+    assert "reward 0.000" in rewards["training/worst"]
+
+
+def test_a_large_clip_becomes_a_smaller_sparser_picture() -> None:
+    frames = np.zeros((81, 96, 640, 3), np.uint8)
+    data, width, height = board_clips.gif(
+        encode_mp4(frames + np.arange(81, dtype=np.uint8)[:, None, None, None], 16), 16
+    )
+    assert (width, height) == (320, 48)
+    assert data.startswith(b"GIF89a")
+
+
+def test_weights_and_biases_gets_the_same_curves_and_clips(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    files = Path(send_wandb(run))
+    [log] = files.parent.glob("*.wandb")
+    logged = log.read_bytes()  # records one after another, texts as they are
+    for name in (b"training/reward", b"held out/ocr/accuracy", b"training/best clip", b"reward 0.300"):
+        assert name in logged
+    assert len(list(files.glob("media/videos/**/*.mp4"))) == 2 * len(("best", "worst", "held out 0", "held out 1"))
+
+
+def test_without_the_package_nothing_is_sent(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="not installed"):
+        send_wandb(run)
 
 
 # --- In a browser ----------------------------------------------------------------------------------------------------

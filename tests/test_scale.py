@@ -42,10 +42,11 @@ class Clock:
 
 
 def test_every_moment_belongs_to_the_innermost_call_of_its_phase() -> None:
-    clock = Clock()
-    account = Account(clock)
+    clock, processor = Clock(), Clock()
+    account = Account(clock, processor)
     with account.timed("train"):
         clock.wait(1)
+        processor.wait(0.5)
         with account.timed("update"):
             clock.wait(2)
             with account.timed("chunk"):
@@ -54,6 +55,7 @@ def test_every_moment_belongs_to_the_innermost_call_of_its_phase() -> None:
                     clock.wait(8)
             with account.timed("backward"):
                 clock.wait(16)
+                processor.wait(9)
         clock.wait(32)
         with account.timed("chunk"):
             clock.wait(64)
@@ -62,6 +64,7 @@ def test_every_moment_belongs_to_the_innermost_call_of_its_phase() -> None:
         "update": {"update": 2.0, "chunk": 4.0, "fsync": 8.0, "backward": 16.0},
     }
     assert account.total == {"train": 127.0, "update": 30.0, "chunk": 76.0, "fsync": 8.0, "backward": 16.0}
+    assert account.cpu == {"train": 9.5, "update": 9.0, "backward": 9.0, "chunk": 0.0, "fsync": 0.0}
     assert account.calls["chunk"] == 2
     assert (account.first["chunk"], account.last["chunk"]) == (115.0, 227.0)
     assert kinds(account.own["update"]) == {"rest": 2.0, "read": 4.0, "write": 8.0, "model": 16.0}
@@ -161,7 +164,8 @@ def test_every_probe_of_the_benchmark_is_there() -> None:
 def record(rank: int, began: float, done: float, own: dict[str, float], phase: str = "rollout") -> dict[str, Any]:
     """What a probe leaves."""
     return {"rank": rank, "began": began, "ended": done + 1, "own": {phase: own}, "total": {phase: done - began},
-            "calls": {"publish": 3}, "first": {"load": began + 1}, "last": {phase: done}, "aside": {},
+            "cpu": {phase: 6.0, "load": 1.5}, "calls": {"publish": 3}, "first": {"load": began + 1},
+            "last": {phase: done}, "aside": {},
             "bytes": {"read": 0, "written": 50}}  # fmt: skip
 
 
@@ -171,12 +175,13 @@ def test_a_worker_that_is_done_waits_for_the_last_one() -> None:
     assert (timed.processes, timed.rate, timed.seconds, timed.written) == (2, 2.0, 9.0, 100)  # from 11 to 20
     assert timed.shares == {"model": 0.5, "video": 0.0, "read": 0.0, "write": 0.125, "wait": 0.25, "rest": 0.125}
     assert timed.calls == {"publish": 6}
+    assert timed.cpu == 2 * (6.0 - 1.5) / 18
 
 
 def test_training_counts_its_updates_alone() -> None:
     records = [record(rank, 0, 5, {"update": 1.0, "chunk": 1.0, "barrier": 2.0}, "update") for rank in (0, 1)]
     timed = scale_measure.of_training(records, 40)
-    assert timed.rate == 8.0
+    assert (timed.rate, timed.cpu) == (8.0, 12.0 / 40)
     assert timed.shares["read"] == 0.25
     assert timed.shares["wait"] == 0.5
 
@@ -390,7 +395,7 @@ def timed(rate: float, **shares: float) -> scale_measure.Timed:
     """A measurement."""
     whole = dict.fromkeys(scale_measure.KINDS, 0.0) | shares
     parts = {"claim": 0.2, "sample": 0.4, "seal": 0.6, "fsync": 0.5, "link": 0.1}
-    return scale_measure.Timed(1, rate, whole, 8.0, parts, {"publish": 160}, 1000)
+    return scale_measure.Timed(1, rate, whole, rate / 10, 8.0, parts, {"publish": 160}, 1000)
 
 
 FOUND = {
@@ -412,8 +417,8 @@ def measured_text(read: float) -> str:
 def test_the_measured_section_says_what_was_found() -> None:
     text = measured_text(0.01)
     assert "on 2 cores of Abacus, torch 9.9. The machine was shared: its load was 1.5 before and 2.5 after" in text
-    assert "| updates, GRPO | 2 | 4.00 transitions (2.00–8.00) | 89.0 % | 0.0 % | 1.0 % |" in text
-    assert "rollout: two processes do 2.00 times what one does" in text
+    assert "| updates, GRPO | 2 | 4.00 transitions (2.00–8.00) | 400 | 89.0 % | 0.0 % | 1.0 % |" in text
+    assert "rollout: two processes do 2.00 times what one does, with 2.00 times its processor time" in text
     assert "at most 1.00 % of the updates in any round; the goal, under 2 %, is kept" in text
     assert "| claim and release | 25.0 ms, 2.50 % | 25.0 ms, 2.50 % |" in text
     assert "A video took 2.50 published files; by arithmetic it takes 2.50." in text

@@ -99,6 +99,10 @@ def test_scores_and_advantages_of_a_stage(tmp_path: Path) -> None:
     assert list(scores["reward"]) == [0, 1, 2, 0, 1, 2]
     assert list(scores["half"]) == [0, -0.5, -1, 0, -0.5, -1]
     assert set(scores["status"]) == {"ok"}
+    said = sidecar.score_metadata(stage, 1, directory)
+    assert said["scorer"] == OWN
+    assert float(said["seconds"]) >= 0
+    assert int(said["peak_memory_bytes"]) > 2**24  # more than any Python with NumPy takes
     table = sidecar.read_advantages(stage, report.advantages)
     deviation = np.sqrt(2 / 3)
     np.testing.assert_allclose(table["advantage"], np.array([-1, 0, 1] * 2) / deviation)

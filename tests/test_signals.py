@@ -20,10 +20,12 @@ import torch
 
 import cli
 from rollout.policy import Policy
+from score.run import score
 from shards.errors import RunFailed, Stopped
 from shards.run import Run
 from shards.signals import check, stoppable, stopping
 from tests import training
+from tests.test_score_run import make
 from train import signals
 from train.run import train
 
@@ -237,6 +239,21 @@ def test_rollout_stops_between_samples(tiny_t2v2: Path, policy: Policy, tmp_path
     assert process.run(lambda done, unit, note: done == 2, signal.SIGTERM, 0) == [75]
     assert process.said(0).startswith("rushes: stopped by SIGTERM in shard 0 of iter-0000 (hint: run the same command")
     assert training.frame_of(training.roll(run, 0, policy)).shape[0] == 2 * training.GROUP
+
+
+def test_score_stops_between_shards(tmp_path: Path) -> None:
+    run, stage = make(tmp_path / "run", groups=3, groups_per_shard=1)
+
+    def progress(done: int, total: int, unit: str, note: str = "") -> None:
+        if done:
+            send(signal.SIGTERM)
+
+    with stoppable(), pytest.raises(Stopped, match=r"stopped by SIGTERM in iter-0000 score \(hint"):
+        score(run, stage, progress=progress)
+    report = score(run, stage)
+    assert report.skipped == [0]  # the one that was in work
+    assert report.done == [1, 2]
+    assert not report.pending
 
 
 def test_ranks_stop_together_and_outlive_no_killed_one(

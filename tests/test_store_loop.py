@@ -17,7 +17,7 @@ from rollout.generate import rollout
 from rollout.policy import Policy
 from score.run import score
 from shards import mirror, sidecar, store
-from shards.config import ModelConfig
+from shards.config import ModelConfig, WorkersConfig
 from shards.files import read_json, read_json_lines
 from shards.reader import open_shard
 from shards.run import Run
@@ -65,7 +65,8 @@ def test_two_iterations_on_two_machines_equal_a_local_run(
     # the first machine samples, scores, and dies in its second update
     monkeypatch.setenv("RUSHES_CACHE", str(tmp_path / "first"))
     s3.faults += [Fault("503", "PUT", r"\.tar"), Fault("reset", "PUT", "manifest"), Fault("lost", "PUT", "score")]
-    created = Run.create(URL, local.config.model_copy(update={"model": _model(local.config.model)}))
+    own = {"model": _model(local.config.model), "workers": WorkersConfig(claim_seconds=4.0)}
+    created = Run.create(URL, local.config.model_copy(update=own))
     policy = Policy.of(created.config.model)
     sampled_and_scored(created, 0, policy)
     update = ExpertTrainer.update

@@ -46,6 +46,7 @@ class Writer(HuggingFaceStorageWriter):
     def __init__(self, final: Path, update: int, keep: int) -> None:
         super().__init__(str(final), save_distributed=True)
         self.final, self.update, self.keep = final, update, keep
+        self.per_thread_copy_ahead = 0  # no CUDA stream: all is on the host, and a new thread would open the first GPU
         self.folder: Path | None = None  # on the first rank: the folder while it has its private name
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
-from shards.claims import claim
+from shards.claims import BEATS, Pause, claim, holder, life
 from shards.errors import StillBusy, UserError
 from shards.files import publish_replace, read_json
 from train.freeze import freeze
@@ -31,9 +31,19 @@ def claimed(world: World, stage: Stage, seconds: float) -> Iterator[None]:
     """Inside, this process, or rank 0 for all, holds the training of an iteration; StillBusy when another one does."""
     with ExitStack() as stack:
         with world.together():
-            if world.is_first and not stack.enter_context(claim(stage, 0, "train", seconds)):
-                raise StillBusy(f"{stage.path} is being trained by another process", "wait for it, or stop it")
+            if world.is_first:
+                _hold(stack, stage, seconds)
         yield
+
+
+def _hold(stack: ExitStack, stage: Stage, seconds: float) -> None:
+    """Claim the training. What a silent machine holds is watched until it gives a sign of life or its claim is void."""
+    pause = Pause(seconds / BEATS)
+    while not stack.enter_context(claim(stage, 0, "train", seconds)):
+        found = holder(stage, 0, "train")
+        if found and life(found, seconds) == "alive":
+            raise StillBusy(f"{stage.path} is being trained by another process", "wait for it, or stop it")
+        pause()
 
 
 def agree_on_run(world: World, run: Run, stage: Stage) -> None:

@@ -94,7 +94,7 @@ def prove_iteration(run: Run, iteration: int, policy: Policy, progress: Progress
     start = starting_policy(run, iteration)
     policy.become(start)
     check_policy(rollouts, policy, policy.fingerprint(start)["fingerprint"], run.config.train)
-    limit = replay_limit(policy, run.config.train.replay_limit)
+    limit = replay_limit(policy, run.config.train.replay_limit, run.config.rollout.ulysses)
     everything = sum(unit.size for unit in rollouts.units())
     return prove(policy, rollouts, samples=everything, limit=limit, progress=progress).largest
 

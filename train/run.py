@@ -126,7 +126,7 @@ def _train(
     covered = {name: found[0] for name in EXPERT_NAMES if (found := checkpoint.latest(_trainer_dir(stage, name)))}
     replayed = None
     if not covered and _must_prove(config.train, inputs.rollouts, lag):
-        limit = replay_limit(policy, config.train.replay_limit, world.ulysses)
+        limit = replay_limit(policy, config.train.replay_limit, max(world.ulysses, config.rollout.ulysses))
         replayed = prove(
             policy, inputs.rollouts, samples=config.train.replay_samples, limit=limit, progress=progress, world=world
         )
