@@ -2,7 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO ?= runs/demo
-export OMP_NUM_THREADS ?= 2
+# One thread: tensors of `words` are small, and a second one waits more than it computes, above all on a busy machine.
+export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: setup demo test lint types docs bench clean

@@ -106,10 +106,10 @@ def speed_lines(runs: dict[str, list[Timed]]) -> list[str]:
     lines = []
     for kind, name in NAMES.items():
         one, two = (middle(runs[f"{kind} {count}"]) for count in (1, 2))
-        cpu = two.cpu / one.cpu
+        each = [statistics.median(timed.cpu for timed in runs[f"{kind} {count}"]) for count in (1, 2)]
         lines.append(
-            f"- {name}: two processes do {two.rate / one.rate:.2f} times what one does, with {cpu:.2f} times its "
-            "processor time for each."
+            f"- {name}: two processes do {two.rate / one.rate:.2f} times what one does, and take "
+            f"{each[1] / each[0]:.2f} times the processor time for each."
         )
     worst = max(
         timed.shares["read"] for name, rounds in runs.items() if not name.startswith("rollout") for timed in rounds

@@ -182,7 +182,7 @@ class _Work:
             self.sampler.stay()
             pause()
             busy = self.go(busy)
-        if self.worker[1] > 1 and self.shown < sum(self.missing.values()):  # others finished the rest
+        if not busy and self.worker[1] > 1 and self.shown < sum(self.missing.values()):  # others finished the rest
             self.looked = -LOOK_EVERY
             self.tell("")
         claims.sweep_claims(self.stage, "rollout", self.seconds)

@@ -97,7 +97,8 @@ def score(
         pause()
         scoring.score([shard for shard in claims.order(pending, worker) if stage.is_committed(shard)])
         pending = _pending(stage, pending, selection)
-    scoring.tell_rest()
+    if not pending:
+        scoring.tell_rest()
     claims.sweep_claims(stage, "score", scoring.seconds)
     summary, written = None, False
     if not pending:

@@ -285,12 +285,14 @@ class _Heart:
 
     def __init__(self) -> None:
         self.held: set[Claim] = set()
+        self.wake = threading.Event()
         self.guard = threading.Lock()
         self.thread: threading.Thread | None = None
 
     def keep(self, one: Claim) -> None:
         with self.guard:
             self.held.add(one)
+            self.wake.set()  # it may have to count more often than those before it
             if self.thread is None:
                 self.thread = threading.Thread(target=self._run, name="claims", daemon=True)
                 self.thread.start()
@@ -306,7 +308,8 @@ class _Heart:
                 if not held:
                     self.thread = None
                     return
-            time.sleep(min(one.owner.every for one in held))
+            self.wake.wait(min(one.owner.every for one in held))
+            self.wake.clear()
             for one in held:
                 one.beat()
 

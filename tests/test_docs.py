@@ -379,7 +379,8 @@ def test_the_figures_of_sampling_are_computed() -> None:
 def test_the_notes_are_those_of_the_program() -> None:
     text = (DOCS / "metrics.md").read_text(encoding="utf-8").partition("## The notes in plain language")[2]
     notes = [cell.strip("`") for cell in re.findall(r"^\| (`.+?`) \|", text, re.M)]
-    source = "".join((ROOT / "train" / f"{name}.py").read_text("utf-8") for name in ("metrics", "history", "run"))
+    names = ("metrics", "history", "notes", "run")
+    source = "".join((ROOT / "train" / f"{name}.py").read_text("utf-8") for name in names)
     source = re.sub(r'"\s+f?"', "", source)
     assert len(notes) == 10
     for note in notes:

@@ -63,10 +63,11 @@ def originals() -> tuple[Any, Any]:
     from easyocr.model.vgg_model import Model
 
     alphabet = recognition_models["gen2"]["english_g2"]["characters"]
-    detector, recogniser = CRAFT().eval(), Model(1, 256, 256, len(alphabet) + 1).eval()
-    detector.load_state_dict(_load_weights(weights_folder(), "craft_mlt_25k.pth"))
-    recogniser.load_state_dict(_load_weights(weights_folder(), "english_g2.pth"))
-    return detector.requires_grad_(False), recogniser.requires_grad_(False)
+    with torch.device("meta"):
+        detector, recogniser = CRAFT(), Model(1, 256, 256, len(alphabet) + 1)
+    detector.load_state_dict(_load_weights(weights_folder(), "craft_mlt_25k.pth"), assign=True)
+    recogniser.load_state_dict(_load_weights(weights_folder(), "english_g2.pth"), assign=True)
+    return detector.eval().requires_grad_(False), recogniser.eval().requires_grad_(False)
 
 
 def words(*shape: int) -> Tensor:

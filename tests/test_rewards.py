@@ -18,8 +18,8 @@ from transformers import CLIPModel, CLIPProcessor
 from score import tables
 from score.aesthetic import Aesthetic
 from score.clip import CLIP, load_embedder
-from score.frames import spread
 from score.content import digest
+from score.frames import spread
 from score.motion import Motion
 from score.pickscore import PickScore
 from score.reward import Reward, Scored, Video, choose

@@ -418,7 +418,9 @@ def test_the_measured_section_says_what_was_found() -> None:
     text = measured_text(0.01)
     assert "on 2 cores of Abacus, torch 9.9. The machine was shared: its load was 1.5 before and 2.5 after" in text
     assert "| updates, GRPO | 2 | 4.00 transitions (2.00–8.00) | 400 | 89.0 % | 0.0 % | 1.0 % |" in text
-    assert "rollout: two processes do 2.00 times what one does, with 2.00 times its processor time" in text
+    assert (
+        "rollout: two processes do 2.00 times what one does, and take 2.00 times the processor time for each." in text
+    )
     assert "at most 1.00 % of the updates in any round; the goal, under 2 %, is kept" in text
     assert "| claim and release | 25.0 ms, 2.50 % | 25.0 ms, 2.50 % |" in text
     assert "A video took 2.50 published files; by arithmetic it takes 2.50." in text
