@@ -20,7 +20,7 @@ from train.data import Rollouts
 from train.run import train
 
 ROOT = Path(__file__).parents[1]
-CALM = {"epsilon": 1e-6}  # AdamW divides rounding noise by the gradient; the default lets it through at any size
+CALM = {"epsilon": 1e-4}  # AdamW divides rounding noise by the gradient; the default lets it through at any size
 SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"ratio_norm": True},
     "nft": {"objective": "nft", "ema": 0.0},
@@ -198,7 +198,9 @@ def test_many_ranks_end_where_one_process_ends(
             assert moved > 0
             assert difference <= 2e-2 * moved, key  # the change itself, as far as fp32 beside a weight can tell it
     for mine, other in zip(metrics(folder / name), metrics(alone[name.split()[0]].path), strict=True):
-        assert mine == pytest.approx(other, rel=1e-4 if name.startswith("bf16") else 1e-5, abs=1e-9)
+        words = {key for key, value in other.items() if isinstance(value, str)}
+        assert {key: mine.pop(key) for key in words} == {key: other.pop(key) for key in words}
+        assert mine == pytest.approx(other, rel=1e-4, abs=1e-9)  # a mean shift is a small difference of large numbers
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -233,7 +235,7 @@ MISHAPS = {
     "folder": "rank 1 of 2: {elsewhere} is not the run directory that rank 0 has as {folder} "
     "(hint: all ranks need the same run directory, on a file system that all machines share)",
     "odd file": "rank 1 of 2: shard-000000.tar: crc32 of the latents is wrong (hint: restore the file)",
-    "odd weights": "high_noise expert, update 1: rank 3 has other weights than rank 0 (hint: a machine computes "
+    "odd weights": "high_noise expert, update 1: rank 2 has other weights than rank 0 (hint: a machine computes "
     "wrongly or a message was damaged; the checkpoint before this update is good)",
 }
 
