@@ -398,7 +398,7 @@ def load_policy(run: Run, stage: Stage | None = None) -> Policy:
 @stoppable()
 def do_rollout(run: Run, stage: Stage, policy: Policy | None, share: Share = ALL) -> RolloutReport:
     """Sample what is missing of one stage and say what happened."""
-    from rollout.generate import rollout as run_rollout
+    from rollout.crew import rollout as run_rollout
 
     check(f"before {stage.name} rollout")
     with progress(f"{stage.name} rollout") as report:

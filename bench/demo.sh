@@ -2,7 +2,7 @@
 # The main job on the embedded model, as a user would type it: init, loop, eval.
 set -euo pipefail
 run=${1:-runs/demo}
-iterations=${2:-20}
+iterations=${2:-24}
 rushes init "$run" --preset words
 rushes loop "$run" --iterations "$iterations"
 echo

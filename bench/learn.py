@@ -1,6 +1,6 @@
 """Does it learn? The `words` run over several seeds, and a control with shuffled advantages; writes docs/benchmarks.md.
 
-    OMP_NUM_THREADS=1 python bench/learn.py --seeds 5 --first-seed 5 --iterations 20 --jobs 2 --out runs/learn
+    OMP_NUM_THREADS=1 python bench/learn.py --seeds 5 --first-seed 5 --iterations 24 --jobs 2 --out runs/learn
 
 Each seed is one whole run: base evaluation, the iterations, final evaluation, on held-out prompts and seeds. The
 control is the same run, except that advantages are permuted among all samples of an iteration before training.
@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--controls", type=int, default=1)
-    parser.add_argument("--iterations", type=int, default=20)
+    parser.add_argument("--iterations", type=int, default=24)
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, each in a process of its own")
     parser.add_argument("--out", type=Path, default=Path("runs/learn"))
     parser.add_argument("--page", type=Path, default=Path("docs/benchmarks.md"))

@@ -88,6 +88,7 @@ class RolloutConfig(Section):
         None, ge=1, description="most tokens in one forward pass; the plan makes the batch size of it, not batch_size"
     )
     groups_per_shard: int = Field(1, ge=1, description="groups in one shard; a shard of 0.5 to 2 GB is a good size")
+    workers: int = Field(1, ge=1, description="processes that sample at once, each with the whole model: for a CPU")
     ulysses: int = Field(
         1, ge=1, description="ranks that sample a video together, when one GPU cannot hold it; divides heads and tokens"
     )
