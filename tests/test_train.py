@@ -17,7 +17,7 @@ from rollout.planning import stage_plan
 from rollout.policy import Policy
 from rollout.sampler import Sampler
 from shards.claims import claim
-from shards.errors import StillBusy, UserError
+from shards.errors import RunFailed, StillBusy, UserError
 from shards.run import Run
 from shards.writer import seal, write_group, write_sample
 from tests import training
@@ -63,6 +63,19 @@ def initial(run: Run, policy: Policy, folder: Path) -> dict[str, torch.Tensor]:
     policy.save_lora(folder / "iter-0000" / "policy")
     policy.become(None)
     return training.weights(Run(folder), 0)
+
+
+def test_a_training_whose_claim_was_taken_over_publishes_nothing(rolled: Run, policy: Policy, tmp_path: Path) -> None:
+    run = training.fork(rolled, tmp_path / "run")
+
+    def take_over(done: int, total: int, unit: str, note: str = "") -> None:
+        for path in (run.iteration(0).path / "work").glob("*.train.claim-*"):
+            path.unlink()
+
+    with pytest.raises(RunFailed, match="was taken over"):
+        train(run, 0, policy, take_over)
+    assert not run.iteration(0).trained()
+    assert not train(run, 0, policy).skipped  # and whoever has the work goes on
 
 
 # --- What training does ----------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
-from shards.claims import BEATS, Pause, claim, holder, life
+from shards.claims import BEATS, Claim, Pause, claim, holder, life
 from shards.errors import StillBusy, UserError
 from shards.files import publish_replace, read_json
 from train.freeze import freeze
@@ -27,19 +27,26 @@ PATIENCE = 10.0  # seconds that a shared file system may take to show a new file
 
 
 @contextmanager
-def claimed(world: World, stage: Stage, seconds: float) -> Iterator[None]:
-    """Inside, this process, or rank 0 for all, holds the training of an iteration; StillBusy when another one does."""
+def claimed(world: World, stage: Stage, seconds: float) -> Iterator[Claim | None]:
+    """Inside, this process, or rank 0 for all, holds the training of an iteration; StillBusy when another one does.
+
+    Yields the claim on the rank that holds it.
+    """
     with ExitStack() as stack:
+        held = None
         with world.together():
             if world.is_first:
-                _hold(stack, stage, seconds)
-        yield
+                held = _hold(stack, stage, seconds)
+        yield held
 
 
-def _hold(stack: ExitStack, stage: Stage, seconds: float) -> None:
+def _hold(stack: ExitStack, stage: Stage, seconds: float) -> Claim:
     """Claim the training. What a silent machine holds is watched until it gives a sign of life or its claim is void."""
     pause = Pause(seconds / BEATS)
-    while not stack.enter_context(claim(stage, 0, "train", seconds)):
+    while True:
+        held = stack.enter_context(claim(stage, 0, "train", seconds))
+        if held:
+            return held
         found = holder(stage, 0, "train")
         if found and life(found, seconds) == "alive":
             raise StillBusy(f"{stage.path} is being trained by another process", "wait for it, or stop it")

@@ -28,6 +28,7 @@ from train.replay import prove, replay_limit
 from train.update import ExpertTrainer
 
 if TYPE_CHECKING:
+    from shards.claims import Claim
     from shards.config import RunConfig, TrainConfig
     from shards.progress import Progress
     from shards.run import Run
@@ -108,14 +109,20 @@ def train(
             device = policy.device if policy else Policy.device_of(run.config.model)
         world = World.of(run.config, device)
         agree_on_run(world, run, stage)
-        with claimed(world, stage, run.config.workers.claim_seconds):
-            report = _train(run, stage, policy, world, progress if world.is_first else None, advantage)
+        with claimed(world, stage, run.config.workers.claim_seconds) as held:
+            report = _train(run, stage, policy, world, progress if world.is_first else None, advantage, held)
             world.barrier()
             return report
 
 
 def _train(
-    run: Run, stage: Stage, policy: Policy | None, world: World, progress: Progress | None, advantage: str
+    run: Run,
+    stage: Stage,
+    policy: Policy | None,
+    world: World,
+    progress: Progress | None,
+    advantage: str,
+    held: Claim | None,
 ) -> TrainReport:
     started = time.monotonic()
     config = run.config
@@ -139,6 +146,9 @@ def _train(
         if log:
             log.close()
     averages = {expert: one.averages for expert, one in trained.items()}
+    with world.together():  # a process that slept for long may come back when another one trains in its place
+        if held:
+            held.require()
     fingerprint = publish(policy, stage, averages, world, config.train.ema > 0)
     records = log.records if log else []
     updates = {name: sum(record["expert"] == name for record in records) for name in EXPERT_NAMES}
