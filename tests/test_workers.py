@@ -35,6 +35,8 @@ from tests.test_generate import contents, differences
 from tests.tiny_models import TEXT_LENGTH
 from tests.workers import ROOT, finish, small_run, start
 
+pytestmark = pytest.mark.long
+
 PATIENCE = 300.0  # seconds; a loaded machine starts Python slowly
 WHERE = """
 import os, sys
