@@ -47,14 +47,13 @@ class FastDetector(nn.Module):
         In a tuple, as CRAFT gives them.
         """
         kept, top = self._encode(images)
-        mixed = self.context(F.max_pool2d(top.maps, 3, stride=1, padding=1)).add_(self.kept[0](top.maps))
-        maps = self.refine[0](Plane.of(mixed.relu_())).maps
-        for number, plane in enumerate(kept, start=1):
-            small = self.enlarged[number - 1](maps)
-            size = (plane.height, plane.width)
-            mixed = F.interpolate(small, size=size, mode="bilinear", align_corners=False)
-            mixed = mixed.add_(self.kept[number](plane.maps)).relu_()
-            maps = self.refine[number](Plane.of(mixed)).maps
+        wide = F.max_pool2d(top.maps, 3, stride=1, padding=1)
+        plane = self.refine[0](_mixed(self.context(wide), self.kept[0], top))
+        for enlarge, keep, refine, other in zip(self.enlarged, self.kept[1:], self.refine[1:], kept, strict=True):
+            small = _pointwise(enlarge, plane)
+            large = F.interpolate(small, size=(other.height, other.width), mode="bilinear", align_corners=False)
+            plane = refine(_mixed(large, keep, other))
+        maps = plane.maps
         for layer in self.last[:-1]:
             maps = layer(maps).relu_()
         return (self.last[-1](maps).permute(0, 2, 3, 1),)
@@ -72,6 +71,22 @@ class FastDetector(nn.Module):
                 kept[number] = plane
                 plane = plane.pooled() if number in POOLED else plane
         return [kept[number] for number in KEPT], plane
+
+
+def _pointwise(layer: nn.Conv2d, plane: Plane) -> Tensor:
+    """A 1×1 convolution [B, K, H, W] of maps: one product over the whole buffer, border and all, so nothing is copied."""
+    rows, weight = plane.buffer.flatten(0, 2), layer.weight.flatten(1).t()
+    results = rows @ weight if layer.bias is None else torch.addmm(layer.bias, rows, weight)
+    return Plane.inner(results.view(*plane.buffer.shape[:3], -1), plane.height, plane.width).permute(0, 3, 1, 2)
+
+
+def _mixed(maps: Tensor, layer: nn.Conv2d, plane: Plane) -> Plane:
+    """ReLU of maps [B, K, H, W] and of a 1×1 convolution of kept ones, added."""
+    buffer = Plane.empty(len(maps), plane.height, plane.width, maps.shape[1])
+    mixed = Plane.inner(buffer, plane.height, plane.width)
+    torch.add(maps.permute(0, 2, 3, 1), _pointwise(layer, plane).permute(0, 2, 3, 1), out=mixed)
+    mixed.relu_()
+    return Plane(buffer, plane.height, plane.width)
 
 
 def _convolutions(layers: Iterable[nn.Module]) -> list[nn.Conv2d]:

@@ -50,6 +50,11 @@ class Plane:
         """A buffer for maps of this size."""
         return torch.empty(batch, _whole(height) + 2, _whole(width) + 2, channels)
 
+    @staticmethod
+    def inner(buffer: Tensor, height: int, width: int) -> Tensor:
+        """What of a buffer holds maps of this size: [B, H, W, C], a view."""
+        return buffer[:, 1 : height + 1, 1 : width + 1]
+
     @classmethod
     def of(cls, maps: Tensor) -> Plane:
         """A copy of maps [B, C, H, W]."""
@@ -107,11 +112,11 @@ class Winograd(nn.Module):
         for image in _parts(batch, TILES // (rows * columns)):
             for row, column in product(_parts(rows, lines), _parts(columns, TILES)):
                 part = (slice(None), slice(None), image, row, column)
-                out[part] = self._convolve(windows[part], pool)
+                self._convolve(windows[part], pool, out[part])
         return Plane(buffer, *size)
 
-    def _convolve(self, windows: Tensor, pool: Size) -> Tensor:
-        """Tiles [4, 4, …, K] of windows [6, 6, …, C], smaller by the factors of `pool`."""
+    def _convolve(self, windows: Tensor, pool: Size, out: Tensor) -> None:
+        """Tiles [4, 4, …, K] of windows [6, 6, …, C], smaller by the factors of `pool`, written to `out`."""
         kept = windows.shape[2:-1]
         # one small product transforms rows and columns of all windows together
         inputs = torch.mm(self.before, windows.reshape(WINDOW**2, -1)).view(WINDOW**2, -1, windows.shape[-1])
@@ -121,8 +126,10 @@ class Winograd(nn.Module):
             tiles = torch.maximum(tiles[::2], tiles[1::2])
         if pool[1] == 2:
             tiles = torch.maximum(tiles[:, ::2], tiles[:, 1::2])
-        tiles = tiles.add_(self.bias)
-        return tiles.relu_() if self.relu else tiles
+        if self.relu:
+            torch.clamp_min(tiles.add_(self.bias), 0, out=out)
+        else:
+            torch.add(tiles, self.bias, out=out)
 
 
 def _tiles(buffer: Tensor, step: Size, sides: Size, counts: tuple[int, int, int]) -> Tensor:
