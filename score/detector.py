@@ -74,7 +74,7 @@ class FastDetector(nn.Module):
 
 
 def _pointwise(layer: nn.Conv2d, plane: Plane) -> Tensor:
-    """A 1×1 convolution [B, K, H, W] of maps: one product over the whole buffer, border and all, so nothing is copied."""
+    """A 1×1 convolution [B, K, H, W] of maps: one product over the whole buffer, border and all: no copies."""
     rows, weight = plane.buffer.flatten(0, 2), layer.weight.flatten(1).t()
     results = rows @ weight if layer.bias is None else torch.addmm(layer.bias, rows, weight)
     return Plane.inner(results.view(*plane.buffer.shape[:3], -1), plane.height, plane.width).permute(0, 3, 1, 2)
