@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import gc
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shards.errors import NothingLeft, RunFailed, StillBusy, UserError
+from shards.errors import RunFailed, StillBusy, UserError
+from shards.progress import show
+from shards.share import ALL, Share
 from shards.signals import INTERRUPTED, check, stoppable
 from shards.urls import shown
 from shards.world import is_first, rank, world_size
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from rollout.generate import RolloutReport
     from rollout.policy import Policy
     from score.run import ScoreReport
-    from shards.progress import Progress
     from shards.run import Run, Stage
 
 UNLIKELY = 2.0  # seconds after which torchrun has ended all ranks, if the first one failed
@@ -38,7 +37,7 @@ app = typer.Typer(
 )
 
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="the run directory", show_default=False)]
-Iteration = Annotated[int | None, typer.Option(help="iteration to work on; the first unfinished one when absent")]
+Iteration = Annotated[int | None, typer.Option(min=0, help="iteration to work on; the first unfinished one if absent")]
 Sets = Annotated[list[str], typer.Option("--set", metavar="SECTION.KEY=VALUE", help="change a value of run.toml")]
 WorkerOf = Annotated[
     str,
@@ -53,36 +52,26 @@ Wait = Annotated[
 ]
 
 
-@dataclass(frozen=True)
-class Share:
-    """What part of the shards this process begins with, and what it does at the end."""
-
-    part: tuple[int, int]
-    """(i, n): its number, and how many there are."""
-    wait: bool
-    """Stay until others have finished."""
-    late: bool
-    """One of several workers that come and go: it says by its exit code that it came too late."""
-
-    @classmethod
-    def of(cls, worker: str, wait: bool) -> Share:
-        """From --worker, else the array task of SLURM; each of them may be several ranks of torchrun.
-
-        Those wait for each other, and end with 0: torchrun takes any other code for the failure of all.
-        """
-        part, count = worker_of(worker)
-        ranks = world_size()
-        given = bool(worker) or "SLURM_ARRAY_TASK_ID" in os.environ
-        return cls((part * ranks + rank(), count * ranks), wait or ranks > 1, given and ranks == 1)
-
-
-ALL = Share((0, 1), wait=False, late=False)
-
-
 def say(text: str) -> None:
     """Talk goes to stderr; stdout is data. Of several ranks only the first one talks."""
     if is_first():
         print(shown(text), file=sys.stderr, flush=True)
+
+
+def version(wanted: bool) -> None:
+    """Print the version and end."""
+    if wanted:
+        from shards.versions import our_version
+
+        print(f"rushes {our_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=version, is_eager=True, help="print it")] = False,
+) -> None:
+    """Options before the command."""
 
 
 # --- Commands --------------------------------------------------------------------------------------------------------
@@ -91,7 +80,9 @@ def say(text: str) -> None:
 @app.command(epilog="Example:  rushes init runs/signs --preset words --set rollout.seed=1")
 def init(
     run: RunPath,
-    preset: Annotated[str, typer.Option(help="what to begin from; see the README for the list")] = "words",
+    preset: Annotated[
+        str, typer.Option(help="words, wan21-1.3b, wan21-14b, wan22-a14b, wan22-i2v or wan22-ti2v-5b")
+    ] = "words",
     sets: Sets = [],  # noqa: B006
 ) -> None:
     """Make a run directory with its run.toml, from a preset."""
@@ -99,8 +90,10 @@ def init(
     from shards.run import Run
 
     values = apply_sets(read_preset(preset), sets)
+    again = Run(run).config_path.exists()
     created = Run.create(run, parse_config(values, f"preset {preset}"))
-    say(f"{created.path / 'run.toml'}: written from preset {preset}; read it, change what you like")
+    done = "is there already, with the same values" if again else f"written from preset {preset}"
+    say(f"{created.config_path}: {done}; read it, change what you like")
     say(f"next: rushes loop {run} --iterations 10")
 
 
@@ -115,12 +108,12 @@ def rollout(
 ) -> None:
     """Sample the shards of an iteration that do not exist yet."""
     opened = open_run(run, sets)
-    stage = opened.iteration(next_iteration(opened) if iteration is None else iteration)
+    stage = stage_of(opened, iteration)
     if not dry_run:
         share = Share.of(worker, wait)
         with ranks(opened):
             report = do_rollout(opened, stage, None, share)
-        return late(share, report.done == 0, f"{stage.name} rollout")
+        return share.end(report.done == 0, f"{stage.name} rollout")
     from rollout.preview import preview
 
     print(preview(opened, stage))
@@ -138,11 +131,11 @@ def score(
 ) -> None:
     """Watch the videos, write rewards, then group advantages."""
     opened = open_run(run, [*sets, *reward_settings(reward)])
-    stage = opened.iteration(next_iteration(opened) if iteration is None else iteration)
+    stage = stage_of(opened, iteration)
     share = Share.of(worker, wait)
     with ranks(opened) as barrier:
         report = do_score(opened, stage, share, barrier, advantages_only)
-    late(share, report.nothing_done, f"{stage.name} score")
+    share.end(report.nothing_done, f"{stage.name} score")
 
 
 @app.command(epilog="Example:  rushes train runs/signs --iteration 0")
@@ -157,10 +150,13 @@ def train(
     """Prove that the shards replay exactly, then update the policy."""
     opened = open_run(run, sets)
     with ranks(opened):
-        do_train(opened, next_iteration(opened) if iteration is None else iteration, None, advantage)
+        do_train(opened, stage_of(opened, iteration).iteration, None, advantage)
 
 
-@app.command(epilog="Example:  rushes loop runs/signs --iterations 10")
+@app.command(
+    short_help="Rollout, score and train in turn, N iterations.",
+    epilog="Example:  rushes loop runs/signs --iterations 10",
+)
 @stoppable()
 def loop(
     run: RunPath,
@@ -176,7 +172,7 @@ def loop(
         raise UserError(f"--iterations {iterations}: nothing to do", "ask for at least one")
     opened = open_run(run, sets)
     with ranks(opened) as barrier:
-        first = opened.iteration(next_iteration(opened))
+        first = stage_of(opened)
         policy = load_policy(opened, first) if first.iteration < iterations else None
         for k in range(iterations):
             stage = opened.iteration(k)
@@ -186,33 +182,40 @@ def loop(
             barrier()
 
 
-@app.command(name="eval", epilog="Example:  rushes eval runs/signs --iteration 0 --iteration 10")
+@app.command(
+    short_help="Fixed prompts and seeds: the number that counts.",
+    name="eval",
+    epilog="Example:  rushes eval runs/signs --iteration 0 --iteration 10",
+)
 @stoppable()
 def evaluate(
     run: RunPath,
     iteration: Annotated[
         list[int],
-        typer.Option(help="policies to evaluate: 0 is the base, K the one after K iterations; first and last"),
+        typer.Option(min=0, help="policies to evaluate: 0 is the base, K the one after K iterations; first and last"),
     ] = [],  # noqa: B006
     wait: Wait = False,
     sets: Sets = [],  # noqa: B006
 ) -> None:
     """Fixed prompts and seeds through a deterministic sampler: the number that counts."""
     opened = open_run(run, sets)
-    chosen = sorted(set(iteration)) or sorted({0, next_iteration(opened)})
+    chosen = sorted(set(iteration)) or sorted({0, opened.next_iteration()})
+    stages = [opened.evaluation(k) for k in chosen]
     rows = []
     with ranks(opened) as barrier:
-        policy = None if evaluated(opened, chosen) else load_policy(opened, opened.evaluation(chosen[0]))
-        for k in chosen:
-            stage = opened.evaluation(k)
+        policy = None if all(stage.is_complete() for stage in stages) else load_policy(opened, stages[0])
+        for stage in stages:
             do_rollout(opened, stage, policy, Share.of("", wait))
             summary = do_score(opened, stage, Share.of("", wait), barrier).summary
-            rows.append({"iteration": k, **(summary or {})})
+            rows.append({"iteration": stage.iteration, **(summary or {})})
     if is_first():
         print_evaluation(rows)
 
 
-@app.command(epilog="Example:  rushes judge clip.mp4 --prompt 'a sign that says \"OPEN\"' --reward ocr --reward motion")
+@app.command(
+    short_help="Score video files outside a run, as JSON lines.",
+    epilog="Example:  rushes judge clip.mp4 --prompt 'a sign that says \"OPEN\"' --reward ocr --reward motion",
+)
 def judge(
     videos: Annotated[list[Path], typer.Argument(metavar="VIDEO…", help="video files", show_default=False)],
     reward: Annotated[
@@ -240,13 +243,14 @@ def judge(
 
 
 @app.command(
+    short_help="Samples, scores and advantages as a table; one sample in full.",
     epilog="Example:  rushes inspect runs/signs --where 'reward < 0.5' --sort reward --format csv  or  "
-    "rushes inspect runs/signs i000003-p000017-s05"
+    "rushes inspect runs/signs i000003-p000017-s05",
 )
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="a run directory", show_default=False)],
     key: Annotated[str, typer.Argument(metavar="[KEY]", help="one sample in full, its frames as PNG files")] = "",
-    iteration: Annotated[int | None, typer.Option(help="only this iteration")] = None,
+    iteration: Annotated[int | None, typer.Option(min=0, help="only this iteration")] = None,
     evaluation: Annotated[bool, typer.Option("--eval", help="the evaluations instead of the rollouts")] = False,
     where: Annotated[str, typer.Option(help="pandas query, for example 'reward < 0.5 and ocr.exact > 0'")] = "",
     sort: Annotated[str, typer.Option(help="columns to sort by; -column for descending")] = "",
@@ -275,10 +279,13 @@ def inspect(
     query.emit(query.select(found, where, sort, columns, group_by), format, out, sys.stdout)
 
 
-@app.command(epilog="Example:  rushes status runs/signs --watch 10")
+@app.command(
+    short_help="What is done, claimed and left, and who is at work.",
+    epilog="Example:  rushes status runs/signs --watch 10",
+)
 def status(
     run: RunPath,
-    iteration: Annotated[int | None, typer.Option(help="only this iteration; else what is not finished")] = None,
+    iteration: Annotated[int | None, typer.Option(min=0, help="only this iteration; else what is not finished")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="look at the claims of workers only once")] = False,
     watch: Annotated[float, typer.Option(metavar="SECONDS", help="again and again, with this pause; 0: once")] = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON line instead of a table")] = False,
@@ -293,12 +300,15 @@ def status(
     while True:
         found = look(opened, iteration, quick)
         print(json.dumps(found.as_dict()) if as_json else render(found), flush=True)
-        if watch <= 0:
+        if not watch > 0:  # nor a NaN
             return
         time.sleep(watch)
 
 
-@app.command(epilog="Example:  rushes report runs/signs && xdg-open runs/signs/report/index.html")
+@app.command(
+    short_help="One HTML page: curves, clips, guards and costs.",
+    epilog="Example:  rushes report runs/signs && xdg-open runs/signs/report/index.html",
+)
 def report(
     run: RunPath,
     megabytes: Annotated[float, typer.Option(help="most that clips may take; the page says what was left out")] = 48.0,
@@ -322,7 +332,9 @@ def report(
         say(f"Weights & Biases: {send_wandb(opened)}")
 
 
-@app.command(epilog="Example:  rushes verify runs/signs --replay")
+@app.command(
+    short_help="Check every file; --replay proves the log-probs.", epilog="Example:  rushes verify runs/signs --replay"
+)
 def verify(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="a run, a stage or one shard", show_default=False)],
     replay: Annotated[bool, typer.Option(help="also prove that the policy gives the stored log-probs")] = False,
@@ -335,17 +347,23 @@ def verify(
         print(problem)
     damaged = sum(problem.kind == "damaged" for problem in problems)
     if damaged:
-        raise RunFailed(f"{path}: {damaged} damaged files", "delete what is damaged and run its stage again")
+        raise RunFailed(
+            f"{path}: {damaged} damaged file{'s' if damaged > 1 else ''}",
+            "delete what is damaged and run its stage again",
+        )
     say(f"{path}: everything published is whole")
     if replay:
         prove(path)
 
 
-@app.command(epilog="Example:  rushes export runs/signs --out exports/signs")
+@app.command(
+    short_help="Write the policy as plain diffusers loads it.",
+    epilog="Example:  rushes export runs/signs --out exports/signs",
+)
 def export(
     run: RunPath,
     out: Annotated[Path, typer.Option(help="folder to be made, with a model card in it", show_default=False)],
-    iteration: Annotated[int | None, typer.Option(help="export the policy this iteration trained; the last")] = None,
+    iteration: Annotated[int | None, typer.Option(min=0, help="iteration whose policy to export; the last")] = None,
     average: Annotated[bool, typer.Option(help="the averaged weights, where training kept them")] = True,
     fuse: Annotated[bool, typer.Option(help="whole weights as a plain pipeline folder, instead of LoRA")] = False,
 ) -> None:
@@ -353,18 +371,26 @@ def export(
     from rollout.export import export as run_export
 
     opened = open_run(run, [])
-    last = max(next_iteration(opened) - 1, 0)
+    last = max(opened.next_iteration() - 1, 0)
     say(f"export: {run_export(opened, last if iteration is None else iteration, out, average=average, fuse=fuse)}")
 
 
-@app.command(name="plan-memory", epilog="Example:  rushes plan-memory runs/signs --set rollout.frames=81")
-def plan_memory(run: RunPath, sets: Sets = []) -> None:  # noqa: B006
+@app.command(
+    short_help="What each stage will need for this model and shape.",
+    name="plan-memory",
+    epilog="Example:  rushes plan-memory runs/signs --ranks 8 --set rollout.frames=81",
+)
+def plan_memory(
+    run: RunPath,
+    ranks: Annotated[int, typer.Option(help="processes that train together; 0: as few as run.toml allows")] = 0,
+    sets: Sets = [],  # noqa: B006
+) -> None:
     """Print what each stage will need for this model and shape, from configuration files alone."""
-    from rollout.memory import plan_memory as needs
-    from rollout.memory import render
+    from rollout.memory_plan import plan_memory as needs
+    from rollout.memory_plan import render
 
     opened = open_run(run, sets)
-    print(render(opened, needs(opened)))
+    print(render(opened, needs(opened, ranks), ranks))
 
 
 # --- What the commands share -----------------------------------------------------------------------------------------
@@ -377,20 +403,19 @@ def open_run(path: Path, sets: list[str]) -> Run:
     return Run.open(path, sets)
 
 
-def next_iteration(run: Run) -> int:
-    """The first iteration that has no finished policy."""
-    k = 0
-    while run.iteration(k).trained():
-        k += 1
-    return k
+def stage_of(run: Run, iteration: int | None = None) -> Stage:
+    """The iteration that a command works on: the first unfinished one, when none is named."""
+    return run.iteration(run.next_iteration() if iteration is None else iteration)
 
 
 def load_policy(run: Run, stage: Stage | None = None) -> Policy:
     """The model of a run, to be kept over several stages; what `stage` cannot be is refused before it is loaded."""
     from rollout.planning import check_stage
     from rollout.policy import Policy
+    from score.tables import select
 
     if stage is not None:
+        select(run.config.score)  # a reward that is not there is better told before hours of sampling
         check_stage(run, stage)
     return Policy.of(run.config.model)
 
@@ -401,7 +426,7 @@ def do_rollout(run: Run, stage: Stage, policy: Policy | None, share: Share = ALL
     from rollout.crew import rollout as run_rollout
 
     check(f"before {stage.name} rollout")
-    with progress(f"{stage.name} rollout") as report:
+    with show(f"{stage.name} rollout") as report:
         result = run_rollout(run, stage, policy, report, share.part, share.wait)
     say(f"{stage.name} rollout: {result}")
     if result.busy:
@@ -419,7 +444,7 @@ def do_score(
     from score.run import score as run_score
 
     check(f"before {stage.name} score")
-    with progress(f"{stage.name} score") as report:
+    with show(f"{stage.name} score") as report:
         result = run_score(
             run,
             stage,
@@ -445,7 +470,7 @@ def do_train(run: Run, iteration: int, policy: Policy | None, advantage: str = "
 
     if world_size() == 1:  # ranks stop together, which training sees to
         check(f"before iter-{iteration:04d} train")
-    with progress(f"iter-{iteration:04d} train") as report:
+    with show(f"iter-{iteration:04d} train") as report:
         result = run_train(run, iteration, policy, report, advantage)
     say(f"iter-{iteration:04d} train: {result}")
 
@@ -464,12 +489,6 @@ def reward_settings(rewards: list[str]) -> list[str]:
     return [f"score.rewards={{ {', '.join(weights)} }}"]
 
 
-def late(share: Share, idle: bool, what: str) -> None:
-    """Raise NothingLeft for a worker that found everything done."""
-    if share.late and idle:
-        raise NothingLeft(f"{what}: nothing is left for this worker", "everything is done")
-
-
 @contextmanager
 def ranks(run: Run) -> Iterator[Barrier]:
     """Join the other ranks that torchrun started, see that all mean the same run, and give their barrier.
@@ -483,39 +502,9 @@ def ranks(run: Run) -> Iterator[Barrier]:
     from train.signals import lost_ranks
 
     with lost_ranks():
-        yield meet(run).barrier
-
-
-def worker_of(text: str) -> tuple[int, int]:
-    """The part of the work to take: --worker, else the array task of SLURM, else all of it."""
-    if not text and "SLURM_ARRAY_TASK_ID" in os.environ:
-        first = int(os.environ.get("SLURM_ARRAY_TASK_MIN", "0"))
-        text = f"{int(os.environ['SLURM_ARRAY_TASK_ID']) - first}/{os.environ.get('SLURM_ARRAY_TASK_COUNT', '1')}"
-    try:
-        part, count = (int(piece) for piece in (text or "0/1").split("/"))
-    except ValueError:
-        raise UserError(f"--worker {text}: not of the form I/N", "for example --worker 0/4") from None
-    if not 0 <= part < count:
-        raise UserError(f"--worker {text}: {part} is not between 0 and {count - 1}", "workers count from 0")
-    return part, count
-
-
-@contextmanager
-def progress(label: str) -> Iterator[Progress]:
-    """A progress bar on a terminal, a line now and then in a log; of several ranks only the first one shows it."""
-    from shards.progress import show
-
-    if not is_first():
-        yield lambda done, total, unit, note="": None
-        return
-    with show(label) as report:
-        yield report
-
-
-def evaluated(run: Run, iterations: list[int]) -> bool:
-    """Whether every one of these evaluations has all its videos, so that no model needs to be loaded."""
-    stages = [run.evaluation(k) for k in iterations]
-    return all(stage.plan() and len(stage.shards()) == stage.expected() for stage in stages)
+        world = meet(run)
+        yield world.barrier
+        world.close()
 
 
 def print_evaluation(rows: list[dict[str, Any]]) -> None:
@@ -534,7 +523,7 @@ def prove(path: Path) -> None:
     run = open_run(path, [])
     policy = load_policy(run)
     for k in run.iterations():
-        with progress(f"iter-{k:04d} replay") as report:
+        with show(f"iter-{k:04d} replay") as report:
             worst = prove_iteration(run, k, policy, report)
         say(f"iter-{k:04d} replay: largest |log-ratio| {worst:.3g}")
 
@@ -564,6 +553,16 @@ def main() -> None:
         if end.code == INTERRUPTED:
             say("rushes: interrupted (hint: run the same command again; what was finished is kept)")
         raise
+    except Exception as error:
+        from shards.files import out_of_room
+
+        failed = None if debug else out_of_room(error)
+        if not debug and failed is None and isinstance(error, OSError) and error.filename:
+            failed = RunFailed(f"{error.filename}: {error.strerror}", "look at its permissions; --debug says where")
+        if failed is None:
+            raise
+        tell(failed)
+        sys.exit(failed.exit_code)
 
 
 if __name__ == "__main__":

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import json
 import math
-import multiprocessing
 import os
-import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, replace
 from typing import Any
 
 from score.reward import Chosen, Reward, Scored, Video
 from shards.errors import UserError
+from shards.pool import Pool
 from shards.reader import Shard, open_shard
 from shards.run import Stage
-from shards.signals import leave_to_parent
 from shards.usage import peak_memory_bytes
 from shards.video import decode_mp4
 
@@ -138,35 +135,21 @@ class Inline(Executor):
         return future
 
 
-_pools: dict[int, Executor] = {}
-
-
-def executor(workers: int) -> Executor:
+def executor(count: int) -> Executor:
     """Processes that stay alive with their models, so that the next iteration need not load them. Inline for 1."""
-    if workers == 1:
-        return Inline()
-    if workers not in _pools:
-        context = multiprocessing.get_context("spawn")
-        _pools[workers] = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
-    return _pools[workers]
-
-
-@atexit.register
-def discard_executors() -> None:
-    """Stop all worker processes; the next call of `executor` starts new ones."""
-    while _pools:
-        _pools.popitem()[1].shutdown(wait=False, cancel_futures=True)
+    return Inline() if count == 1 else processes.of(count)
 
 
 def start_worker() -> None:
-    """Before anything heavy is imported: one thread per library, memory kept between calls, end with the parent.
+    """Before anything heavy is imported: one thread per library, memory kept between calls.
 
     Several threads per process spin while they wait and slow each other down on a busy machine; processes do not.
     """
-    leave_to_parent()
     os.environ.update(ONE_THREAD)
     keep_memory()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+processes = Pool(start_worker)
 
 
 def keep_memory() -> None:
@@ -176,11 +159,3 @@ def keep_memory() -> None:
     if hasattr(library, "mallopt"):
         for parameter, value in ((M_MMAP_MAX, 0), (M_TOP_PAD, 2**28), (M_TRIM_THRESHOLD, 2**31 - 1)):
             library.mallopt(parameter, value)
-
-
-def _end_with_parent() -> None:
-    """A killed parent must not leave workers behind that wait for jobs for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+from shards.world import is_first
+
 LINE_EVERY = 15.0  # seconds between two lines in a log
 
 
@@ -19,7 +21,13 @@ class Progress(Protocol):
 
 @contextmanager
 def show(label: str) -> Iterator[Progress]:
-    """Give a stage its reporter: a rich progress bar when stderr is a terminal, lines otherwise."""
+    """Give a stage its reporter: a rich progress bar when stderr is a terminal, lines otherwise.
+
+    Of several ranks only the first one shows anything.
+    """
+    if not is_first():
+        yield lambda done, total, unit, note="": None
+        return
     if not sys.stderr.isatty():
         yield Lines(label)
         return
@@ -55,6 +63,7 @@ class Lines:
             return
         self.last = elapsed
         rate = done / elapsed if elapsed > 0 else 0.0
-        left = f", {(total - done) / rate:.0f} s left" if done and rate > 0 and done < total else ""
-        text = f"{self.label}: {done}/{total} {unit}, {rate:.2f}/s{left}{'; ' + note if note else ''}"
+        speed = f", {rate:.2f}/s" if done else ""
+        left = f", {(total - done) / rate:.0f} s left" if rate > 0 and done < total else ""
+        text = f"{self.label}: {done}/{total} {unit}{speed}{left}{'; ' + note if note else ''}"
         print(text, file=sys.stderr, flush=True)

@@ -62,12 +62,6 @@ def stopped(found: signal.Signals, when: str) -> Stopped:
     return end
 
 
-def leave_to_parent() -> None:
-    """For the start of a process of a pool: the parent says when to end. SIGTERM stays, for a pool may need it."""
-    for one in (signal.SIGUSR1, signal.SIGINT):
-        signal.signal(one, signal.SIG_IGN)
-
-
 def _note(number: int, frame: FrameType | None) -> None:
     found = signal.Signals(number)
     if found == signal.SIGINT and found in _noted:

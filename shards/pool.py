@@ -1,0 +1,49 @@
+"""Processes that stay alive with their models from stage to stage, and end with their parent."""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+
+class Pool:
+    """Processes of one kind. They start when they are first asked for, fresh, and each of them calls `begin` once."""
+
+    def __init__(self, begin: Callable[..., None]) -> None:
+        self.begin = begin
+        self.executors: dict[int, ProcessPoolExecutor] = {}
+        atexit.register(self.discard)
+
+    def of(self, count: int, *arguments: Any) -> ProcessPoolExecutor:
+        """That many processes, those of the last call where there was one; new ones get `begin(*arguments)`."""
+        if count not in self.executors:
+            context = multiprocessing.get_context("spawn")
+            self.executors[count] = ProcessPoolExecutor(count, context, _start, (self.begin, *arguments))
+        return self.executors[count]
+
+    def discard(self) -> None:
+        """Stop all processes; the next call of `of` starts new ones."""
+        while self.executors:
+            self.executors.popitem()[1].shutdown(wait=False, cancel_futures=True)
+
+
+def _start(begin: Callable[..., None], *arguments: Any) -> None:
+    """The parent says when to end, by SIGTERM or by its own end; the other signals that ask for an end are its own."""
+    for one in (signal.SIGUSR1, signal.SIGINT):
+        signal.signal(one, signal.SIG_IGN)
+    begin(*arguments)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A killed parent must not leave processes behind that wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -1,0 +1,60 @@
+"""Processes that stay from stage to stage: begun once, deaf to the signals that are their parent's, ended with it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from shards.pool import Pool
+
+ROOT = Path(__file__).parents[1]
+PATIENCE = 120.0  # seconds; a loaded machine starts Python slowly
+
+
+def begin(word: str) -> None:
+    """What each process does first."""
+    os.environ["BEGUN"] = os.environ.get("BEGUN", "") + word
+
+
+def begun() -> tuple[int, str]:
+    """Which process answers, and what it began with."""
+    return os.getpid(), os.environ["BEGUN"]
+
+
+def parent() -> None:
+    """For every line of stdin, say which process of a pool answers."""
+    pool = Pool(begin)
+    for _ in sys.stdin:
+        print(pool.of(1, "").submit(os.getpid).result(), flush=True)
+
+
+def test_a_process_begins_once_and_is_kept_until_it_is_discarded() -> None:
+    pool = Pool(begin)
+    first = pool.of(1, "one").submit(begun).result()
+    assert pool.of(1, "two").submit(begun).result() == first
+    pool.discard()
+    second = pool.of(1, "two").submit(begun).result()
+    pool.discard()
+    assert (first[1], second[1]) == ("one", "two")
+    assert first[0] != second[0]
+
+
+def test_the_parent_ends_it_and_no_signal_but_its_own() -> None:
+    command = [sys.executable, "-c", "from tests.test_pool import parent; parent()"]
+    process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin
+    assert process.stdout
+
+    def answers() -> int:
+        print(file=process.stdin, flush=True)
+        return int(process.stdout.readline())
+
+    child = answers()
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        os.kill(child, number)
+    assert answers() == child
+    process.kill()
+    assert process.communicate(timeout=PATIENCE) == ("", None)  # nobody holds the other end any more
