@@ -55,8 +55,8 @@ PROBES = (
     Probe("backward", "model", "torch:Tensor.backward"),
     Probe("optimizer", "model", "torch.optim:AdamW.step"),
     Probe("mp4", "video", "shards.video:encode_mp4"),
-    Probe("chunk", "read", "train.data:read_chunk"),
-    Probe("final", "read", "train.data:read_final"),
+    Probe("chunk", "read", "train.losses:Losses.read"),  # what an update waits for, read ahead or not
+    Probe("replayed", "read", "train.data:read_chunk"),
     Probe("open", "read", "train.data:Rollouts.open"),
     Probe("group", "read", "shards.writer:read_group"),
     Probe("sample", "write", "shards.writer:write_sample"),

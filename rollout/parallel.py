@@ -9,7 +9,7 @@ from __future__ import annotations
 import atexit
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import zip_longest
@@ -65,7 +65,7 @@ class World:
         ranks = cls.joined()
         ulysses, replicate = config.train.ulysses, config.train.replicate
         with ranks.together():
-            _check_degrees(ranks.size, ulysses, replicate)
+            check_degrees(ranks.size, ulysses, replicate)
         if ranks.size == 1:
             return ranks
         meshes = _meshes_of(torch.device(device).type, ranks.size, ulysses, replicate)
@@ -157,10 +157,22 @@ class World:
     def one_voice(self, error: UserError) -> UserError:
         """An error that all ranks raise at the same place; all but rank 0 end quietly."""
         error.told = self.rank != 0
+        self.part()
         return error
 
+    def part(self) -> None:
+        """Before all ranks end: wait until each of them has what the last collective gave it.
+
+        A rank of gloo that wakes late, on a busy machine, takes the closed connection of one that has ended for an
+        error of its own collective, although all of that has arrived (`UnboundBuffer::waitRecv` of its tcp transport
+        looks for an exception first). Here such an error proves that the others have come this far.
+        """
+        with suppress(RuntimeError):
+            self.barrier()
+
     def close(self) -> None:
-        """Leave the other ranks."""
+        """Leave the other ranks, when all of them do."""
+        self.part()
         _leave()
 
 
@@ -205,7 +217,7 @@ def _meshes_of(device: str, size: int, ulysses: int, replicate: int) -> tuple[De
     return _meshes[key]
 
 
-def _check_degrees(size: int, ulysses: int, replicate: int) -> None:
+def check_degrees(size: int, ulysses: int, replicate: int) -> None:
     """UserError unless `size` ranks can be divided so; it says which degrees would do."""
     ranks = "1 rank" if size == 1 else f"{size} ranks"
     _check_degree("ulysses", ulysses, size, ranks)

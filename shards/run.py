@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -68,6 +70,9 @@ class Run:
         from shards.config import dump_config
 
         run = cls(path)
+        if run.path.is_file():
+            raise UserError(f"{run.path} is a file", "choose another folder")
+        mirror.pull(run.path)  # else a run that was deleted in the store would still be there for us
         if not publish_new(run.config_path, dump_config(config).encode()) and run.config != config:
             raise UserError(f"{run.config_path} exists already", "choose another folder, or edit that file")
         return run
@@ -95,6 +100,13 @@ class Run:
     def iterations(self) -> list[int]:
         """Numbers of the iterations that have a directory, ascending."""
         return _numbers(self.path, r"iter-(\d{4,})")
+
+    def next_iteration(self) -> int:
+        """The first iteration that is not trained."""
+        number = 0
+        while self.iteration(number).trained():
+            number += 1
+        return number
 
     def evaluations(self) -> list[int]:
         """Numbers of the evaluations that have a directory, ascending."""
@@ -168,19 +180,12 @@ class Stage:
         return self.advantage_dir(specification) / f"shard-{shard:06d}.parquet"
 
     def plan(self) -> dict[str, Any] | None:
-        """The plan on disk, or None before there is one. Raises UserError when it is damaged or of another version."""
-        if not mirror.look(self.plan_path):
-            return None
-        plan = read_json(self.plan_path)
-        if plan.get("schema") != SCHEMA:
-            raise UserError(
-                f"{self.plan_path} has schema {plan.get('schema')!r}; this version reads {SCHEMA}",
-                "use the version of rushes that wrote it",
-            )
-        for name, kind in PLAN_NEEDS.items():
-            if not isinstance(plan.get(name), kind):
-                raise UserError(f"{self.plan_path} is damaged: it has no {name}", "restore it from a copy")
-        return plan
+        """The plan on disk, or None before there is one. Raises UserError when it is damaged or of another version.
+
+        All callers share one object as long as the file stays the same, so nobody may change what it holds.
+        """
+        stamp = _stamp(self.plan_path) if mirror.look(self.plan_path) else None
+        return _read_plan(self.plan_path, stamp) if stamp else None
 
     def plan_sha256(self) -> str:
         """sha256 of plan.json, which every sample and manifest carries."""
@@ -212,6 +217,11 @@ class Stage:
             mirror.refresh(self.path / "rollout")
         return path.exists()
 
+    def is_complete(self) -> bool:
+        """Whether there is a plan and every shard it asks for exists."""
+        plan = self.plan()
+        return plan is not None and len(self.shards()) == len(plan["shards"])
+
     def expected(self) -> int:
         """Number of shards the plan asks for; 0 before there is a plan."""
         plan = self.plan()
@@ -231,6 +241,30 @@ class Stage:
         groups, plan = self.groups(shard), self.plan()
         assert plan is not None
         return [sample_key(group, sample) for group in groups for sample in range(plan["group_size"])]
+
+
+@lru_cache(maxsize=16)
+def _read_plan(path: Path, stamp: tuple[int, ...]) -> dict[str, Any]:
+    """A plan, parsed and checked once for each state of its file, which `stamp` tells apart."""
+    plan = read_json(path)
+    if plan.get("schema") != SCHEMA:
+        raise UserError(
+            f"{path} has schema {plan.get('schema')!r}; this version reads {SCHEMA}",
+            "use the version of rushes that wrote it",
+        )
+    for name, kind in PLAN_NEEDS.items():
+        if not isinstance(plan.get(name), kind):
+            raise UserError(f"{path} is damaged: it has no {name}", "restore it from a copy")
+    return plan
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    """What changes whenever a file does; None when there is none. The time is that of its last change of any kind,
+    which nobody can set."""
+    with suppress(FileNotFoundError):
+        found = os.stat(path)
+        return found.st_ino, found.st_ctime_ns, found.st_size
+    return None
 
 
 def _numbers(directory: Path, pattern: str) -> list[int]:

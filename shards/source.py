@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import stat
+import threading
+import weakref
+from collections import OrderedDict
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +18,8 @@ from shards.files import aside
 from shards.run import Stage
 from shards.tar import BLOCK, REPAIR, Damaged
 from shards.urls import cache_folder, url_of
+
+OPEN = 64  # tars that stay open in a process: it may have 1,024 files, and other things need theirs
 
 
 class Source(Protocol):
@@ -37,10 +43,16 @@ class Source(Protocol):
 
 
 class LocalTar:
-    """A tar on this machine."""
+    """A tar on this machine. The OPEN tars that were read last stay open, all others are opened anew to be read.
 
-    def __init__(self, path: Path, handle: int) -> None:
-        self.path, self.handle = path, handle
+    Raises Damaged, here and whenever it is opened, as open_tar does.
+    """
+
+    def __init__(self, stage: Stage, shard: int, manifest: dict[str, Any]) -> None:
+        self.path = stage.shard_path(shard)
+        self.open = partial(open_tar, stage, shard, manifest)
+        self.closed = False
+        _files.of(self)
 
     def member(self, name: str, offset: int, size: int) -> tuple[bytes, bytearray]:
         """As Source."""
@@ -51,8 +63,12 @@ class LocalTar:
 
     def fill(self, buffer: memoryview, offset: int, unit: int, name: str) -> None:
         """As Source."""
+        file = _files.of(self)
         while buffer:
-            count = os.preadv(self.handle, [buffer], offset)
+            try:
+                count = os.preadv(file.handle, [buffer], offset)
+            except OSError as error:
+                raise RunFailed(f"{self.path}: cannot be read: {error.strerror}", "look at the disk") from error
             if not count:
                 raise Damaged(f"{self.path}: cut inside {name}", REPAIR)
             buffer, offset = buffer[count:], offset + count
@@ -63,7 +79,44 @@ class LocalTar:
 
     def close(self) -> None:
         """As Source."""
-        os.close(self.handle)
+        self.closed = True
+        _files.forget(self)
+
+
+class _File:
+    """An open file, which is closed as soon as nobody holds this any more: neither the list of files nor a reader."""
+
+    def __init__(self, handle: int) -> None:
+        self.handle = handle
+        weakref.finalize(self, os.close, handle)
+
+
+class _Files:
+    """The files that are open, the one that was used last at the end."""
+
+    def __init__(self) -> None:
+        self.files: OrderedDict[LocalTar, _File] = OrderedDict()
+        # its owner may come a second time: within `of` a shard may be collected as garbage, which closes its tar
+        self.guard = threading.RLock()
+
+    def of(self, tar: LocalTar) -> _File:
+        """The open file of a tar, to be held as long as it is read. Raises Damaged as open_tar does."""
+        if tar.closed:
+            raise ValueError(f"{tar.path} was closed")
+        with self.guard:
+            file = self.files.pop(tar, None) or _File(tar.open())
+            self.files[tar] = file
+            while len(self.files) > OPEN:
+                self.files.popitem(last=False)
+        return file
+
+    def forget(self, tar: LocalTar) -> None:
+        """Close the file of a tar when its readers are done."""
+        with self.guard:
+            self.files.pop(tar, None)
+
+
+_files = _Files()
 
 
 class RemoteTar:
@@ -122,7 +175,7 @@ def open_source(stage: Stage, shard: int, manifest: dict[str, Any]) -> Source:
     path, size = stage.shard_path(shard), manifest["tar"]["bytes"]
     url = url_of(path)
     if url is None or _is_here(path, size):
-        return LocalTar(path, open_tar(stage, shard, manifest))
+        return LocalTar(stage, shard, manifest)
     entry = store.head(url)
     if entry is None:
         raise Damaged(f"{url}: is not there, but its manifest is", REPAIR)

@@ -1,13 +1,8 @@
-"""A rank of a small sharded training for the tests of checkpoints; torchrun starts it, and so do the tests in-process.
-
-python -m tests.checkpoint_ranks FOLDER FIRST LAST RESULT: go on from the checkpoint of FIRST updates, train up to LAST,
-save every update and write the losses and what else was seen into RESULT. With a fifth word it also lets one rank fail.
-"""
+"""A small sharded training for the tests of checkpoints, by a rank of several or by a process alone."""
 
 from __future__ import annotations
 
 import resource
-import sys
 from pathlib import Path
 
 import torch
@@ -15,6 +10,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from rollout.parallel import World
 from shards.errors import RunFailed, UserError
 from train import checkpoint
 from train.checkpoint import Checkpoints, TrainerState
@@ -82,9 +78,11 @@ def go_on(folder: Path, first: int, last: int, keep: int = 2) -> tuple[list[floa
     return losses, tensors(state)
 
 
-def main() -> None:
-    """One rank of torchrun."""
-    folder, first, last, result = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+def one_rank(folder: Path, first: int, last: int, result: Path, fail: bool = False) -> None:
+    """Go on from the checkpoint of `first` updates, train up to `last` and save every update.
+
+    The losses and what else was seen go into `result`. With `fail` one rank then cannot write, and another cannot read.
+    """
     distributed.init_process_group("gloo")
     torch.manual_seed(100 + distributed.get_rank())
     seen: dict[str, object] = {"losses": go_on(folder, first, last)[0]}
@@ -93,12 +91,12 @@ def main() -> None:
     seen["drawn"] = gather(torch.rand(3))
     checkpoint.load(folder / f"update-{last:06d}", state)
     seen["again"] = gather(torch.rand(3))
-    if len(sys.argv) > 5:
+    if fail:
         seen["full"] = gather(save_on_a_full_disk(folder, state))
         seen["damaged"] = gather(load_damaged(folder / f"update-{last:06d}", state))
     if distributed.get_rank() == 0:
         torch.save(seen, result)
-    distributed.destroy_process_group()
+    World.joined().close()
 
 
 def save_on_a_full_disk(folder: Path, state: TrainerState) -> str:
@@ -116,7 +114,10 @@ def save_on_a_full_disk(folder: Path, state: TrainerState) -> str:
 
 
 def load_damaged(path: Path, state: TrainerState) -> str:
-    """A bit of a file that rank 2 looks at is wrong; what each rank says. The file is mended afterwards."""
+    """A bit of a file that rank 2 looks at is wrong; what a rank says of it, or keeps to itself, in brackets.
+
+    The file is mended afterwards.
+    """
     file = sorted(path.glob("*.safetensors"))[2]
     good = file.read_bytes()
     distributed.barrier()
@@ -126,7 +127,7 @@ def load_damaged(path: Path, state: TrainerState) -> str:
     try:
         checkpoint.load(path, state)
     except UserError as error:
-        return error.problem
+        return f"({error.problem})" if error.told else error.problem
     finally:
         distributed.barrier()
         file.write_bytes(good)
@@ -138,7 +139,3 @@ def gather(value: object) -> list[object]:
     found: list[object] = [None] * distributed.get_world_size()
     distributed.all_gather_object(found, value)
     return found
-
-
-if __name__ == "__main__":
-    main()

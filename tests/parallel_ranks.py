@@ -1,10 +1,8 @@
-"""What each rank does in the tests of training on many ranks: one case after another, started by torchrun."""
+"""What each rank does in the tests of training on many ranks: one case after another."""
 
 from __future__ import annotations
 
 import json
-import sys
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,11 +10,12 @@ from typing import Any
 
 import torch
 
+from rollout import meet
 from rollout.parallel import World, local
 from shards.errors import RunFailed, UserError
 from shards.run import Run
 from train import losses, replay
-from train.data import Chunk
+from train.data import Stored
 from train.order import Unit
 from train.run import train
 from train.update import ExpertTrainer
@@ -37,23 +36,39 @@ def changed(place: Any, name: str, function: Change) -> Iterator[Change]:
 
 
 def train_case(case: Case, rank: int) -> dict[str, Any]:
-    """Train an iteration of a run, or of the run that `others` names on the ranks after the first."""
+    """Train an iteration of a run, or of the run that `others` names on the ranks after the first.
+
+    With `command` the ranks have met before, as under the command line.
+    """
     sums: list[str] = []
     used: list[list[Any]] = []
-    check, backward = ExpertTrainer.check_ranks, ExpertTrainer.backward
+    held: list[dict[str, int]] = []
+    met: list[Path] = []
+    check, backward, compare = ExpertTrainer.check_ranks, ExpertTrainer.backward, meet._agree_on_directory
 
     def noting_sums(self: ExpertTrainer) -> str:
         sums.append(check(self))
+        held.append(held_by(self))
         return sums[-1]
 
     def noting_units(self: ExpertTrainer, unit: Unit, *args: Any, counts: bool = True, **names: Any) -> Any:
         used.append([self.state.updates, counts, *unit])
         return backward(self, unit, *args, counts=counts, **names)
 
+    def noting_meetings(path: Path, ranks: World) -> None:
+        met.append(path)
+        compare(path, ranks)
+
     path = case.get("others", case["run"]) if rank else case["run"]
-    sets = case.get("sets", []) if rank else []
-    with changed(ExpertTrainer, "check_ranks", noting_sums), changed(ExpertTrainer, "backward", noting_units):
-        report = train(Run.open(Path(path), sets), case.get("iteration", 0))
+    run = Run.open(Path(path), case.get("sets", []) if rank else [])
+    with (
+        changed(ExpertTrainer, "check_ranks", noting_sums),
+        changed(ExpertTrainer, "backward", noting_units),
+        changed(meet, "_agree_on_directory", noting_meetings),
+    ):
+        if case.get("command"):
+            meet.meet(run)
+        report = train(run, case.get("iteration", 0))
     return {
         "fingerprint": report.fingerprint,
         "replay": report.replay,
@@ -61,7 +76,25 @@ def train_case(case: Case, rank: int) -> dict[str, Any]:
         "warnings": report.warnings,
         "sums": sums,
         "used": used,
+        "held": held,
+        "met": len(met),
     }
+
+
+def held_by(trainer: ExpertTrainer) -> dict[str, int]:
+    """Bytes of an expert and of what training keeps beside it that lie on this rank, after an update."""
+    learning = list(trainer.state.parameters.values())
+    frozen = [weight for weight in trainer.policy.module(trainer.expert).parameters() if not weight.requires_grad]
+    moments = [state[name] for state in trainer.state.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    parts: dict[str, Any] = {
+        "weights" if trainer.policy.is_full else "LoRA": learning,
+        "gradients": [weight.grad for weight in learning],
+        "AdamW": moments,
+        "average": trainer.state.ema.values(),
+        "weights of the rollout": trainer.rolled_out.kept.values(),
+    }
+    parts |= {} if trainer.policy.is_full else {"weights": frozen}
+    return {name: sum(local(tensor.detach()).nbytes for tensor in tensors) for name, tensors in parts.items()}
 
 
 def odd_log_probs(case: Case, rank: int) -> dict[str, Any]:
@@ -88,15 +121,33 @@ def odd_weights(case: Case, rank: int) -> dict[str, Any]:
 
 def odd_file(case: Case, rank: int) -> dict[str, Any]:
     """The last rank cannot read its second chunk."""
-    before, calls = losses.read_chunk, []
+    before, calls = losses.read_step, []
 
-    def read(*args: Any) -> Chunk:
+    def read(*args: Any) -> Stored:
         calls.append(args)
         if rank == World.joined().size - 1 and len(calls) == 2:
             raise RunFailed("shard-000000.tar: crc32 of the latents is wrong", "restore the file")
         return before(*args)
 
-    with changed(losses, "read_chunk", read):
+    with changed(losses, "read_step", read):
+        return train_case(case, rank)
+
+
+def odd_software(case: Case, rank: int) -> dict[str, Any]:
+    """The last rank has another version of everything."""
+    number = 1 + (rank == World.joined().size - 1)
+    with changed(meet, "version_of", lambda name: f"{number}.0"):
+        return train_case(case, rank)
+
+
+def recomputed(case: Case, rank: int) -> dict[str, Any]:
+    """Ends before the first update and tells how many units have an old log-prob that was taken here."""
+
+    def end(self: ExpertTrainer, *_: Any) -> None:
+        units = [unit for unit in self.inputs.units() if unit.expert == self.expert]
+        raise RunFailed(f"{sum(unit in self.losses.old_log_probs for unit in units)} of {len(units)} units")
+
+    with changed(ExpertTrainer, "update", end):
         return train_case(case, rank)
 
 
@@ -105,6 +156,8 @@ ACTIONS: dict[str, Callable[[Case, int], dict[str, Any]]] = {
     "odd log-probs": odd_log_probs,
     "odd weights": odd_weights,
     "odd file": odd_file,
+    "odd software": odd_software,
+    "recomputed": recomputed,
 }
 
 
@@ -118,12 +171,5 @@ def main(path: Path) -> None:
             found[case["name"]] = ACTIONS[case["action"]](case, ranks.rank)
         except UserError as error:
             found[case["name"]] = {"kind": type(error).__name__, "error": str(error), "told": error.told}
-        except Exception:
-            traceback.print_exc()
-            raise
         path.with_name(f"rank-{ranks.rank}.json").write_text(json.dumps(found))
     ranks.close()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

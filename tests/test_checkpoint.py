@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rollout.parallel import World
 from shards.errors import RunFailed, UserError
 from train import checkpoint, checkpoint_writer
 from train.checkpoint import Checkpoints, TrainerState
@@ -252,7 +253,7 @@ def test_a_rank_that_did_not_exist_gets_random_numbers_of_its_own(
     state = make_state()
     path, drawn = checkpoint.save(tmp_path, state, 1), []
     for rank in (0, 1, 2, 1):
-        monkeypatch.setattr(checkpoint, "_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(World, "joined", lambda rank=rank: World(rank))
         monkeypatch.setattr(checkpoint, "_check_sums", lambda *_: None)
         checkpoint.load(path, state)
         drawn.append(torch.rand(()).item())
@@ -279,6 +280,10 @@ def test_kill_at_any_moment_leaves_only_whole_checkpoints(tmp_path: Path) -> Non
     process = subprocess.Popen([sys.executable, "-c", WRITER, root, str(tmp_path)], stdout=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stdout.readline() == b"ready\n"
+    deadline = time.monotonic() + 300
+    while checkpoint.latest(tmp_path) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     for number in range(6):
         time.sleep(0.05 + 0.013 * number)
         snapshot = tmp_path.with_name(f"{tmp_path.name}-{number}")
@@ -287,14 +292,13 @@ def test_kill_at_any_moment_leaves_only_whole_checkpoints(tmp_path: Path) -> Non
         shutil.copytree(tmp_path, snapshot)
         process.send_signal(signal.SIGCONT)
         found = checkpoint.latest(snapshot)
-        if found is not None:
-            state = make_state()
-            checkpoint.load(found[1], state)
-            assert state.updates == found[0]
-            checkpoint.save(snapshot, state, found[0] + 1)
-            assert not list(snapshot.glob(".writing-*"))
-            assert checkpoint.latest(snapshot) == (found[0] + 1, snapshot / f"update-{found[0] + 1:06d}")
+        assert found is not None
+        state = make_state()
+        checkpoint.load(found[1], state)
+        assert state.updates == found[0]
+        checkpoint.save(snapshot, state, found[0] + 1)
+        assert not list(snapshot.glob(".writing-*"))
+        assert checkpoint.latest(snapshot) == (found[0] + 1, snapshot / f"update-{found[0] + 1:06d}")
     process.kill()
     process.wait()
     process.stdout.close()
-    assert checkpoint.latest(tmp_path) is not None

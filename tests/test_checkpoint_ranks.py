@@ -1,25 +1,19 @@
-"""Checkpoints of sharded training: written on some ranks, read on others, one failing rank stops all. Real torchrun."""
+"""Checkpoints of sharded training: written on some ranks, read on others, one failing rank stops all."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 
-from tests.checkpoint_ranks import go_on
+from tests import forks
+from tests.checkpoint_ranks import go_on, one_rank
 
-ROOT = Path(__file__).parents[1]
 
-
-def torchrun(ranks: int, *arguments: object) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
-               "-m", "tests.checkpoint_ranks", *map(str, arguments)]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=300)
+def on_ranks(ranks: int, folder: Path, first: int, last: int, result: Path, fail: bool = False) -> None:
+    children = forks.ranks(result.with_suffix(""), *[lambda: one_rank(folder, first, last, result, fail)] * ranks)
+    forks.finish(*children)
 
 
 def test_training_goes_on_with_the_same_losses_on_any_number_of_ranks(tmp_path: Path) -> None:
@@ -27,9 +21,9 @@ def test_training_goes_on_with_the_same_losses_on_any_number_of_ranks(tmp_path: 
     expected, state = go_on(tmp_path / "straight", 0, 6)
     folder = tmp_path / "moving"
     losses = go_on(folder, 0, 2)[0]
-    torchrun(2, folder, 2, 4, tmp_path / "two.pt")
+    on_ranks(2, folder, 2, 4, tmp_path / "two.pt")
     assert json.loads((folder / "update-000004" / "commit.json").read_text())["ranks"] == 2
-    torchrun(3, folder, 4, 5, tmp_path / "three.pt", "fail")
+    on_ranks(3, folder, 4, 5, tmp_path / "three.pt", fail=True)
     assert json.loads((folder / "update-000005" / "commit.json").read_text())["ranks"] == 3
     two, three = torch.load(tmp_path / "two.pt"), torch.load(tmp_path / "three.pt")
     last, ended = go_on(folder, 5, 6)
@@ -43,3 +37,4 @@ def test_training_goes_on_with_the_same_losses_on_any_number_of_ranks(tmp_path: 
     assert all("rank 1: File too large" in told for told in three["full"])
     assert sorted(path.name for path in folder.iterdir()) == ["update-000005", "update-000006"]
     assert all("is damaged: its sha256" in told for told in three["damaged"])
+    assert [told[0] for told in three["damaged"]] == ["/", "(", "("]

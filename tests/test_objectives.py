@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from rollout import transitions as tr
+from rollout.schedule import Plan, make_plan
+from shards.config import RolloutConfig, TrainConfig
+from train.losses import _step_weights
 from train.objectives import (
     clip_advantage,
     kl_divergence,
@@ -66,7 +72,7 @@ def test_clip_advantage_limits_both_sides() -> None:
 
 
 def test_ratio_norm_takes_out_the_mean_shift() -> None:
-    """With N elements log r is -d²/2 ± d/sqrt(N); RatioNorm leaves only the noise."""
+    """With N elements log r is -d²/2 ± d/sqrt(N); RatioNorm leaves only the noise, times std."""
     generator = torch.Generator().manual_seed(3)
     std, d, shape = 0.2, 0.3, (4, 1, 1, 300, 300)
     old_mean = torch.randn(shape, generator=generator)
@@ -77,7 +83,7 @@ def test_ratio_norm_takes_out_the_mean_shift() -> None:
     torch.testing.assert_close(mean_shift(mean, old_mean, std), torch.full((4,), d), rtol=0.02, atol=0)
     assert (log_ratio + d**2 / 2).abs().max() < 0.01
     assert (log_ratio < -0.03).all()
-    assert ratio_norm(log_ratio, mean, old_mean, std).abs().max() < 0.01
+    assert ratio_norm(log_ratio, mean, old_mean, std).abs().max() < 0.01 * std
 
 
 def test_ratio_norm_is_exactly_the_identity_until_the_mean_moves() -> None:
@@ -164,17 +170,66 @@ def test_nft_loss_of_many_elements_is_the_published_one() -> None:
         assert found[row].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_ratio_norm_is_that_of_grpo_guard_but_for_the_scale_of_its_clip_range() -> None:
-    """GRPO-Guard: exp((d log p + |d mean|^2 / (2 std^2)) std). Without the last factor a clip range c is its c std."""
-    generator = torch.Generator().manual_seed(6)
-    old_mean, x_next, move = (torch.randn(2, 3, 8, generator=generator, dtype=torch.float64) for _ in range(3))
-    mean, std = old_mean + 1e-2 * move, 0.3
-    normal = torch.distributions.Normal
-    log_ratio = (normal(mean, std).log_prob(x_next) - normal(old_mean, std).log_prob(x_next)).flatten(1).mean(1)
-    published = ((log_ratio + (mean - old_mean).square().flatten(1).mean(1) / (2 * std**2)) * std).exp()
-    torch.testing.assert_close((ratio_norm(log_ratio, mean, old_mean, std) * std).exp(), published, rtol=1e-6, atol=0)
-    cross = ((x_next - old_mean) * (mean - old_mean)).flatten(1).mean(1) / std**2  # what is left: the noise alone
-    torch.testing.assert_close(ratio_norm(log_ratio, mean, old_mean, std), cross, rtol=1e-4, atol=1e-7)
+def test_ratio_norm_weighted_by_inverse_gradient_is_grpo_guard_as_published() -> None:
+    """exp((d log p + |d mean|^2 / (2 std^2)) std), clipped, over the length of the step, on Flow-GRPO's own step."""
+    plan = plan_of("flow-sde")
+    weights = weights_of(plan, ratio_norm=True)
+    factors, clipped = [], 0
+    for step in STEPS:
+        x, old, move, noise = (tr.noise((6, 24), seed=4 * step + number).double() for number in range(4))
+        s, dt = plan.sigmas[step], plan.sigmas[step + 1] - plan.sigmas[step]
+        level = 0.7 * math.sqrt(s / (1 - s))
+        slope = (1 + level**2 * (1 - s) / (2 * s)) * dt
+        std, start = level * math.sqrt(-dt), x * (1 + level**2 / (2 * s) * dt)
+        v = (old + 1e-3 * move).requires_grad_()
+        before, mean = start + slope * old, start + slope * v
+        x_next, advantage = before + std * noise, torch.tensor([2.0, -1.0, 0.5, 3.0, -2.0, 1.0], dtype=torch.float64)
+        normal = torch.distributions.Normal
+        log_ratio = (normal(mean, std).log_prob(x_next) - normal(before, std).log_prob(x_next)).mean(1)
+        ratio = ((log_ratio + (mean - before).square().mean(1) / (2 * std**2)) * std).exp()
+        limited = ratio.clamp(1 - 3e-6, 1 + 3e-6)
+        published = torch.maximum(-advantage * ratio, -advantage * limited).mean() / -dt
+        found = policy_loss(ratio_norm(log_ratio, mean, before, std), advantage, 3e-6)
+        torch.testing.assert_close(found.ratio, ratio.detach(), rtol=0, atol=1e-10)
+        ours = weights[step] * found.loss.mean()
+        gradients = [torch.autograd.grad(loss, v, retain_graph=True)[0] for loss in (published, ours)]
+        factors.append((gradients[1].norm() / gradients[0].norm()).item())
+        torch.testing.assert_close(gradients[1], factors[-1] * gradients[0], rtol=1e-5, atol=1e-9)
+        clipped += int(found.clipped.sum())
+    assert factors == pytest.approx([factors[0]] * len(STEPS), rel=1e-5)  # one factor of all steps, for the optimizer
+    assert 0 < clipped < 6 * len(STEPS)
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("law", ["flow-sde", "dance-sde", "cps", "dpm-sde-2m"])
+def test_the_weights_of_a_plan_let_every_step_pull_alike(law: str, normed: bool) -> None:
+    """By autograd of the weighted log-ratio; `dpm-sde-2m` pulls half as hard again through its second order."""
+    plan, pulls = plan_of(law), []
+    weights = weights_of(plan, ratio_norm=normed)
+    for step in STEPS:
+        x, v, noise, before = (tr.noise((1, 50), seed=9 * step + number) for number in range(4))
+        edge = plan.law, plan.form, x, v.requires_grad_(), plan.sigmas[step], plan.sigmas[step + 1], plan.eta
+        mean, std = tr.transition(*edge, sigma_1=plan.sigmas[1], previous=(before, plan.sigmas[step - 1]))
+        ratio = tr.log_prob((mean + std * noise).detach(), mean, std)
+        ratio = ratio_norm(ratio, mean, mean.detach(), std) if normed else ratio
+        (gradient,) = torch.autograd.grad(weights[step] * ratio.sum(), v)
+        pulls.append((gradient / noise).abs().median().item())
+    assert pulls == pytest.approx([pulls[0]] * len(STEPS), rel=2e-3)
+
+
+STEPS = (1, 2, 4, 6)
+
+
+def plan_of(law: str) -> Plan:
+    """Eight steps of shift 5."""
+    config = RolloutConfig(steps=8, shift=5.0, law=law, eta=0.7)  # type: ignore[arg-type]
+    return make_plan(config, boundary=None, scheduler_config={})
+
+
+def weights_of(plan: Plan, *, ratio_norm: bool) -> dict[int, float]:
+    """The weights that training gives to STEPS of a plan, under `inverse-gradient`."""
+    inputs: Any = SimpleNamespace(rollouts=SimpleNamespace(schedule=plan, steps=lambda _: list(STEPS)))
+    return _step_weights(inputs, TrainConfig(step_weight="inverse-gradient", ratio_norm=ratio_norm), 0)
 
 
 def test_masked_losses_are_those_of_the_elements_kept() -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rollout import memory_plan
+from rollout.memory import read_model
+from rollout.parallel import World
 from rollout.policy import Policy
 from shards.run import Run
-from tests import training
+from tests import forks, parallel_ranks, training, workers
 from train.data import Rollouts
 from train.run import train
 
-ROOT = Path(__file__).parents[1]
 CALM = {"epsilon": 1e-4}  # AdamW divides rounding noise by the gradient; the default lets it through at any size
 SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"ratio_norm": True},
@@ -39,9 +39,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "full-nft dp": (2, {}),
     "bf16-lora dp": (2, {}),
     "bf16-full-next dp": (2, {}),
+    "nft dp": (2, {}),
     "lora dp ulysses": (4, {"ulysses": 2}),
     "lora hsdp checkpointing": (4, {"replicate": 2, "gradient_checkpointing": True}),
-    "nft dp": (4, {}),
     "full-once dp ulysses": (4, {"ulysses": 2}),
 }
 Results = dict[str, list[dict[str, Any]]]
@@ -93,10 +93,11 @@ def on_four(grounds: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) -
 
 
 def on_ranks(grounds: dict[str, Run], folder: Path, ranks: int) -> Found:
-    """The folder of the runs, and what each rank said of each case, from one start of torchrun."""
+    """The folder of the runs, and what each rank said of each case, from one start of the ranks."""
     layouts = {name: settings for name, (size, settings) in LAYOUTS.items() if size == ranks}
     cases = [case_of(grounds[name.split()[0]], folder, name, **settings) for name, settings in layouts.items()]
-    return folder, start(folder / "torchrun", ranks, cases + mishaps(grounds["lora"], folder, ranks))
+    cases[0]["command"] = True
+    return folder, start(folder / "ranks", ranks, cases + mishaps(grounds["lora"], folder, ranks))
 
 
 def found_of(request: pytest.FixtureRequest, name: str) -> Found:
@@ -123,28 +124,20 @@ def mishaps(ground: Run, folder: Path, ranks: int) -> list[dict[str, Any]]:
     other = training.fork(ground, folder / "elsewhere")
     return [
         case_of(ground, folder, "degree", ulysses=3),
-        case_of(ground, folder, "settings") | {"sets": ["train.learning_rate=0.002"]},
+        case_of(ground, folder, "settings") | {"sets": ["train.ulysses=2"]},
         case_of(ground, folder, "folder") | {"others": str(other.path)},
         case_of(ground, folder, "odd log-probs", "odd log-probs"),
         case_of(ground, folder, "odd file", "odd file"),
+        case_of(ground, folder, "odd software", "odd software"),
+        case_of(ground, folder, "recomputed", "recomputed", recompute_log_probs=True),
     ]
 
 
 def start(folder: Path, ranks: int, cases: list[dict[str, Any]]) -> Results:
-    """Run cases under torchrun; what every rank found, by the name of the case."""
+    """Run cases on that many ranks; what every rank found, by the name of the case."""
     folder.mkdir(parents=True)
     (folder / "cases.json").write_text(json.dumps(cases))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    done = subprocess.run(
-        [*command, "--module", "tests.parallel_ranks", str(folder / "cases.json")],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=3000,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    forks.finish(*forks.ranks(folder, *[lambda: parallel_ranks.main(folder / "cases.json")] * ranks))
     found = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
     return {case["name"]: [one[case["name"]] for one in found] for case in cases}
 
@@ -212,6 +205,7 @@ def test_every_layout_replays_and_keeps_its_ranks_equal(name: str, request: pyte
     updates = sum(found[0]["updates"].values())
     assert all(len(one["sums"]) == updates and len(set(one["sums"])) == updates for one in found)
     assert len({tuple(one["sums"]) for one in found}) == 1
+    assert {one["met"] for one in found} == {1}  # also where the command line has seen to it before
 
 
 @pytest.mark.parametrize("name", ["lora dp", "nft dp", "lora dp ulysses"])
@@ -225,15 +219,27 @@ def test_ranks_do_the_work_of_one_process_once(name: str, request: pytest.Fixtur
     assert padded == len(found) * len(slots[0]) - len(units)
 
 
+@pytest.mark.parametrize("name", ["lora dp", "bf16-lora dp", "bf16-full-next dp"])
+def test_ranks_hold_together_what_plan_memory_divides(name: str, on_two: Found, grounds: dict[str, Run]) -> None:
+    config = grounds[name.split()[0]].config
+    whole = memory_plan._state(read_model(config), config.train.full, World(size=2))
+    for update in zip(*(one["held"] for one in on_two[1][name]), strict=True):
+        assert {part: sum(one[part] for one in update) for part in whole if whole[part]} == {
+            part: size for part, size in whole.items() if size
+        }
+
+
 MISHAPS = {
     "degree": "train.ulysses = 3: 2 ranks cannot be divided so (hint: 1, 2 would do)",
     "replicas": "train.replicate = 4: 4 ranks with train.ulysses = 2 cannot be divided so (hint: 1, 2 would do)",
     "heads": "train.ulysses = 4: does not divide the 2 heads and 2 tokens of this model and video size "
     "(hint: 1, 2 would do with 4 ranks)",
-    "settings": "rank 1 has another configuration than rank 0: train.learning_rate = 0.002 instead of "
-    "train.learning_rate = 0.001 (hint: all ranks need the same run directory, model, settings and software)",
+    "settings": "rank 1 has another configuration than rank 0: train.ulysses = 2 instead of "
+    "train.ulysses = 1 (hint: all ranks need the same run directory, model, settings and software)",
     "folder": "rank 1 of 2: {elsewhere} is not the run directory that rank 0 has as {folder} "
     "(hint: all ranks need the same run directory, on a file system that all machines share)",
+    "odd software": "rank 1 has another software than rank 0: rushes 2.0 instead of rushes 1.0 "
+    "(hint: all ranks need the same run directory, model, settings and software)",
     "odd file": "rank 1 of 2: shard-000000.tar: crc32 of the latents is wrong (hint: restore the file)",
     "odd weights": "high_noise expert, update 1: rank 2 has other weights than rank 0 (hint: a machine computes "
     "wrongly or a message was damaged; the checkpoint before this update is good)",
@@ -259,20 +265,13 @@ def test_a_rank_whose_log_probs_differ_fails_the_gate_of_all(on_two: Found) -> N
     assert not (folder / "odd log-probs" / "iter-0000" / "policy").exists()
 
 
+def test_ranks_share_the_log_probs_they_recompute(on_two: Found) -> None:
+    assert [one["error"] for one in on_two[1]["recomputed"]] == ["4 of 4 units"] * 2
+
+
 def test_rushes_train_under_torchrun_speaks_once(ground: Run, tmp_path: Path) -> None:
     run = training.fork(ground, tmp_path / "run", updates_per_rollout=1)
-    rushes = str(Path(sys.executable).with_name("rushes"))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python"]
-    done = subprocess.run(
-        [*torchrun, rushes, "train", str(run.path)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=1200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    said = [line for line in done.stderr.splitlines() if line.startswith("iter-0000 train: 1 updates of high_noise")]
-    assert len(said) == 1
-    assert "UserWarning" not in done.stderr
+    talk = workers.torchrun(2, "train", run.path)
+    assert len(re.findall(r"^iter-0000 train: 1 updates of high_noise", talk, re.M)) == 1
+    assert "UserWarning" not in talk
     assert run.iteration(0).trained()

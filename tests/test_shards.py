@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 import re
+import resource
 import subprocess
 import sys
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +21,12 @@ import webdataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from shards import run as run_module
+from shards import source as source_module
 from shards import tensors
 from shards.claims import claim
 from shards.errors import UserError
-from shards.files import publish_new, publish_replace
+from shards.files import publish_new, publish_replace, read_json
 from shards.reader import open_shard, webdataset_pipeline
 from shards.run import Run
 from shards.tar import header
@@ -382,6 +388,62 @@ def test_stages_and_their_numbers(tmp_path: Path) -> None:
         run.iteration(3).keys(1)
     with pytest.raises(UserError, match="is not a run"):
         Run.open(tmp_path)
+
+
+def test_a_plan_is_parsed_once_for_all_shards_and_anew_when_it_is_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed = []
+    monkeypatch.setattr(run_module, "read_json", lambda path: parsed.append(path) or read_json(path))
+    stage = Run(tmp_path).iteration(0)
+    assert stage.plan() is None
+    stage.publish_plan(make_plan(groups=40))
+    assert sum(len(Run(tmp_path).iteration(0).keys(shard)) for shard in range(stage.expected())) == 40 * 3
+    assert parsed == [stage.plan_path]
+    text = stage.plan_path.read_text()
+    for seed in (1, 2):  # files of one size: another one in its place, then the same one written over
+        other = tmp_path / "other"
+        other.write_text(text.replace('"seed":0', f'"seed":{seed}'))
+        os.replace(other, stage.plan_path) if seed == 1 else stage.plan_path.write_bytes(other.read_bytes())
+        assert (stage.plan() or {})["seed"] == seed
+    stage.plan_path.unlink()
+    assert stage.plan() is None
+    assert stage.expected() == 0
+
+
+def test_more_shards_than_files_may_be_open_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source_module, "OPEN", 2)
+    stage = committed_stage(tmp_path, groups=12, group_size=1)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 8, before[1]))
+    try:
+        shards = [open_shard(stage, number) for number in stage.shards()]
+        # readers of several threads, each of which has its file closed by the others
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda one: one.trajectory(one.keys[0])["latents"], shards * 5))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    wanted = [
+        torch.from_numpy(make_sample(stage, group, 0).tensors["latents"]) for one in shards for group in one.groups
+    ]
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted * 5, strict=True))
+    assert len(open_tars(tmp_path)) == 2
+    shards[0].close()
+    with pytest.raises(ValueError, match="was closed"):
+        shards[0].trajectory(shards[0].keys[0])
+    shards[1].path.unlink()
+    with pytest.raises(UserError, match=r"shard-000001\.tar: cannot be opened as a plain file"):
+        shards[1].trajectory(shards[1].keys[0])
+    del shards
+    gc.collect()
+    assert not open_tars(tmp_path)
+
+
+def open_tars(folder: Path) -> list[str]:
+    """The tars under a folder that this process has open."""
+    links = [Path("/proc/self/fd", name) for name in os.listdir("/proc/self/fd")]
+    names = [os.readlink(link) for link in links if os.path.lexists(link)]
+    return [name for name in names if name.startswith(str(folder)) and ".tar" in name]
 
 
 def test_claims_exclude_and_disappear(tmp_path: Path) -> None:

@@ -6,11 +6,7 @@ import json
 import os
 import re
 import signal
-import socket
-import sys
 import threading
-import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +20,7 @@ from score.run import score
 from shards.errors import RunFailed, Stopped
 from shards.run import Run
 from shards.signals import check, stoppable, stopping
-from tests import training
+from tests import forks, training
 from tests.test_score_run import make
 from train import signals
 from train.run import train
@@ -137,68 +133,31 @@ def undisturbed(rolled: Run, policy: Policy, tmp_path_factory: pytest.TempPathFa
     return run
 
 
-class Ranks:
-    """Processes that run the command line as `srun` starts ranks: with an environment and without an agent."""
+def signalled(
+    folder: Path, count: int, when: Callable[..., bool], number: int, victim: int, *arguments: object
+) -> list[forks.Fork]:
+    """Ranks of the command line that have ended; the first one sends `number` to rank `victim` once `when` is true.
 
-    def __init__(self, folder: Path, count: int, *arguments: object) -> None:
-        self.folder, self.count, self.arguments = folder, count, [str(one) for one in arguments]
-        folder.mkdir()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+    `when` is asked at every report of progress.
+    """
 
-    def run(self, when: Callable[..., bool], number: int, victim: int) -> list[int]:
-        """Exit codes, by rank. `number` is sent to rank `victim` by the first rank once `when` (of progress) is true.
+    @contextmanager
+    def progress(label: str) -> Iterator[Callable[..., None]]:
+        def report(done: int, total: int, unit: str, note: str = "") -> None:
+            if when(done, unit, note):
+                os.kill(int((folder / f"pid-{victim}").read_text()), number)
 
-        A child of a fork needs no imports, so that this takes seconds; a rank killed by a signal has minus its number.
-        """
-        self.began = time.monotonic()
-        children = []
-        for rank in range(self.count):
-            child = os.fork()
-            if child == 0:
-                self._rank(rank, when, number, victim)
-            children.append(child)
-        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-        self.seconds = time.monotonic() - self.began
-        return codes
+        yield report
 
-    def said(self, rank: int) -> str:
-        """What a rank wrote to stderr."""
-        return (self.folder / f"stderr-{rank}").read_text()
+    def work() -> None:
+        (folder / f"pid-{os.environ['RANK']}").write_text(str(os.getpid()))
+        cli.show = progress  # type: ignore[assignment]
+        forks.rushes(*arguments)()
 
-    def _rank(self, rank: int, when: Callable[..., bool], number: int, victim: int) -> None:
-        """Never returns."""
-        code = 99
-        try:
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(self.count),
-                              MASTER_ADDR="127.0.0.1", MASTER_PORT=str(self.port))  # fmt: skip
-            file = os.open(self.folder / f"stderr-{rank}", os.O_WRONLY | os.O_CREAT)
-            os.dup2(file, 2)
-            sys.stderr = os.fdopen(2, "w", buffering=1)
-            (self.folder / f"pid-{rank}").write_text(str(os.getpid()))
-            cli.progress = self._progress(when, number, victim)  # type: ignore[assignment]
-            sys.argv = ["rushes", *self.arguments]
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(code)
-
-    def _progress(self, when: Callable[..., bool], number: int, victim: int) -> Callable[[str], object]:
-        @contextmanager
-        def progress(label: str) -> Iterator[Callable[..., None]]:
-            def report(done: int, total: int, unit: str, note: str = "") -> None:
-                if when(done, unit, note):
-                    os.kill(int((self.folder / f"pid-{victim}").read_text()), number)
-
-            yield report
-
-        return progress
+    started = forks.ranks(folder, *[work] * count)
+    for rank in started:
+        rank.wait()
+    return started
 
 
 def at_update(expert: str, update: int) -> Callable[..., bool]:
@@ -216,9 +175,10 @@ def test_training_stops_after_the_update_and_goes_on_in_the_same_bits(
     number: signal.Signals, code: int, rolled: Run, undisturbed: Run, policy: Policy, tmp_path: Path
 ) -> None:
     run = training.fork(rolled, tmp_path / "run", save_every=UPDATES)  # the signal alone makes it write
-    process = Ranks(tmp_path / "process", 1, "train", run.path, "--iteration", 0)
-    assert process.run(at_update("high_noise", 2), number, 0) == [code]
-    assert process.said(0) == (
+    when = at_update("high_noise", 2)
+    [process] = signalled(tmp_path / "process", 1, when, number, 0, "train", run.path, "--iteration", 0)
+    assert process.code == code
+    assert process.said == (
         f"rushes: stopped by {number.name} after update 2 of the high_noise expert "
         "(hint: run the same command again; it goes on from there)\n"
     )
@@ -235,9 +195,10 @@ def test_training_stops_after_the_update_and_goes_on_in_the_same_bits(
 
 def test_rollout_stops_between_samples(tiny_t2v2: Path, policy: Policy, tmp_path: Path) -> None:
     run = training.make_run(tmp_path / "run", tiny_t2v2)
-    process = Ranks(tmp_path / "process", 1, "rollout", run.path)
-    assert process.run(lambda done, unit, note: done == 2, signal.SIGTERM, 0) == [75]
-    assert process.said(0).startswith("rushes: stopped by SIGTERM in shard 0 of iter-0000 (hint: run the same command")
+    folder = tmp_path / "process"
+    [process] = signalled(folder, 1, lambda done, *_: done == 2, signal.SIGTERM, 0, "rollout", run.path)
+    assert process.code == 75
+    assert process.said.startswith("rushes: stopped by SIGTERM in shard 0 of iter-0000 (hint: run the same command")
     assert training.frame_of(training.roll(run, 0, policy)).shape[0] == 2 * training.GROUP
 
 
@@ -262,18 +223,19 @@ def test_ranks_stop_together_and_outlive_no_killed_one(
     """Two ranks; a signal reaches one; two again; one is killed without a word; the rest is done by one process."""
     run = training.fork(rolled, tmp_path / "run")
     command = ("train", run.path, "--iteration", 0)
-    first = Ranks(tmp_path / "first", 2, *command)
-    assert first.run(at_update("high_noise", 1), signal.SIGTERM, 1) == [75, 75]
-    match = re.match(r"rushes: stopped by SIGTERM after update (\d) of the high_noise expert", first.said(0))
-    assert match, first.said(0)
-    assert first.said(0).count("\n") == 1
-    assert first.said(1) == ""
+    one, other = signalled(tmp_path / "first", 2, at_update("high_noise", 1), signal.SIGTERM, 1, *command)
+    assert (one.code, other.code) == (75, 75)
+    match = re.match(r"rushes: stopped by SIGTERM after update (\d) of the high_noise expert", one.said)
+    assert match, one.said
+    assert one.said.count("\n") == 1
+    assert other.said == ""
     assert lines(run) == [("high_noise", number + 1) for number in range(int(match[1]))]
-    second = Ranks(tmp_path / "second", 2, *command)
-    assert second.run(at_update("low_noise", 1), signal.SIGKILL, 1) == [1, -signal.SIGKILL]
-    assert second.seconds < 60
-    assert "rank 0: another rank has ended or cannot be reached" in second.said(0)
-    assert "Traceback" not in second.said(0)
+    one, other = signalled(tmp_path / "second", 2, at_update("low_noise", 1), signal.SIGKILL, 1, *command)
+    assert (one.code, other.code) == (1, -signal.SIGKILL)
+    assert "rank 0: another rank has ended or cannot be reached" in one.said
+    assert "Traceback" not in one.said
+    killed = (run.iteration(0).policy_dir / "metrics.jsonl").stat().st_mtime  # the kill followed the line of an update
+    assert (one.folder / "said").stat().st_mtime - killed < 60
     assert not run.iteration(0).trained()
     train(run, 0, policy)
     ours, theirs = training.weights(run, 0), training.weights(undisturbed, 0)

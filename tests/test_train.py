@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import shutil
+import signal
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,11 +23,15 @@ from rollout.policy import Policy
 from rollout.sampler import Sampler
 from shards.claims import claim
 from shards.errors import RunFailed, StillBusy, UserError
+from shards.reader import open_shard
 from shards.run import Run
+from shards.signals import stoppable
 from shards.writer import seal, write_group, write_sample
 from tests import training
-from train.data import Inputs, Rollouts, keys_of, read_chunk
+from train.ahead import Ahead
+from train.data import Inputs, Rollouts, Stored, keys_of, read_chunk, read_step
 from train.freeze import check_policy, freeze
+from train.order import Slot, Unit
 from train.replay import log_probs
 from train.run import train
 from train.update import ExpertTrainer
@@ -191,7 +200,7 @@ def gradient(policy: Policy, inputs: Inputs, run: Run, expert: int) -> dict[str,
     for unit in units:
         trainer.backward(unit, total)
     result = {name: value.grad.clone() for name, value in trainer.state.parameters.items() if value.grad is not None}
-    trainer.finish()
+    trainer.close()
     return result
 
 
@@ -235,6 +244,19 @@ def test_the_gradient_is_the_mean_over_rows_that_count(rolled: Run, policy: Poli
         if parameter.grad is not None:
             torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-8)
             parameter.grad = None
+
+
+def test_the_gradient_is_cut_to_its_norm_over_all_weights(rolled: Run, policy: Policy, tmp_path: Path) -> None:
+    run = training.fork(rolled, tmp_path / "run", max_grad_norm=1e-3)
+    inputs = freeze(run, run.iteration(0))
+    policy.become(None)
+    policy.add_lora(2, 4.0, 0)
+    units = [unit for unit in inputs.units() if unit.expert == 1]
+    with contextlib.closing(ExpertTrainer(policy, inputs, run.config.train, 1)) as trainer:
+        assert trainer.update(units, [Slot(unit, True) for unit in units])["gradient_norm"] > 2e-3
+        moments = [state["exp_avg"].flatten() for state in trainer.state.optimizer.state.values()]
+    cut = torch.cat(moments).norm().item() / (1.0 - run.config.train.beta1)
+    assert cut == pytest.approx(1e-3, rel=1e-3)
 
 
 @pytest.mark.parametrize("settings", [
@@ -289,6 +311,68 @@ def test_kill_and_resume_end_in_the_same_bits(
     cost = {"seconds", "peak_memory_bytes"}
     kept = [{name: value for name, value in record.items() if name not in cost} for record in metrics(run)]
     assert kept == [{name: value for name, value in record.items() if name not in cost} for record in metrics(trained)]
+
+
+# --- Reading ahead ---------------------------------------------------------------------------------------------------
+
+
+def test_reading_ahead_changes_no_bit(
+    rolled: Run, trained: Run, policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = training.fork(rolled, tmp_path / "run")
+    monkeypatch.setattr(Ahead, "take", lambda self, unit, following=None: self.read(unit))
+    train(run, 0, policy)
+    assert training.equal(training.weights(run, 0), training.weights(trained, 0))
+
+
+def test_the_next_unit_and_no_other_is_read_in_the_meantime(rolled: Run) -> None:
+    rollouts, seen = Rollouts.open(rolled.iteration(0)), []
+
+    def read(unit: Unit) -> Stored:
+        seen.append((unit, threading.current_thread() is threading.main_thread()))
+        return read_step(rollouts, unit)
+
+    units = rollouts.units()[:5]
+    with contextlib.closing(Ahead(read)) as ahead:
+        for unit, following in itertools.pairwise(units):
+            assert torch.equal(ahead.take(unit, following).latents, read_step(rollouts, unit).latents)
+            while len(seen) < 1 + units.index(following):
+                time.sleep(0.001)  # it comes without being asked for
+        assert seen == [(unit, number == 0) for number, unit in enumerate(units)]
+        assert ahead.take(units[0]).unit == units[0]  # another one than was announced
+        assert seen[-1] == (units[0], True)
+    assert not ahead_threads()
+
+
+@pytest.mark.parametrize("what", ["damage", "signal"])
+def test_what_ends_training_ends_reading_ahead(what: str, rolled: Run, policy: Policy, tmp_path: Path) -> None:
+    run = training.fork(rolled, tmp_path / "run")
+    stage = run.iteration(0)
+    begun = []
+
+    def disturb(done: int, total: int, unit: str, note: str = "") -> None:
+        if unit != "updates":
+            return
+        begun.extend(ahead_threads())
+        if what == "signal":
+            os.kill(os.getpid(), signal.SIGTERM)
+        for number in stage.shards() if what == "damage" else ():
+            with stage.shard_path(number).open("r+b") as file:
+                for row in open_shard(stage, number).index.to_dict("records"):
+                    file.seek(row["latents_offset"])
+                    file.write(bytes(row["latent_bytes"] * len(row["states"])))
+
+    says = r"shard-00000[01]\.tar: i000000-.* is damaged" if what == "damage" else "stopped by SIGTERM after update 1"
+    with stoppable(), pytest.raises(UserError, match=says):
+        train(run, 0, policy, disturb)
+    assert len(begun) == 1
+    assert not ahead_threads()
+    assert not stage.trained()
+
+
+def ahead_threads() -> list[threading.Thread]:
+    """The threads that read ahead."""
+    return [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]
 
 
 # --- What is refused -------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
@@ -22,12 +22,11 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
+from rollout.parallel import World
 from shards import mirror
 from shards.errors import RunFailed, UserError
 from shards.files import sha256_file
 from train.checkpoint_writer import COMMIT, Writer, found
-
-T = TypeVar("T")
 
 KEEP = 2
 PATIENCE = timedelta(minutes=30)  # for the slowest rank to write its part
@@ -77,12 +76,13 @@ class Checkpoints:
         """
         self.wait()
         final = directory / f"update-{update:06d}"
-        if _of_first(_whole(final)):
+        ranks = World.joined()
+        if ranks.broadcast(_whole(final)):
             return final
         writer = Writer(final, update, self.keep)
         warnings.filterwarnings("ignore", message=_ALONE)
         future = state_dict_saver.async_save(
-            {_ROOT: _tensors(state)}, storage_writer=writer, process_group=_writing_group(), no_dist=_alone()
+            {_ROOT: _tensors(state)}, storage_writer=writer, process_group=_writing_group(), no_dist=ranks.size == 1
         )
         assert isinstance(future, Future)
         self._flying = future, writer
@@ -111,7 +111,7 @@ def latest(directory: Path) -> tuple[int, Path] | None:
     """Number of updates and folder of the newest whole checkpoint, or None; all ranks get what the first one sees."""
     mirror.fetch_newest(directory, COMMIT)
     whole = [update for update, path in found(directory) if _whole(path)]
-    update = _of_first(whole[-1] if whole else None)
+    update = World.joined().broadcast(whole[-1] if whole else None)
     return None if update is None else (update, directory / f"update-{update:06d}")
 
 
@@ -132,7 +132,8 @@ def load(path: Path, state: TrainerState, *, weights: bool = True) -> dict[str, 
     tensors |= generators
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=_ALONE)
-        state_dict_loader.load({_ROOT: tensors}, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=_alone())
+        reader, alone = HuggingFaceStorageReader(str(path)), World.joined().size == 1
+        state_dict_loader.load({_ROOT: tensors}, storage_reader=reader, no_dist=alone)
     for name, parameter in state.parameters.items():
         if weights:
             parameter.data.copy_(tensors[f"weight.{name}"])
@@ -150,7 +151,7 @@ def load(path: Path, state: TrainerState, *, weights: bool = True) -> dict[str, 
 
 def _tensors(state: TrainerState) -> dict[str, Tensor]:
     """The live state as one flat dictionary of tensors; moments AdamW has not made yet are zeros at step 0."""
-    tensors = {"updates": torch.tensor([state.updates]), _generator(_rank()): torch.get_rng_state()}
+    tensors = {"updates": torch.tensor([state.updates]), _generator(World.joined().rank): torch.get_rng_state()}
     for name, parameter in state.parameters.items():
         moments = state.optimizer.state.get(parameter, {})
         tensors[f"weight.{name}"] = parameter.detach()
@@ -171,7 +172,7 @@ def _is_generator(name: str) -> bool:
 
 def _set_generator(stored: dict[str, Tensor]) -> None:
     """The generator of this rank; a rank that did not exist then gets a new one, drawn from that of another."""
-    rank = _rank()
+    rank = World.joined().rank
     torch.set_rng_state(stored[_generator(rank % len(stored))])
     if rank >= len(stored):
         torch.manual_seed(int(torch.randint(2**62, ()).item()) + rank)
@@ -199,13 +200,14 @@ def _check_same(path: Path, commit: dict[str, Any], tensors: dict[str, Tensor]) 
 
 def _check_sums(path: Path, sums: dict[str, str]) -> None:
     """UserError on all ranks for a file whose content has changed; each rank reads its share of the files."""
-    mine = sorted(sums)[_rank() :: 1 if _alone() else distributed.get_world_size()]
-    changed = _of_all([name for name in mine if sha256_file(path / name) != sums[name]])
-    if changed:
-        raise UserError(
-            f"{path / changed[0]} is damaged: its sha256 is not that in {COMMIT}",
-            f"restore it from a copy, or delete {path.name}; training then goes on from the checkpoint before",
-        )
+    ranks = World.joined()
+    mine = sorted(sums)[ranks.rank :: ranks.size]
+    changed = ranks.gather(next((name for name in mine if sha256_file(path / name) != sums[name]), None))
+    first = next((name for name in changed if name), None)
+    if first:
+        problem = f"{path / first} is damaged: its sha256 is not that in {COMMIT}"
+        hint = f"restore it from a copy, or delete {path.name}; training then goes on from the checkpoint before"
+        raise ranks.one_voice(UserError(problem, hint))
 
 
 def _failure(final: Path, error: BaseException) -> RunFailed:
@@ -213,7 +215,7 @@ def _failure(final: Path, error: BaseException) -> RunFailed:
     where, cause = "", error
     if isinstance(error, CheckpointException):
         rank, (cause, _) = min(error.failures.items())
-        where = "" if _alone() else f"rank {rank}: "
+        where = "" if World.joined().size == 1 else f"rank {rank}: "
     reason = f"{type(cause).__name__}: {cause}"
     if isinstance(cause, OSError | UserError):
         reason = getattr(cause, "strerror", None) or str(cause)
@@ -226,36 +228,10 @@ def _failure(final: Path, error: BaseException) -> RunFailed:
 
 def _writing_group() -> Any:
     """The process group of the writing threads: their messages must not mix with those of training."""
-    if _alone():
+    if World.joined().size == 1:
         return None
     default = distributed.group.WORLD
     if default not in _writers:
         _writers.clear()
         _writers[default] = distributed.new_group(backend="gloo", timeout=PATIENCE)
     return _writers[default]
-
-
-def _of_first(value: T) -> T:
-    """The value of the first rank, on all of them."""
-    if _alone():
-        return value
-    box = [value]
-    distributed.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-    return box[0]
-
-
-def _of_all(values: list[T]) -> list[T]:
-    """The values of all ranks, on all of them."""
-    if _alone():
-        return values
-    boxes: list[list[T]] = [[]] * distributed.get_world_size()
-    distributed.all_gather_object(boxes, values)
-    return [value for box in boxes for value in box]
-
-
-def _rank() -> int:
-    return 0 if _alone() else distributed.get_rank()
-
-
-def _alone() -> bool:
-    return not (distributed.is_available() and distributed.is_initialized())

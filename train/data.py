@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,6 +62,11 @@ class Rollouts:
             for step in self.window(group)
         ]
 
+    def steps(self, expert: int) -> list[int]:
+        """The steps of an expert that any group is trained on, ascending."""
+        found = {step for group in self.groups for step in self.window(group)}
+        return sorted(step for step in found if self.schedule.experts[step] == expert)
+
     def window(self, group: str) -> list[int]:
         """The steps of a group that are trained on: the stochastic ones, or, after a rollout without noise (which only
         DiffusionNFT can use), all but the first and the last."""
@@ -92,6 +97,21 @@ class Inputs:
 
 
 @dataclass(frozen=True)
+class Stored:
+    """What the files hold of a unit: on the host, as it was read. B samples of one group."""
+
+    unit: Unit
+    latents: Tensor
+    """[B, n, C, F, H, W] as they are stored: before and after the step, or only the final ones."""
+    log_prob: list[float]
+    """B numbers, taken during the rollout; 0 where the objective needs none."""
+    text: dict[str, Tensor]
+    """Embeddings of the group and, of image-to-video, the condition."""
+    x0_prev: list[Tensor] = field(default_factory=list)
+    """B times [C, F, H, W], of the 2M law."""
+
+
+@dataclass(frozen=True)
 class Chunk:
     """One forward batch of the rollout at one step, on the policy's device. B samples of one group."""
 
@@ -116,36 +136,46 @@ def keys_of(unit: Unit) -> list[str]:
     return [sample_key(unit.group, sample) for sample in range(unit.first, unit.first + unit.size)]
 
 
-def read_chunk(rollouts: Rollouts, policy: Policy, unit: Unit) -> Chunk:
-    """Read a unit from its shard, checksums verified, in the batch shape of the rollout."""
+def read_step(rollouts: Rollouts, unit: Unit) -> Stored:
+    """Read a unit from its shard, checksums verified: the states of a transition. Any thread may do this."""
     shard, keys = rollouts.shards[unit.shard], keys_of(unit)
-    pairs = torch.stack([shard.latents(key, [unit.step, unit.step + 1]) for key in keys]).float().to(policy.device)
+    latents = torch.stack([shard.latents(key, [unit.step, unit.step + 1]) for key in keys])
     position = rollouts.window(unit.group).index(unit.step)
-    extra: dict[str, Any] = {}
-    if rollouts.schedule.law == "dpm-sde-2m":
-        before = [shard.trajectory(key)["x0_prev"][position] for key in keys]
-        extra["x0_prev"] = torch.stack(before).float().to(policy.device)
-    log_prob = row([shard.row(key)["log_prob"][position] for key in keys], pairs)
-    return _chunk(rollouts, policy, unit, pairs[:, 0].contiguous(), pairs[:, 1].contiguous(), log_prob, extra)
+    two_steps = rollouts.schedule.law == "dpm-sde-2m"
+    return Stored(
+        unit,
+        latents,
+        [shard.row(key)["log_prob"][position] for key in keys],
+        shard.group(unit.group),
+        [shard.trajectory(key)["x0_prev"][position] for key in keys] if two_steps else [],
+    )
 
 
-def read_final(rollouts: Rollouts, policy: Policy, unit: Unit) -> Chunk:
-    """A unit for objectives that need no transition: `x` and `x_next` are both the final latents, log-probs are 0."""
+def read_final(rollouts: Rollouts, unit: Unit) -> Stored:
+    """The same for objectives that need no transition: the final latents."""
     shard, last = rollouts.shards[unit.shard], rollouts.schedule.steps
-    x0 = torch.cat([shard.latents(key, [last]) for key in keys_of(unit)]).float().to(policy.device)
-    return _chunk(rollouts, policy, unit, x0, x0, row([0.0] * unit.size, x0), {})
+    latents = torch.stack([shard.latents(key, [last]) for key in keys_of(unit)])
+    return Stored(unit, latents, [0.0] * unit.size, shard.group(unit.group))
+
+
+def chunk_of(stored: Stored, policy: Policy) -> Chunk:
+    """What was read, on the policy's device in the rollout's batch shape; of final latents x and x_next are equal."""
+    latents = stored.latents.float().to(policy.device)
+    extra: dict[str, Any] = {}
+    if stored.x0_prev:
+        extra["x0_prev"] = torch.stack(stored.x0_prev).float().to(policy.device)
+    if "condition" in stored.text:
+        extra["condition"] = stored.text["condition"].to(policy.device)
+    prompt, negative = (policy.pad(stored.text[name], stored.unit.size) for name in ("prompt", "negative"))
+    x, x_next = latents[:, 0].contiguous(), latents[:, -1].contiguous()
+    return Chunk(stored.unit, keys_of(stored.unit), x, x_next, row(stored.log_prob, x), prompt, negative, extra)
+
+
+def read_chunk(rollouts: Rollouts, policy: Policy, unit: Unit) -> Chunk:
+    """Read a transition and bring it to the policy's device."""
+    return chunk_of(read_step(rollouts, unit), policy)
 
 
 def row(values: Sequence[float], like: Tensor) -> Tensor:
     """Numbers as an fp32 tensor [B] on the device of `like`."""
     return torch.tensor(values, dtype=torch.float32, device=like.device)
-
-
-def _chunk(
-    rollouts: Rollouts, policy: Policy, unit: Unit, x: Tensor, x_next: Tensor, log_prob: Tensor, extra: dict[str, Any]
-) -> Chunk:
-    text = rollouts.shards[unit.shard].group(unit.group)
-    if "condition" in text:
-        extra = extra | {"condition": text["condition"].to(policy.device)}
-    prompt, negative = (policy.pad(text[name], unit.size) for name in ("prompt", "negative"))
-    return Chunk(unit, keys_of(unit), x, x_next, log_prob, prompt, negative, extra)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from rollout.schedule import step_scale, step_std
 from rollout.step import step_log_prob
-from rollout.transitions import gradient_scale, noise, noise_seed, transition
+from rollout.transitions import noise, noise_seed
 from train import objectives
-from train.data import Chunk, Inputs, read_chunk, read_final
+from train.ahead import Ahead
+from train.data import Chunk, Inputs, chunk_of, read_final, read_step
 from train.masters import RolledOut
 from train.order import Unit
 
@@ -47,6 +50,7 @@ class Losses:
         self.rolled_out, self.world = rolled_out, world
         self.references: dict[Unit, tuple[Tensor, Tensor]] = {}
         self.step_weights = _step_weights(inputs, config, expert)
+        self.ahead = Ahead(partial(read_final if config.objective == "nft" else read_step, inputs.rollouts))
         self.old_log_probs: dict[Unit, Tensor] = {}
 
     def prepare(self, units: Sequence[Unit]) -> None:
@@ -63,8 +67,8 @@ class Losses:
         if not missing:
             return
         with torch.no_grad(), self.policy.reference():
-            for unit in missing:
-                chunk = self.read(unit)
+            for unit, following in zip(missing, [*missing[1:], units[0]], strict=True):
+                chunk = self.read(unit, following)
                 velocity, mean = self._under_reference(chunk, self._noised(chunk))
                 self.references[unit] = velocity.to(self.rolled_out.away), mean.to(self.rolled_out.away)
 
@@ -78,7 +82,7 @@ class Losses:
         config, step = self.config, chunk.unit.step
         old_mean = self._old_mean(chunk) if config.ratio_norm or (measure and moved) else None
         scored = self._score(chunk)
-        old_log_prob = self.old_log_probs.get(chunk.unit, chunk.log_prob)
+        old_log_prob = self.old_log_probs[chunk.unit] if config.recompute_log_probs else chunk.log_prob
         log_ratio = scored.log_prob - old_log_prob
         if config.ratio_norm and old_mean is not None:
             log_ratio = objectives.ratio_norm(log_ratio, scored.mean, old_mean, scored.std, self._free(chunk))
@@ -140,11 +144,10 @@ class Losses:
         velocity = self._velocity(chunk, x)
         return velocity, velocity
 
-    def read(self, unit: Unit) -> Chunk:
-        """The chunk of a unit, as the objective needs it."""
-        read = read_final if self.config.objective == "nft" else read_chunk
+    def read(self, unit: Unit, following: Unit | None = None) -> Chunk:
+        """The chunk of a unit, as the objective needs it; `following` is then read in the background, to come next."""
         with self.world.together():
-            return read(self.inputs.rollouts, self.policy, unit)
+            return chunk_of(self.ahead.take(unit, following), self.policy)
 
     def _noised(self, chunk: Chunk) -> Tensor:
         """What the model is shown: the latents of the step, or, for DiffusionNFT, the final ones noised afresh."""
@@ -193,12 +196,8 @@ def _step_weights(inputs: Inputs, config: TrainConfig, expert: int) -> dict[int,
     if config.objective == "nft":
         return {}
     schedule = inputs.rollouts.schedule
-    steps = sorted({unit.step for unit in inputs.rollouts.units() if unit.expert == expert})
-    nothing = torch.zeros(1, 1)
-    stds, scales = {}, {}
-    for step in steps:
-        law = (schedule.law, schedule.form)
-        edge = (schedule.sigmas[step], schedule.sigmas[step + 1], schedule.eta)
-        stds[step] = transition(*law, nothing, nothing, *edge, sigma_1=schedule.sigmas[1])[1]
-        scales[step] = gradient_scale(*law, *edge, schedule.sigmas[1])
+    steps = inputs.rollouts.steps(expert)
+    stds = {step: step_std(schedule, step) for step in steps}
+    # RatioNorm takes the division by std out of the log-ratio, and so out of its gradient
+    scales = {step: step_scale(schedule, step) * (stds[step] if config.ratio_norm else 1.0) for step in steps}
     return objectives.step_weights(config.step_weight, stds, scales)

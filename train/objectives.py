@@ -51,11 +51,15 @@ def mean_shift(mean: Tensor, old_mean: Tensor, std: float, mask: Tensor | None =
 
 
 def ratio_norm(log_ratio: Tensor, mean: Tensor, old_mean: Tensor, std: float, mask: Tensor | None = None) -> Tensor:
-    """Log-ratio [B] without its mean shift -d²/2 (RatioNorm of GRPO-Guard, arXiv 2510.22319).
+    """RatioNorm of GRPO-Guard [B] (arXiv 2510.22319): (log-ratio + d²/2) std, the log of the ratio that is clipped.
 
-    The one-sided shift, not the spread, is what runs into the clip; adding d²/2 centres the ratio on 1.
+    With N latent elements a log-ratio is -d²/2 ± d/sqrt(N), where d is the shift of the mean in units of `std`. Adding
+    d²/2 takes out the one-sided shift, so that both sides are clipped alike. Times `std` what is left spreads as the
+    mean moved, |mean - old_mean| / sqrt(N), whatever the noise of the step is, so that one clip range fits all steps;
+    GRPO-Guard has 2e-6 to 4e-6. Its other half, the loss over the length of the step, is the step weight
+    inverse-gradient.
     """
-    return log_ratio + _mean_square(mean - old_mean, mask) / (2.0 * std**2)
+    return (log_ratio + _mean_square(mean - old_mean, mask) / (2.0 * std**2)) * std
 
 
 def kl_divergence(
@@ -83,9 +87,10 @@ def step_weights(
 ) -> dict[int, float]:
     """Weight of each trained step in the loss, scaled to a mean of 1 over the steps given.
 
-    `stds` is the transition standard deviation of a step and `gradient_scales` R = |dmean/dv| / std; the gradient of a
-    log-prob grows with R, which spans two orders of magnitude over a schedule. std: weight ~ std (Flow-GRPO's Wan
-    script); inverse-gradient: weight ~ 1/R, so that every step pulls alike.
+    `stds` is the transition standard deviation of a step and `gradient_scales` how strongly its log-ratio pulls on the
+    velocity: R = |dmean/dv| / std, which spans two orders of magnitude over a schedule, and R std under RatioNorm. std:
+    weight ~ std (Flow-GRPO's Wan script); inverse-gradient: weight ~ 1 / scale, so that every step pulls alike. Under
+    RatioNorm and flow-sde as published that is 1 / step length, the weight of GRPO-Guard.
     """
     if kind == "none":
         return dict.fromkeys(stds, 1.0)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from rollout.meet import meet
 from rollout.parallel import World
 from rollout.policy import Policy
 from rollout.schedule import EXPERT_NAMES
@@ -21,9 +23,9 @@ from train.data import Inputs, Rollouts
 from train.freeze import check_policy, policy_record, starting_policy
 from train.metrics import MetricsLog
 from train.notes import notes
-from train.order import plan_ranks
+from train.order import RankPlan, plan_ranks
 from train.publish import publish
-from train.ranks import agree_on_inputs, agree_on_run, claimed
+from train.ranks import agree_on_inputs, claimed
 from train.replay import prove, replay_limit
 from train.update import ExpertTrainer
 
@@ -106,9 +108,11 @@ def train(
             return TrainReport(skipped=True, fingerprint=record["fingerprint"])
         with ranks.together():
             _check_settings(run.config)
+            if stage.plan() is None:  # told before the claim, which would make the folder of the iteration
+                problem = f"{stage.path} has no rollouts"
+                raise UserError(problem, f"run `rushes rollout --iteration {stage.iteration}` first")
             device = policy.device if policy else Policy.device_of(run.config.model)
-        world = World.of(run.config, device)
-        agree_on_run(world, run, stage)
+        world = meet(run, device)
         with claimed(world, stage, run.config.workers.claim_seconds) as held:
             report = _train(run, stage, policy, world, progress if world.is_first else None, advantage, held)
             world.barrier()
@@ -185,8 +189,7 @@ def _train_expert(work: Work, expert: int) -> Trained:
     inputs, settings, world = work.inputs, work.config.train, work.world
     stage = inputs.rollouts.stage
     trainer = ExpertTrainer(work.policy, inputs, settings, expert, world)
-    folder = _trainer_dir(stage, trainer.name)
-    done = _restore(trainer, folder, work.start)
+    done = _restore(trainer, _trainer_dir(stage, trainer.name), work.start)
     plan = plan_ranks(
         inputs.units(),
         world.data_parallel,
@@ -195,23 +198,30 @@ def _train_expert(work: Work, expert: int) -> Trained:
         expert=expert,
         updates=settings.updates_per_rollout,
     )
-    total = len(plan.batches)
-    if settings.recompute_log_probs and done < total:
-        trainer.recompute_log_probs([unit for unit in inputs.units() if unit.expert == expert])
+    with closing(trainer):
+        if settings.recompute_log_probs and done < len(plan.batches):
+            trainer.recompute_log_probs([unit for unit in inputs.units() if unit.expert == expert])
+        _update_all(work, trainer, plan, done)
+    return Trained(trainer.averages(), trainer.unmoved())
+
+
+def _update_all(work: Work, trainer: ExpertTrainer, plan: RankPlan, done: int) -> None:
+    """The updates of an expert after the first `done`, with their checkpoints and metrics."""
+    stage, rank, total = work.inputs.rollouts.stage, work.world.data_rank, len(plan.batches)
+    folder = _trainer_dir(stage, trainer.name)
     for number in range(done, total):
         _end_if_asked(work.checkpoints, folder, trainer, number)
-        metrics = trainer.update(plan.batches[number], plan.of_rank(number, world.data_rank))
+        following = plan.of_rank(number + 1, rank)[0].unit if number + 1 < total else None
+        metrics = trainer.update(plan.batches[number], plan.of_rank(number, rank), following)
         names = {"iteration": stage.iteration, "expert": trainer.name, "update": number + 1}
         if work.log:
             work.log.add(names | {"total_updates": trainer.state.updates} | metrics)
-        if (number + 1) % settings.save_every == 0 or number + 1 == total:
+        if (number + 1) % work.config.train.save_every == 0 or number + 1 == total:
             work.checkpoints.save(folder, trainer.state, number + 1)
         if work.progress:
             work.progress(number + 1, total, "updates", f"{trainer.name}, loss {metrics['loss']:.4g}")
     if not total:
         work.checkpoints.save(folder, trainer.state, 0)
-    trainer.finish()
-    return Trained(trainer.averages(), trainer.unmoved())
 
 
 def _end_if_asked(checkpoints: Checkpoints, folder: Path, trainer: ExpertTrainer, done: int) -> None:
@@ -220,6 +230,7 @@ def _end_if_asked(checkpoints: Checkpoints, folder: Path, trainer: ExpertTrainer
     if found:
         checkpoints.save(folder, trainer.state, done)
         checkpoints.wait()
+        trainer.world.part()
         raise stopped(found, f"after update {done} of the {trainer.name} expert")
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import distributed
 
+from rollout.parallel import World
 from shards.errors import RunFailed
 from shards.signals import stopped, stopping
 
@@ -21,6 +22,7 @@ def check(when: str) -> None:
     """Raise Stopped on all ranks when a signal has reached one of them; all ranks must call this at the same place."""
     found = agreed()
     if found:
+        World.joined().part()
         raise stopped(found, when)
 
 

@@ -52,8 +52,9 @@ class ExpertTrainer:
         if config.gradient_checkpointing:
             policy.module(expert).enable_gradient_checkpointing()  # type: ignore[operator]
 
-    def finish(self) -> None:
-        """Leave the expert as rollout expects it."""
+    def close(self) -> None:
+        """Leave the expert as rollout expects it, and end the thread that reads ahead."""
+        self.losses.ahead.close()
         self.state.optimizer.zero_grad(set_to_none=True)
         self.masters.close()
         if self.config.gradient_checkpointing:
@@ -69,18 +70,21 @@ class ExpertTrainer:
         """The rate of the next update: it rises linearly from 0 over `warmup` updates, counted over all iterations."""
         return self.base_rate * min(1.0, (self.state.updates + 1) / max(1, self.config.warmup))
 
-    def update(self, units: Sequence[Unit], slots: Sequence[Slot]) -> dict[str, float]:
+    def update(self, units: Sequence[Unit], slots: Sequence[Slot], following: Unit | None = None) -> dict[str, float]:
         """One optimizer step on a minibatch, of which this rank does its slots; returns the metrics of the whole.
 
         Gradients add up chunk by chunk, each with its own backward pass, and every row is divided by the weight of the
         whole minibatch, so that the result does not depend on how the rows are cut into chunks or dealt to ranks.
+        `following` is the first unit of the next update, to be read in the meantime.
         """
         started = time.monotonic()
         self.state.optimizer.zero_grad(set_to_none=True)
         total = self.inputs.weight(units)
         self.losses.prepare([slot.unit for slot in slots])
+        after = [*(slot.unit for slot in slots[1:]), following]
         collected = [
-            self.backward(slot.unit, total, measure=index == 0, counts=slot.counts) for index, slot in enumerate(slots)
+            self.backward(slot.unit, total, measure=index == 0, counts=slot.counts, following=after[index])
+            for index, slot in enumerate(slots)
         ]
         norm = self._step()
         size = sum(value.numel() for value in self.state.parameters.values())
@@ -92,13 +96,16 @@ class ExpertTrainer:
             "peak_memory_bytes": float(peak_memory_bytes()),
         }
 
-    def backward(self, unit: Unit, total: float, *, measure: bool = False, counts: bool = True) -> dict[str, Tensor]:
+    def backward(
+        self, unit: Unit, total: float, *, measure: bool = False, counts: bool = True, following: Unit | None = None
+    ) -> dict[str, Tensor]:
         """Add the gradient of one chunk at one step, its rows weighted and divided by `total`; returns its rows.
 
         FSDP averages gradients over all ranks. What is wanted is their sum over samples and over parts of the token
         sequence, so the loss is multiplied by the number of ranks. Without `counts` every row has weight 0.
+        `following` is the unit of the next call, to be read in the meantime.
         """
-        chunk = self.losses.read(unit)
+        chunk = self.losses.read(unit, following)
         pairs = [self.inputs.advantages[key] for key in chunk.keys]
         weight = row([pair[1] if counts else 0.0 for pair in pairs], chunk.x)
         advantage = objectives.clip_advantage(row([pair[0] for pair in pairs], chunk.x), self.config.advantage_clip)
