@@ -6,12 +6,15 @@ import csv
 import hashlib
 import io
 import json
+import posixpath
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shards.errors import UserError
+from shards.mirror import fetch_file
+from shards.urls import is_url, url_of, working_copy
 
 LARGEST = 100_000  # bytes of a prompt
 QUOTES = {'"': '"', "“": "”", "”": "”", "„": "“”", "«": "»", "»": "«", "＂": "＂"}  # opening: what may close it
@@ -27,7 +30,7 @@ class Prompt:
     target: str | None = None
     """What must be readable in the video."""
     image: str | None = None
-    """First frame, an absolute path."""
+    """First frame: an absolute path, or a URL in a store."""
     negative: str | None = None
     """Negative prompt of this prompt alone; None takes the run's."""
     tags: tuple[str, ...] = ()
@@ -41,6 +44,7 @@ def words_folder() -> Path:
 def load_prompts(path: str | Path, need_target: bool) -> list[Prompt]:
     """All prompts of a file, in its order; `words` names the training prompts of the embedded model.
 
+    A file at a URL (s3://bucket/prompts.txt) is fetched whenever it has changed, and images count from it all the same.
     The suffix tells the format: .txt (a prompt a line, blank lines skipped), .jsonl or .ndjson (prompt, and if wanted
     target, image, negative, tags; GenEval's metadata.jsonl is read too), .csv with these columns, .parquet. Without a
     `target` field the target is what stands in quotation marks. Raises UserError, naming the line, for a file that is
@@ -48,6 +52,8 @@ def load_prompts(path: str | Path, need_target: bool) -> list[Prompt]:
     without.
     """
     file = words_folder() / "prompts" / "train.txt" if str(path) == "words" else Path(path).expanduser()
+    if is_url(path):
+        file = fetch_file(path)
     reader = _READERS.get(file.suffix.lower())
     if reader is None:
         raise UserError(f"{file}: prompts of an unknown format", f"the suffix is one of {', '.join(_READERS)}")
@@ -123,10 +129,24 @@ def _prompt(file: Path, number: int, line: int, row: Mapping[str, Any], need_tar
         id=number,
         text=text.strip(),
         target=target,
-        image=str((file.parent / image).resolve()) if image else None,
+        image=_image(file, image, where) if image else None,
         negative=values["negative"],
         tags=_tags(row.get("tags", row.get("tag"))),
     )
+
+
+def _image(file: Path, image: str, where: str) -> str:
+    """Where an image lies that a prompts file names: at a URL, or in a file; relative names count from the prompts."""
+    folder = url_of(file.parent)
+    if is_url(image):
+        try:
+            return url_of(working_copy(image)) or image
+        except UserError as error:
+            raise UserError(f"{where}: {error.problem}", error.hint) from None
+    if folder is None or image.startswith("/"):
+        return str((file.parent / image).resolve())
+    scheme, _, rest = folder.partition("://")
+    return f"{scheme}://{posixpath.normpath(posixpath.join(rest, image))}"
 
 
 def _text(value: Any, name: str, where: str) -> str | None:

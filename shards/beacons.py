@@ -36,10 +36,14 @@ def begin(path: Path, content: bytes) -> bool:
 
 
 def keep(path: Path, content: bytes) -> bool:
-    """Show a sign of life; False when the claim was taken over and is gone from the store."""
+    """Show a sign of life; False when the claim was taken over: it is gone from the store, or the next one is there."""
     url = _url(path)
     with suppress(UserError):
-        return url is None or (store.head(url) is not None and _send(path, content, url, new=False))
+        if url is None:
+            return True
+        if store.head(url) is None or store.head(_next(url)) is not None:
+            return False
+        return _send(path, content, url, new=False)
     return True
 
 
@@ -72,6 +76,12 @@ def gather(stage: Stage) -> None:
 def _url(path: Path) -> str | None:
     url = url_of(path.parent.parent)
     return f"{url}/claims/{path.name}" if url else None
+
+
+def _next(url: str) -> str:
+    """The claim that whoever takes this one over makes; its number is the last part of the name."""
+    name, _, number = url.rpartition("-")
+    return f"{name}-{int(number) + 1:0{len(number)}d}"
 
 
 def _send(path: Path, content: bytes, url: str, *, new: bool) -> bool:

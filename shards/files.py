@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import socket
 import uuid
 from collections.abc import Iterable, Iterator
@@ -35,6 +36,10 @@ def publish_new(path: str | Path, data: Buffer | Iterable[Buffer]) -> bool:
     """
     path = working_copy(path)
     if os.path.lexists(path):
+        if url_of(path):
+            from shards import mirror
+
+            mirror.agree(path, put_back=True)
         return False
     with _written_aside(path, data) as temporary:
         if url_of(path):
@@ -123,6 +128,19 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path} is damaged: it holds no JSON object", "restore it from a copy")
     return value
+
+
+def out_of_room(error: Exception) -> RunFailed | None:
+    """What to say of an error that a full disk or quota caused inside a library; None for any other error."""
+    told = re.search(r"\(os error (\d+)\)$", str(error))  # as libraries in Rust say it
+    code = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+    if code not in FULL:
+        return None
+    where = getattr(error, "filename", None)
+    return RunFailed(
+        f"{where}: disk full" if where else "the disk is full, or its quota is used up",
+        "make room and run the same command again; what was finished is kept",
+    )
 
 
 @contextmanager

@@ -7,7 +7,6 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from shards import store
 from shards.files import aside, sweep_temporary
 from shards.urls import notes_folder
 
@@ -20,25 +19,26 @@ class Memos:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._read: dict[str, dict[str, list[str | int]]] = {}
+        self._new: dict[str, dict[str, list[str | int]]] = {}
 
     def of(self, name: str) -> list[str | int] | None:
         """[version, bytes, time of the local file] of a file when it was fetched or found the same."""
         folder, _, file = name.rpartition("/")
         return self._of_folder(folder).get(file)
 
-    def write(self, there: dict[str, store.Entry]) -> None:
-        """Note that the files here are those of a listing."""
-        changed: dict[str, dict[str, list[str | int]]] = {}
-        for name, entry in there.items():
-            folder, _, file = name.rpartition("/")
-            with suppress(FileNotFoundError):
-                found = os.stat(self.folder / name)
-                if found.st_size == entry.size:
-                    changed.setdefault(folder, {})[file] = [entry.version, found.st_size, found.st_mtime_ns]
-        for folder, files in changed.items():
+    def note(self, name: str, version: str, found: os.stat_result) -> None:
+        """Remember that a file with this size and time is that version. Both must have been taken before it got its
+        name, or before it was compared: by now another process may have put another file in its place."""
+        folder, _, file = name.rpartition("/")
+        self._new.setdefault(folder, {})[file] = [version, found.st_size, found.st_mtime_ns]
+
+    def write(self) -> None:
+        """Keep what was noted."""
+        for folder, files in self._new.items():
             before = self._of_folder(folder)
             if (after := before | files) != before:
                 self._write(folder, after)
+        self._new.clear()
 
     def _of_folder(self, folder: str) -> dict[str, list[str | int]]:
         if folder not in self._read:

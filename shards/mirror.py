@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from shards import store
+from shards.copies import fetch_object, same, size_of
 from shards.errors import RunFailed, UserError
-from shards.files import aside
 from shards.locks import name_new, waiting
 from shards.memos import Memos
 from shards.urls import CACHE, cache_folder, notes_folder, url_of, working_copy
@@ -57,12 +57,12 @@ def pull(folder: Path, wanted: Callable[[str], bool] = is_small, gone: re.Patter
     there = {name: entry for name, entry in store.listing(url).items() if wanted(name)}
     memos = Memos(folder)
     here -= _forget_others(folder, here, there, memos)
-    stale = [name for name, entry in there.items() if not _same(folder / name, entry, memos.of(name))]
-    _at_once(lambda name: _fetch(f"{url}/{name}", folder / name, there[name]), stale)
+    stale = [name for name, entry in there.items() if not same(folder / name, entry, memos)]
+    _at_once(lambda name: fetch_object(f"{url}/{name}", folder / name, there[name], memos), stale)
     for name in here - there.keys():
         if gone.search(name):
             (folder / name).unlink(missing_ok=True)
-    memos.write(there)
+    memos.write()
 
 
 def refresh(folder: Path) -> None:
@@ -87,7 +87,7 @@ def look(path: Path) -> bool:
     entry = store.head(url) if url else None
     if url is None or entry is None:
         return False
-    _fetch(url, path, entry)
+    fetch_object(url, path, entry, Memos(path.parent))
     return True
 
 
@@ -114,7 +114,7 @@ def fetch_newest(folder: Path, commit: str) -> None:
     whole = sorted(name.partition("/")[0] for name in there if name.endswith(f"/{commit}"))
     for newest in whole[-1:]:
         sizes = {name: entry.size for name, entry in there.items() if name.startswith(f"{newest}/")}
-        if any(_size(folder / name) != size for name, size in sizes.items()):
+        if any(size_of(folder / name) != size for name, size in sizes.items()):
             fetch(folder / newest)
 
 
@@ -128,6 +128,24 @@ def fetch_model(url: str, wanted: Callable[[str], bool] = lambda name: True) -> 
     if not _names(folder, wanted):
         raise UserError(f"{url_of(folder)}: no such model folder", "model.path names a folder in WanPipeline layout")
     return folder
+
+
+def fetch_file(url: str | Path) -> Path:
+    """The local copy of one file at a URL, as the store has it now; nothing lies there when the store has none."""
+    path = working_copy(url)
+    if url_of(path) is None:
+        raise UserError(f"{url}: no name in a store begins with a dot here", "give the file another name")
+    with waiting(notes_folder(path.parent) / "fetch.lock"):
+        agree(path)
+    return path
+
+
+def fetch_any(url: str | Path) -> Path:
+    """The local copy of a file or a whole folder at a URL; nothing lies there when the store has neither."""
+    path = fetch_file(url)
+    if not path.is_file():
+        fetch(path)
+    return path
 
 
 @contextmanager
@@ -174,9 +192,25 @@ def publish_new(temporary: Path, path: Path) -> bool:
         raise RunFailed(
             f"{url}: was there and is gone", "is somebody deleting this run? else run the same command again"
         )
-    _fetch(url, path, entry)
+    fetch_object(url, path, entry, Memos(path.parent))
     # the same bytes: the store took ours, and only its answer was lost
-    return _size(path) == _size(temporary) and store.md5(path) == store.md5(temporary)
+    return size_of(path) == size_of(temporary) and store.md5(path) == store.md5(temporary)
+
+
+def agree(path: Path, *, put_back: bool = False) -> None:
+    """Make a file here the one in the store: fetch that where they differ. What the store has no more goes from here
+    too, or, with `put_back`, is published again: somebody deleted it there, and records that follow refer to it."""
+    url, memos = url_of(path), Memos(path.parent)
+    assert url
+    entry = store.head(url)
+    if entry is None and put_back and store.put_new(path, url, RUN.sub("", url)):
+        return
+    entry = entry or store.head(url)
+    if entry is None and path.is_file():
+        path.unlink(missing_ok=True)
+    elif entry is not None and not same(path, entry, memos):
+        fetch_object(url, path, entry, memos)
+    memos.write()
 
 
 def put(source: Path, path: Path) -> None:
@@ -191,11 +225,20 @@ def put_folder(folder: Path, last: str = "", wanted: Callable[[str], bool] = lam
     url = url_of(folder)
     if url is None:
         return
-    there = store.listing(url)
-    missing = [name for name in _names(folder, wanted) if not _same(folder / name, there.get(name), None)]
-    _at_once(lambda name: store.put(folder / name, f"{url}/{name}"), [name for name in missing if name != last])
+    there, memos = store.listing(url), Memos(folder)
+    missing = [name for name in _names(folder, wanted) if not same(folder / name, there.get(name), memos)]
+
+    def send(name: str) -> None:
+        found = os.stat(folder / name)
+        store.put(folder / name, f"{url}/{name}")
+        entry = store.head(f"{url}/{name}")
+        if entry is not None and entry.size == found.st_size:  # so that it is not fetched back
+            memos.note(name, entry.version, found)
+
+    _at_once(send, [name for name in missing if name != last])
     if last in missing:
-        store.put(folder / last, f"{url}/{last}")
+        send(last)
+    memos.write()
 
 
 def remove(folder: Path, keep: Iterable[str] = ()) -> None:
@@ -216,40 +259,18 @@ def _forget_others(folder: Path, here: set[str], there: dict[str, store.Entry], 
     removed: set[str] = set()
     for name in here:
         path = folder / name
-        if PLAN.search(str(path)) and not _same_plan(path, there.get(name), memos.of(name)):
+        if PLAN.search(str(path)) and not _same_plan(path, there.get(name), memos):
             removed |= {other for other in here if (folder / other).is_relative_to(path.parent)}
             shutil.rmtree(path.parent, ignore_errors=True)
     return removed
 
 
-def _same_plan(path: Path, entry: store.Entry | None, memo: list[str | int] | None) -> bool:
-    if entry is None or _same(path, entry, memo):
+def _same_plan(path: Path, entry: store.Entry | None, memos: Memos) -> bool:
+    if entry is None or same(path, entry, memos):
         return entry is not None
     url = url_of(path)
     assert url
-    return _size(path) == entry.size and store.read(url, 0, entry.size) == path.read_bytes()
-
-
-def _same(path: Path, entry: store.Entry | None, memo: list[str | int] | None) -> bool:
-    """Whether a file here is the object in the store, as far as can be told without fetching it."""
-    if entry is None:
-        return False
-    try:
-        found = os.stat(path)
-    except FileNotFoundError:
-        return False
-    if found.st_size != entry.size:  # a log that grows here is put to the store line by line
-        return path.suffix == ".jsonl" and found.st_size > entry.size
-    if memo == [entry.version, found.st_size, found.st_mtime_ns]:
-        return True
-    return entry.md5 is not None and store.md5(path) == entry.md5
-
-
-def _fetch(url: str, path: Path, entry: store.Entry) -> None:
-    with aside(notes_folder(path.parent) / path.name) as (temporary, _):
-        store.get(url, temporary, entry)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(temporary, path)
+    return size_of(path) == entry.size and store.read(url, 0, entry.size) == path.read_bytes()
 
 
 def _names(folder: Path, wanted: Callable[[str], bool]) -> set[str]:
@@ -260,13 +281,6 @@ def _names(folder: Path, wanted: Callable[[str], bool]) -> set[str]:
         names = (Path(top, name).relative_to(folder).as_posix() for name in files if not name.startswith("."))
         found.update(name for name in names if wanted(name))
     return found
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return -1
 
 
 def _at_once(work: Callable[[str], None], names: Iterable[str]) -> None:

@@ -10,11 +10,11 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from shards import claims
+from shards import mirror, owners
 from shards.files import read_json_lines
 from shards.run import Run, Stage
 from shards.sidecar import scorers, specifications
-from shards.urls import shown
+from shards.urls import shown, url_of
 from shards.writer import spooled
 
 WINDOW = 3600.0  # seconds back that a rate is taken from
@@ -84,10 +84,12 @@ def status(run: Run, iteration: int | None = None, quick: bool = False) -> Statu
 
     The claims are watched until each of them has counted or its time between two counts is over, a few seconds when the
     owner runs elsewhere; with `quick` they are looked at once. No clock but that of the file system is asked when
-    something was written. Reads only. Raises UserError for a damaged plan.
+    something was written. Of a run at a URL the store's clock tells that, and what other machines have not finished
+    does not show. Reads only. Raises UserError for a damaged plan.
     """
+    mirror.refresh(run.path)
     stages = [run.iteration(iteration)] if iteration is not None else _in_work(run)
-    states = _watch(stages, 0.0 if quick else 1.5, run.config.workers.claim_seconds or claims.SECONDS)
+    states = _watch(stages, 0.0 if quick else 1.5, run.config.workers.claim_seconds or owners.SECONDS)
     workers = [
         Worker(stage.name, found.what, found.shard, owner.host, owner.pid, owner.worker, state, state != "silent")
         for stage, found, state in states
@@ -100,7 +102,9 @@ def status(run: Run, iteration: int | None = None, quick: bool = False) -> Statu
 
 def render(found: Status) -> str:
     """The table for people."""
-    lines = [f"{found.run}: {found.trained} iterations are trained"]
+    if not found.parts:
+        return f"{found.run}: nothing is planned yet; `rushes rollout` makes the plan of an iteration"
+    lines = [f"{found.run}: {found.trained} iteration{'s are' if found.trained != 1 else ' is'} trained"]
     lines.append(
         f"{'stage':<16} {'part':<24} {'done':>11} {'claimed':>7} {'left':>5}  {'samples':>13} {'per hour':>9}  ends in"
     )
@@ -108,7 +112,7 @@ def render(found: Status) -> str:
         name = f"{part.what} {part.name}".strip()
         samples = f"{part.samples}/{part.samples_total}" if part.samples_total else ""
         done = f"{part.done}/{part.total}"
-        rate = f"{part.per_hour:.0f}" if part.per_hour is not None else ""
+        rate = f"{part.per_hour:.{0 if part.per_hour >= 10 else 1}f}" if part.per_hour is not None else ""
         lines.append(
             f"{part.stage:<16} {name:<24} {done:>11} {part.claimed:>7} {part.left:>5}  {samples:>13} {rate:>9}  "
             f"{_end(part.seconds_left)}".rstrip()
@@ -116,8 +120,8 @@ def render(found: Status) -> str:
     counts = {state: sum(one.state == state for one in found.workers) for state in ("alive", "silent", "dead")}
     alive = found.as_dict()["workers_alive"]
     lines.append(
-        f"workers: {alive} alive ({counts['alive']} claims), {counts['silent']} claims of silent ones (perhaps alive), "
-        f"{counts['dead']} of dead ones"
+        f"workers: {alive} alive; claims: {counts['alive']} of theirs, {counts['silent']} of silent ones (perhaps "
+        f"alive), {counts['dead']} of dead ones (void)"
     )
     lines += [
         f"  {one.host} process {one.pid}, worker {one.worker}: {one.stage} {one.what} {one.shard}, {one.state}"
@@ -135,7 +139,7 @@ def _end(seconds: float | None) -> str:
 
 def _in_work(run: Run) -> list[Stage]:
     """The iterations and evaluations that are not finished, or the last iteration when all are."""
-    stages = [run.iteration(k) for k in run.iterations()]
+    stages = [stage for stage in map(run.iteration, run.iterations()) if stage.plan_path.exists()]
     evaluations = [stage for stage in map(run.evaluation, run.evaluations()) if not _evaluated(stage)]
     return ([stage for stage in stages if not stage.trained()] or stages[-1:]) + evaluations
 
@@ -144,11 +148,11 @@ def _evaluated(stage: Stage) -> bool:
     return any((stage.advantage_dir(name) / "summary.json").exists() for name in specifications(stage))
 
 
-def _watch(stages: list[Stage], beats: float, seconds: float) -> list[tuple[Stage, claims.Found, claims.Life]]:
+def _watch(stages: list[Stage], beats: float, seconds: float) -> list[tuple[Stage, owners.Found, owners.Life]]:
     """The claims of stages and what became known of their owners while we looked, for `beats` of their counts."""
     deadline: float | None = None
     while True:
-        found = [(stage, one, claims.life(one, seconds)) for stage in stages for one in claims.claims(stage)]
+        found = [(stage, one, owners.life(one, seconds)) for stage in stages for one in owners.claims_of(stage)]
         silent = [one.owner.every for _, one, state in found if state == "silent" and one.owner]
         if deadline is None:
             deadline = time.monotonic() + beats * max(silent, default=0.0)
@@ -201,7 +205,9 @@ class _Counter:
         """Shards that have their file, and samples, those of unfinished shards included, each with its own file."""
         claimed = sum((what, shard) in self.held for shard in self.sizes if shard not in finished)
         events = [(_written(path), self.sizes[shard]) for shard, path in finished.items()]
-        events += [(_written(path), 1) for paths in (begun or {}).values() for path in paths]
+        # the spool of a run at a URL is this machine's alone, and its times are those of another clock
+        here = url_of(self.stage.path) is None
+        events += [(_written(path) if here else None, 1) for paths in (begun or {}).values() for path in paths]
         samples, total = sum(count for _, count in events), sum(self.sizes.values())
         rate = self._rate(what, [(moment, count) for moment, count in events if moment], samples == total)
         seconds = (total - samples) * 3600 / rate if rate and claimed else None
@@ -214,7 +220,9 @@ class _Counter:
 
         A rollout begins with its plan; scoring with its first shard, which does not count then.
         """
-        beats = [] if over else [_written(found.path) for found in claims.claims(self.stage) if found.what == what]
+        here = url_of(self.stage.path) is None  # else the claims have times of another clock
+        found = owners.claims_of(self.stage) if here and not over else []
+        beats = [_written(one.path) for one in found if one.what == what]
         now = max([moment for moment, _ in events] + [moment for moment in beats if moment], default=0.0)
         start = _written(self.stage.plan_path) if what == "rollout" else None
         began = max(start or min((moment for moment, _ in events), default=0.0), now - WINDOW)

@@ -3,41 +3,30 @@
 from __future__ import annotations
 
 import base64
-import errno
 import hashlib
 import os
 import random
 import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cache
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, TypeVar
 
 from shards.errors import RunFailed, UserError
-from shards.files import FULL
+from shards.store_errors import Missing, Short, Taken, bucket_of, passes, plain, status_of
 
 T = TypeVar("T")
 
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub"}
 EXTRAS = {"s3": "s3", "gs": "gs"}  # hf:// comes with what rushes needs anyway
-HINTS = {
-    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile in ~/.aws; for a public bucket "
-    "FSSPEC_S3='{\"anon\": true}'",
-    "gs": "`gcloud auth application-default login`, or GOOGLE_APPLICATION_CREDENTIALS",
-    "hf": "`hf auth login`, or HF_TOKEN",
-}
 PAUSES = (0.3, 1.0, 3.0)  # s, after the store's own client has given up
 RETRIES = {"mode": "standard", "total_max_attempts": 5}  # of botocore: throttling, 5xx, timeouts, lost connections
 TIMEOUTS = {"connect_timeout": 10, "read_timeout": 60}  # s; a read counts from one byte to the next
-PASSING = {errno.EBUSY, errno.ECONNRESET, errno.EPIPE, errno.ETIMEDOUT, getattr(errno, "EREMOTEIO", -1)}
-PASSING_STATUS = {408, 409, 425, 429, 500, 502, 503, 504}  # 409: two conditional puts met
-PASSING_NAMES = {  # of the clients under fsspec, which are not imported for this
-    "ClientConnectionError", "ClientPayloadError", "FlexibleChecksumError", "HTTPClientError", "ChecksumError",
-    "IncompleteRead", "ResponseParserError", "RequestError", "TransportError",
-}  # fmt: skip
-NO_KEYS = {"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "CredentialRetrievalError"}
 PROBE = ".rushes-probe"
 _untold: set[str] = set()  # buckets whose tags look like an md5 and are none, because a key encrypts them
 
@@ -51,18 +40,8 @@ class Entry:
     """Changes whenever the content does."""
     md5: str | None
     """Of the content, where the store seems to tell it; S3 does for what was put in one piece and not encrypted."""
-
-
-class _Missing(UserError):
-    """No such object; not an error to those who only look."""
-
-
-class _Taken(Exception):
-    """The name is taken already."""
-
-
-class _Short(Exception):
-    """Fewer or other bytes arrived than the store has."""
+    modified: float | None = None
+    """When it was written, in seconds since 1970 on the clock of the store; None where that is not told."""
 
 
 def put(local: Path, url: str) -> None:
@@ -86,32 +65,41 @@ def put_new(local: Path, url: str, run_url: str) -> bool:
         return True
     try:
         _patiently(url, lambda: store.put_file(str(local), _key(url), mode="create"))
-    except _Taken:
+    except Taken:
         return False
     return True
 
 
-def get(url: str, local: Path, entry: Entry) -> None:
+def get(url: str, local: Path, entry: Entry) -> Entry:
     """Fetch an object into a file, its size and, where it is known, its checksum verified.
 
+    Returns the entry of what was fetched: another one than `entry` where the object was replaced since it was listed.
     Raises UserError for missing credentials, no access, no such object; RunFailed when the store gives no good answer
     after all retries.
     """
-    store, refused = _store(url), set()
+    store, refused = _store(url), set[str | None]()
 
-    def fetch() -> None:
+    def fetch() -> Entry:
+        nonlocal entry
         store.get_file(_key(url), str(local))
         size = local.stat().st_size
+        found = md5(local) if entry.md5 and bucket_of(url) not in _untold else entry.md5
+        if (size, found) == (entry.size, entry.md5):
+            return entry
+        now = head(url)
+        if now is not None and now.version != entry.version:
+            entry = now
+            refused.clear()
+            raise Short("the object was replaced while it was fetched")
         if size != entry.size:
-            raise _Short(f"{size} bytes arrived of {entry.size}")
-        found = md5(local) if entry.md5 and _bucket(url) not in _untold else entry.md5
-        if found != entry.md5 and found not in refused:
+            raise Short(f"{size} bytes arrived of {entry.size}")
+        if found not in refused:
             refused.add(found)
-            raise _Short("the content is not that of its md5")
-        if found != entry.md5:  # the same twice: no damage, but a tag that is no md5
-            _untold.add(_bucket(url))
+            raise Short("the content is not that of its md5")
+        _untold.add(bucket_of(url))  # the same twice: no damage, but a tag that is no md5
+        return entry
 
-    _patiently(url, fetch)
+    return _patiently(url, fetch)
 
 
 def read(url: str, start: int, stop: int) -> bytes:
@@ -121,7 +109,7 @@ def read(url: str, start: int, stop: int) -> bytes:
     def fetch() -> bytes:
         data: bytes = store.cat_file(_key(url), start=start, end=stop)
         if len(data) != stop - start:
-            raise _Short(f"{len(data)} bytes arrived of {stop - start}")
+            raise Short(f"{len(data)} bytes arrived of {stop - start}")
         return data
 
     return _patiently(url, fetch)
@@ -138,7 +126,7 @@ def listing(url: str) -> dict[str, Entry]:
 
     try:
         found = _patiently(url, ask)
-    except _Missing:
+    except Missing:
         return {}
     files = {name: info for name, info in found.items() if info.get("type") == "file" and name.startswith(base)}
     return {name[len(base) :]: _entry(info) for name, info in sorted(files.items()) if not name.endswith("/")}
@@ -155,15 +143,18 @@ def head(url: str) -> Entry | None:
 
     try:
         info = _patiently(url, ask)
-    except _Missing:
+    except Missing:
         return None
     return _entry(info) if info.get("type") == "file" else None
 
 
-def md5(path: Path) -> str:
-    """Hexadecimal md5 of a file, the checksum that stores know."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+def md5(file: Path | BufferedReader) -> str:
+    """Hexadecimal md5 of a file, the checksum that stores know; an open one is read from its beginning."""
+    if isinstance(file, Path):
+        with open(file, "rb") as opened:
+            return md5(opened)
+    file.seek(0)
+    return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
 def remove(url: str) -> None:
@@ -171,7 +162,7 @@ def remove(url: str) -> None:
     store = _store(url)
     try:
         _patiently(url, lambda: store.rm_file(_key(url)))
-    except _Missing:
+    except Missing:
         return
 
 
@@ -181,51 +172,10 @@ def _patiently(url: str, ask: Callable[[], T]) -> T:
         try:
             return ask()
         except Exception as error:
-            if not _passes(error) or pause is None:
-                raise _plain(url, error) from error
+            if not passes(error) or pause is None:
+                raise plain(url, error) from error
             time.sleep(pause * random.uniform(0.7, 1.3))  # workers must not come back all at once
     raise AssertionError
-
-
-def _passes(error: BaseException) -> bool:
-    if isinstance(error, _Short | TimeoutError | ConnectionError):
-        return True
-    if isinstance(error, OSError) and error.errno in PASSING:
-        return True
-    return any(kind.__name__ in PASSING_NAMES for kind in type(error).__mro__) or _status(error) in PASSING_STATUS
-
-
-def _status(error: BaseException | None) -> int | None:
-    """The HTTP status behind an error, from whichever client it came."""
-    while error is not None:
-        response = getattr(error, "response", None)
-        found: Any = getattr(error, "code", None) or getattr(response, "status_code", getattr(error, "status", None))
-        if isinstance(response, dict):
-            found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        if str(found).isdigit():
-            return int(found)
-        error = error.__cause__
-    return None
-
-
-def _plain(url: str, error: Exception) -> Exception:
-    """An error in the words of this program; the first sentence of the client's where it adds something."""
-    text = str(error).strip().splitlines()[0].strip() if str(error).strip() else type(error).__name__
-    scheme, bucket = url.partition("://")[0], _bucket(url)
-    names = {kind.__name__ for kind in type(error).__mro__} | {type(error.__cause__).__name__}
-    if isinstance(error, FileExistsError) or _status(error) == 412:
-        return _Taken(url)
-    if isinstance(error, OSError) and error.errno in FULL:
-        return RunFailed(f"{url}: the disk of the local cache is full", "make room, or name another in RUSHES_CACHE")
-    if names & NO_KEYS:
-        return UserError(f"{url}: no credentials for {scheme}://", f"set {HINTS[scheme]}")
-    if "NoSuchBucket" in names or "bucket does not exist" in text:
-        return UserError(f"{bucket}: no such bucket", "make it, or correct the URL")
-    if isinstance(error, FileNotFoundError):
-        return _Missing(f"{url}: no such object", "correct the URL, or run the stage that writes it")
-    if isinstance(error, PermissionError) or _status(error) in (401, 403):
-        return UserError(f"{url}: access denied: {text}", f"check the rights of your key on {bucket}, and the key")
-    return RunFailed(f"{url}: {text}", "what was published is kept; run the same command again when the store answers")
 
 
 @cache
@@ -239,14 +189,14 @@ def _keeps_the_first(run_url: str) -> bool:
     def accepted() -> bool:
         try:
             _patiently(url, lambda: store.pipe_file(_key(url), b"conditional put?\n", mode="create"))
-        except _Taken:
+        except Taken:
             return False
         return True
 
     try:
         return not (accepted() and accepted())
     except RunFailed as error:
-        if _status(error) == 501:  # the server says that it does not know the condition
+        if status_of(error) == 501:  # the server says that it does not know the condition
             return False
         raise
 
@@ -274,7 +224,7 @@ def _open(scheme: str, _: int) -> Any:
         hint = f"pip install 'rushes[{extra}]'" if extra else f"pip install {package}"
         raise UserError(f"{scheme}:// needs the package {package}, which is not installed", hint) from error
     except Exception as error:
-        raise _plain(f"{scheme}://", error) from error
+        raise plain(f"{scheme}://", error) from error
     store.retries = 1  # of s3fs: botocore and _patiently repeat enough
     return store
 
@@ -292,8 +242,13 @@ def _entry(info: dict[str, Any]) -> Entry:
         content = base64.b64decode(info["md5Hash"]).hex()
     names = ("generation", "blob_id", "xet_hash", "LastModified", "last_modified", "mtime", "created")
     version = tag or next((str(info[name]) for name in names if info.get(name)), "")
-    return Entry(int(info["size"] or 0), version, content)
+    return Entry(int(info["size"] or 0), version, content, _written(info))
 
 
-def _bucket(url: str) -> str:
-    return "/".join(url.split("/")[:3])
+def _written(info: dict[str, Any]) -> float | None:
+    """The time of an object in what its store's file system says of it."""
+    names = ("LastModified", "mtime", "last_modified", "updated", "created")
+    found = next((info[name] for name in names if info.get(name)), getattr(info.get("last_commit"), "date", None))
+    with suppress(ValueError):
+        found = datetime.fromisoformat(found) if isinstance(found, str) else found
+    return found.timestamp() if isinstance(found, datetime) else None

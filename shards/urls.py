@@ -22,6 +22,12 @@ def is_url(path: str | Path) -> bool:
     return _URL.fullmatch(str(path)) is not None
 
 
+def is_stored(text: str) -> bool:
+    """Whether a text is a URL of a store that we know; one of the web is not."""
+    match = _URL.fullmatch(text)
+    return match is not None and match[1] in STORES
+
+
 def working_copy(path: str | Path) -> Path:
     """The local folder or file that mirrors a URL; any other path as it is. Raises UserError for an unusable URL."""
     match = _URL.fullmatch(str(path))

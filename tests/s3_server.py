@@ -32,6 +32,8 @@ KEYS = {
 }
 SLOW = """<?xml version="1.0"?><Error><Code>SlowDown</Code><Message>reduce your request rate</Message></Error>"""
 DENIED = """<?xml version="1.0"?><Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"""
+SKEWED = """<?xml version="1.0"?><Error><Code>RequestTimeTooSkewed</Code><Message>The difference between the request \
+time and the current time is too large.</Message></Error>"""
 NO_HEADER = """<?xml version="1.0"?><Error><Code>NotImplemented</Code><Message>a header you provided implies \
 functionality that is not implemented</Message></Error>"""
 
@@ -40,10 +42,10 @@ functionality that is not implemented</Message></Error>"""
 class Fault:
     """What happens to the next `times` requests whose method and path match.
 
-    Kinds: "503", "403", "501" (only with If-None-Match), "reset" (connection closed before the answer), "lost" (closed
-    after the server did what was asked), "cut" (half of the body, then the connection ends), "short" (half of the body
-    and a length that says so), "flip" (one bit of the body), "slow" (pauses inside the body), "deaf" (If-None-Match
-    is dropped on the way, as old servers do).
+    Kinds: "503", "403", "skewed" (the 403 of a clock that is wrong), "501" (only with If-None-Match), "reset" (the
+    connection closed before the answer), "lost" (closed after the server did what was asked), "cut" (half of the body,
+    then the connection ends), "short" (half of the body and a length that says so), "flip" (one bit of the body),
+    "slow" (pauses inside the body), "deaf" (If-None-Match is dropped on the way, as old servers do).
     """
 
     kind: str
@@ -102,6 +104,8 @@ class Handler(BaseHTTPRequestHandler):
             return self._answer(501, [], NO_HEADER.encode())
         if kind == "403":
             return self._answer(403, [], DENIED.encode())
+        if kind == "skewed":
+            return self._answer(403, [], SKEWED.encode())
         if kind == "reset":
             return self._hang_up()
         headers = {name: value for name, value in self.headers.items() if name.lower() not in ("connection", "expect")}

@@ -1,4 +1,4 @@
-"""A real SLURM of one node, started as root in a folder of its own: munged, slurmctld, slurmd; no systemd."""
+"""A real SLURM of two nodes on one machine, started as root in a folder of its own: munged, slurmctld, slurmds."""
 
 from __future__ import annotations
 
@@ -19,17 +19,16 @@ CONF = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller}
-SlurmdPort={node}
 SlurmUser=root
 AuthType=auth/munge
 CredType=cred/munge
 AuthInfo=socket={folder}/munge.sock,cred_expire=15
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
+SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd.log
+SlurmdLogFile={folder}/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
@@ -40,12 +39,14 @@ SelectTypeParameters=CR_Core_Memory
 SchedulerType=sched/backfill
 SchedulerParameters=bf_interval=1,sched_interval=1
 KillWait=10
-MinJobAge=300
+MinJobAge=3600
 ReturnToService=2
 SlurmdParameters=config_overrides
 GresTypes=gpu
-NodeName={host} NodeAddr=127.0.0.1 CPUs=128 RealMemory=1048576 Gres=gpu:8 State=UNKNOWN
-PartitionName=all Nodes={host} Default=YES MaxTime=INFINITE State=UP
+NodeName=DEFAULT CPUs=128 RealMemory=1048576 Gres=gpu:8 State=UNKNOWN
+NodeName={host} NodeHostname={host} NodeAddr=127.0.0.1 Port={first}
+NodeName={second} NodeHostname={host} NodeAddr=127.0.0.1 Port={other}
+PartitionName=all Nodes={host},{second} Default=YES MaxTime=INFINITE State=UP
 """
 
 
@@ -87,12 +88,14 @@ class Cluster:
 @contextmanager
 def cluster(folder: Path, programs: Path) -> Iterator[Cluster]:
     """Start the daemons, and end them with all jobs when the block is left. Jobs find `programs` first in PATH."""
-    controller, node = _free_ports(2)
+    controller, first, other = _free_ports(3)
     host = socket.gethostname().partition(".")[0]
-    for name in ("state", "spool"):
+    second = f"{host}-b"  # the first one must have a name that can be looked up: ranks meet there
+    for name in ("state", f"spool-{host}", f"spool-{second}"):
         (folder / name).mkdir(parents=True)
     folder.chmod(0o755)
-    (folder / "slurm.conf").write_text(CONF.format(folder=folder, host=host, controller=controller, node=node))
+    names = {"host": host, "second": second, "controller": controller, "first": first, "other": other}
+    (folder / "slurm.conf").write_text(CONF.format(folder=folder, **names))
     for number in range(8):  # devices that exist, as far as a count of them is asked
         (folder / f"gpu{number}").touch()
     (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-7]\n")
@@ -107,12 +110,13 @@ def cluster(folder: Path, programs: Path) -> Iterator[Cluster]:
     daemons: list[subprocess.Popen[bytes]] = []
     made = Cluster(folder, environment)
     try:
-        for command in (munged, ["slurmctld", "-D", "-i"], ["slurmd", "-D", "-N", host]):
-            with (folder / f"{command[0]}.out.log").open("wb") as log:
+        nodes = [["slurmd", "-D", "-N", name] for name in (host, second)]
+        for number, command in enumerate((munged, ["slurmctld", "-D", "-i"], *nodes)):
+            with (folder / f"{command[0]}-{number}.out.log").open("wb") as log:
                 daemons.append(subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log))
             if command is munged:
                 _wait(lambda: (folder / "munge.sock").exists(), made)
-        _wait(lambda: "idle" in _quiet(made, "sinfo", "--noheader", "--format=%t"), made)
+        _wait(lambda: _quiet(made, "sinfo", "-N", "--noheader", "--format=%t").split() == ["idle"] * 2, made)
         yield made
     finally:
         with suppress(AssertionError, subprocess.TimeoutExpired):

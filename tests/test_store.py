@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import subprocess
@@ -14,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from shards import beacons, claims, mirror, sidecar, store
+from shards import beacons, claims, mirror, owners, sidecar, store
+from shards.config import apply_sets, parse_config, read_preset
 from shards.errors import RunFailed, UserError
 from shards.files import publish_new, publish_replace, read_json, sha256_file
 from shards.reader import open_shard, webdataset_pipeline
@@ -22,6 +24,7 @@ from shards.run import Run, Stage
 from shards.tar import Damaged
 from shards.urls import is_url, shown, url_of, working_copy
 from shards.verify import verify
+from tests.clock import Clock
 from tests.s3_server import KEYS, Fault, Proxy, proxied, served
 from tests.shard_fixtures import (
     advantage_frame,
@@ -277,6 +280,9 @@ def test_errors_of_a_user_are_one_sentence(s3: Proxy, url: str, monkeypatch: pyt
     with pytest.raises(UserError, match=r"access denied: .*\(hint: check the rights") as denied:
         Run.open(url)
     assert denied.value.exit_code == 2
+    s3.faults.append(Fault("skewed", "GET", "bucket"))
+    with pytest.raises(UserError, match=r"the clock of this machine is too far from the store's"):
+        Run.open(url)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     store._open.cache_clear()
@@ -497,6 +503,195 @@ def test_a_folder_is_put_with_its_commit_last_and_only_whole_ones_are_fetched(
     }
 
 
+def test_an_object_that_is_replaced_while_it_is_fetched(s3: Proxy, url: str, tmp_path: Path) -> None:
+    """A log grows between the listing and the transfer, a table gets other values of the same length."""
+    path, entries = tmp_path / "one", []
+    for content in (b"one line", b"one line\ntwo", b"one line\nTWO"):
+        store._store(url).pipe_file(store._key(url), content)
+        entries.append(store.head(url))
+    for entry in entries:
+        assert entry
+        assert store.get(url, path, entry) == entries[-1]
+        assert path.read_bytes() == b"one line\nTWO"
+    assert not store._untold
+
+
+def test_no_memo_speaks_for_a_file_of_another_process(
+    s3: Proxy, url: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes of a machine bring themselves up to date; the slower one puts what it has over the newer file."""
+    path = working_copy(url) / "iter-0000" / "plan.json"
+    publish_replace(path, b"old")
+    publish_replace(path, b"new")
+    machine("second")
+    path, at_once = working_copy(url) / "iter-0000" / "plan.json", mirror._at_once
+
+    def disturbed(*arguments: Any) -> None:
+        at_once(*arguments)
+        path.write_bytes(b"old")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mirror, "_at_once", disturbed)
+        patch.setattr(mirror, "_forget_others", lambda *_: set())
+        mirror.pull(working_copy(url))
+    assert path.read_bytes() == b"old"
+    mirror.pull(working_copy(url))
+    assert path.read_bytes() == b"new"
+
+
+def test_what_was_deleted_in_the_store_is_published_again(s3: Proxy, url: str) -> None:
+    """A damaged tar is deleted with its records, as `verify` advises, on a machine that still has the tar."""
+    from shards.writer import seal
+
+    stage = committed_stage(url, groups=1)
+    for path in (stage.shard_path(0), stage.index_path(0), stage.manifest_path(0)):
+        store.remove(url_of(path) or "")
+    run = Run.open(url) if stage.run_path.joinpath("run.toml").exists() else Run(url)
+    mirror.pull(run.path)
+    assert stage.shards() == []
+    fill(stage, 0)
+    assert seal(stage, 0, {})
+    assert verify(url) == []
+    other = store._store(url)
+    other.pipe_file(store._key(f"{url}/model.json"), b"theirs")
+    assert not publish_new(run.path / "model.json", b"ours")  # fetched, for it was not here
+    other.pipe_file(store._key(f"{url}/model.json"), b"others")
+    assert not publish_new(run.path / "model.json", b"ours")  # and again, for it is another one now
+    assert (run.path / "model.json").read_bytes() == b"others"
+
+
+def test_a_run_is_made_anew_where_one_was_deleted(s3: Proxy, url: str) -> None:
+    settings = [apply_sets(read_preset("words"), [f"rollout.seed={seed}"]) for seed in (1, 2)]
+    old, new = (parse_config(values, "preset words") for values in settings)
+    Run.create(url, old)
+    with pytest.raises(UserError, match="exists already"):
+        Run.create(url, new)
+    store.remove(f"{url}/run.toml")
+    assert Run.create(url, new).config == new
+    entry = store.head(f"{url}/run.toml")
+    assert entry
+    assert b"seed = 2" in store.read(f"{url}/run.toml", 0, entry.size)
+
+
+def test_what_was_put_is_not_fetched_back(s3: Proxy, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights, which are put in several pieces, have no checksum in the store to be known by."""
+    folder = working_copy(url) / "iter-0000" / "policy"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(bytes(1000))
+    known = store._entry
+    monkeypatch.setattr(store, "_entry", lambda info: dataclasses.replace(known(info), md5=None))
+    mirror.put_folder(folder)
+    s3.log.clear()
+    mirror.fetch(folder)
+    mirror.put_folder(folder)
+    assert [line for line in s3.log if "safetensors" in line[1]] == []
+    (folder / "model.safetensors").write_bytes(bytes(999) + b"1")
+    mirror.put_folder(folder)
+    assert store.read(f"{url_of(folder)}/model.safetensors", 999, 1000) == b"1"
+
+
+def test_prompts_and_their_images_at_urls(s3: Proxy, url: str, tmp_path: Path) -> None:
+    from PIL import Image
+
+    from rollout.policy_inputs import open_image
+    from rollout.prompts import load_prompts
+
+    Image.new("RGB", (16, 16)).save(tmp_path / "first.png")
+    objects = store._store(url)
+    objects.put_file(str(tmp_path / "first.png"), store._key(f"{url}/images/first.png"))
+    rows = ["../images/first.png", f"{url}/images/first.png", str(tmp_path / "first.png"), "gone.png"]
+    lines = "".join(json.dumps({"prompt": "a sign", "image": image}) + "\n" for image in rows)
+    objects.pipe_file(store._key(f"{url}/sets/i2v.jsonl"), lines.encode())
+    images = [prompt.image for prompt in load_prompts(Path(f"{url}/sets/i2v.jsonl"), False)]
+    assert images == [f"{url}/images/first.png"] * 2 + [str(tmp_path / "first.png"), f"{url}/sets/gone.png"]
+    assert [open_image(image).size for image in images[:3]] == [(16, 16)] * 3
+    with pytest.raises(UserError, match=r"sets/gone\.png: no such image"):
+        open_image(images[3])
+    (tmp_path / "local.jsonl").write_text(lines.splitlines()[1])
+    assert load_prompts(tmp_path / "local.jsonl", False)[0].image == f"{url}/images/first.png"
+    (tmp_path / "local.jsonl").write_text(json.dumps({"prompt": "a sign", "image": "https://example.org/a.png"}))
+    with pytest.raises(UserError, match=r"local\.jsonl, line 1: https:// is no store"):
+        load_prompts(tmp_path / "local.jsonl", False)
+
+    objects.pipe_file(store._key(f"{url}/prompts.txt"), b"a cat\n")
+    assert [prompt.text for prompt in load_prompts(f"{url}/prompts.txt", False)] == ["a cat"]
+    s3.log.clear()
+    load_prompts(f"{url}/prompts.txt", False)
+    assert s3.asked("GET", r"prompts\.txt") == []
+    objects.pipe_file(store._key(f"{url}/prompts.txt"), b"a dog\n")
+    assert [prompt.text for prompt in load_prompts(f"{url}/prompts.txt", False)] == ["a dog"]
+    store.remove(f"{url}/prompts.txt")
+    with pytest.raises(UserError) as error:
+        load_prompts(f"{url}/prompts.txt", False)
+    assert shown(error.value.problem) == f"{url}/prompts.txt: no such file"
+
+
+class Needy:
+    """A reward that reads a file and a folder."""
+
+    name = "needy"
+    version = "1"
+    components = ("size",)
+
+    def __init__(self, head: str, model: str) -> None:
+        self.found = Path(head).read_bytes() + (Path(model) / "config.json").read_bytes()
+
+    def __call__(self, videos: object) -> list[Any]:
+        return []
+
+    @staticmethod
+    def identity(options: dict[str, str]) -> dict[str, str]:
+        """Digests of both."""
+        paths = {"head": Path(options["head"]), "model": Path(options["model"]) / "config.json"}
+        return {name: sha256_file(path) for name, path in paths.items()}
+
+
+def test_options_of_rewards_at_urls(s3: Proxy, url: str, tmp_path: Path) -> None:
+    from score.reward import choose
+
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_bytes(b"folder")
+    (tmp_path / "head.bin").write_bytes(b"file ")
+    store._store(url).put(f"{tmp_path}/model", f"{store._key(url)}/model", recursive=True)
+    store._store(url).put_file(f"{tmp_path}/head.bin", f"{store._key(url)}/head.bin")
+    target = f"{__name__}:Needy"
+    stored = choose(target, {"head": f"{url}/head.bin", "model": f"{url}/model"})
+    local = choose(target, {"head": f"{tmp_path}/head.bin", "model": f"{tmp_path}/model"})
+    assert stored.directory == local.directory
+    assert stored.options["model"] == f"{url}/model"  # the same on every machine
+    assert stored.build().found == b"file folder"  # type: ignore[attr-defined]
+
+
+def test_status_goes_by_the_clock_of_the_store(
+    s3: Proxy, url: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen alike from the machine that works and from one that looks, whose copies all came at the same moment."""
+    from shards.status import status
+    from shards.writer import seal
+
+    minutes = {"plan.json": 0.0, "shard-000000.json": 4.0, "shard-000001.json": 8.0}
+    monkeypatch.setattr(store, "_written", lambda info: 1.7e9 + 60 * minutes.get(info["name"].rpartition("/")[2], 0.0))
+    monkeypatch.setattr(mirror, "LOOK_AGAIN", 0.0)
+    publish_new(working_copy(url) / "run.toml", b"schema = 1\n")
+    stage = planned_stage(url, groups=4)
+    for shard in (0, 1):
+        fill(stage, shard)
+        seal(stage, shard, {})
+    fill(stage, 2)
+    for name, samples in (("first", 9), ("second", 6)):  # a spool is seen where it lies
+        machine(name)
+        run = Run.open(url)
+        with claims.claim(run.iteration(0), 3, "rollout") as held:
+            assert held
+            rollout = next(part for part in status(run, quick=True).parts if part.what == "rollout")
+        assert (rollout.done, rollout.claimed, rollout.samples) == (2, 1, samples)
+        assert rollout.per_hour == pytest.approx(6 * 60 / 8)
+    machine("first")
+    planned_stage(url, 1)
+    machine("second")
+    assert {part.stage for part in status(run, quick=True).parts} == {"iter-0000", "iter-0001"}  # with --watch
+
+
 # --- Claims ----------------------------------------------------------------------------------------------------------
 
 
@@ -522,28 +717,28 @@ def test_claims_are_seen_by_other_machines_and_end_with_them(
     holder = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdin=pipe, stdout=pipe)
     assert holder.stdout
     assert holder.stdout.readline() == "True\n"
-    deadline = time.monotonic() + 5
-    while time.monotonic() < deadline:
+    clock = Clock()
+    monkeypatch.setattr(owners, "time", clock)
+    deadline = time.monotonic() + 120
+    state = ""
+    while state != "alive" and time.monotonic() < deadline:
         with claims.claim(stage, 0, "rollout", 3.0) as held:
             assert held is None  # it lives, although nobody here can ask its lock
-        (found,) = claims.claims(stage)
-        state = claims.life(found, 3.0)
-        if state == "alive":
-            break
+        (found,) = owners.claims_of(stage)
+        state = owners.life(found, 3.0)
         time.sleep(0.1)
     assert state == "alive"
     assert found.owner
     assert found.owner.worker == "1/4"
     holder.kill()
     holder.wait()
-    began = time.monotonic()
-    held = None
-    while held is None and time.monotonic() < began + 20:
-        time.sleep(0.2)
+    for passed in (0.0, 2.75):
+        clock.now += passed
         with claims.claim(stage, 0, "rollout", 3.0) as held:
-            pass
-    assert held
-    assert time.monotonic() - began > 2.5
+            assert held is None
+    clock.now += 0.25
+    with claims.claim(stage, 0, "rollout", 3.0) as held:
+        assert held
     assert store.listing(f"{url}/iter-0000/claims") == {}
 
 
@@ -559,6 +754,9 @@ def test_two_machines_cannot_hold_one_claim(s3: Proxy, url: str, machine: Machin
     assert beacons.keep(path, b"again\n")
     beacons.end(path)
     assert not beacons.keep(path, b"again\n")
+    assert beacons.begin(path, b"mine\n")
+    assert beacons.begin(path.with_name("shard-000000.rollout.claim-0002"), b"yours\n")  # void, and taken over
+    assert not beacons.keep(path, b"I slept\n")
 
 
 def test_a_store_that_refuses_claims_stops_nobody(s3: Proxy, url: str) -> None:
@@ -636,13 +834,16 @@ def test_we_check_what_the_client_does_not(
     store._open.cache_clear()
 
 
-def test_a_tag_that_is_no_checksum_is_found_out(s3: Proxy, url: str, tmp_path: Path) -> None:
+def test_a_tag_that_is_no_checksum_is_found_out(
+    s3: Proxy, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As in a bucket that a key encrypts: the tag of every object looks like an md5 and is none."""
     store._store(url).pipe_file(store._key(url), b"content")
     entry = store.head(url)
     assert entry
     assert entry.md5
     other = store.Entry(entry.size, "0" * 32, "0" * 32)
+    monkeypatch.setattr(store, "_entry", lambda info: other)
     s3.log.clear()
     store.get(url, tmp_path / "one", other)
     store.get(url, tmp_path / "two", other)

