@@ -45,7 +45,7 @@ if __name__ == "__main__":
 from bench.gpu_models import MODELS, build, make_run
 from bench.learn import replace_section
 from rollout.generate import rollout
-from rollout.memory import plan_memory
+from rollout.memory_plan import plan_memory
 from rollout.policy import Policy
 from rollout.policy_folder import DTYPES
 from rollout.policy_sizes import peak_bytes

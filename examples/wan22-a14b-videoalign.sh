@@ -4,8 +4,9 @@
 #   CHECKPOINT  folder of the VideoReward download     BASE  folder of Qwen2-VL-2B-Instruct
 #   TEMPLATE    a VideoAlign checkout, for its prompt template
 #   GROUP=8 BEST=4, or GROUP=16 BEST=8 (the default): videos of a prompt, and how many of them are trained on
-#   FULL=1      all weights at 8e-6 instead of LoRA at 1e-4. An expert of 14B has 310 GB of weights, gradients and
-#               optimizer then, which eight ranks share: 39 GB on each, before activations.
+#   FULL=1      all weights at 8e-6 instead of LoRA at 1e-4. An expert of 14B has 286 GB of weights, gradients, optimizer
+#               and average then, which eight ranks share: 40 GB on each with the layers on their way, before
+#               activations, and 540 GB on the host of all eight (`rushes plan-memory RUN --ranks 8`).
 # Never validated by us on the real model.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 from transformers.utils import logging as transformers_logging
@@ -143,12 +146,12 @@ def load_transformer(
     and the rotary table in fp32, and `.to(dtype)` would not.
     """
     source = layout.folder / EXPERT_FOLDERS[expert] if folder is None else folder
-    return _rest(_load(WanTransformer3DModel, source, torch_dtype=DTYPES[dtype]), device)
+    return _rest(_load_model(WanTransformer3DModel, source, torch_dtype=DTYPES[dtype]), device)
 
 
 def load_vae(layout: Layout, device: torch.device) -> AutoencoderKLWan:
     """The VAE in host memory, fp32 whatever the transformers are (Wan's model cards load it so)."""
-    return _rest(_load(AutoencoderKLWan, layout.folder / "vae", torch_dtype=torch.float32), device)
+    return _rest(_load_model(AutoencoderKLWan, layout.folder / "vae", torch_dtype=torch.float32), device)
 
 
 def load_text(layout: Layout, dtype: str, device: torch.device) -> tuple[PreTrainedTokenizerBase, UMT5EncoderModel]:
@@ -159,7 +162,7 @@ def load_text(layout: Layout, dtype: str, device: torch.device) -> tuple[PreTrai
     """
     transformers_logging.disable_progress_bar()  # the stage has its own
     tokenizer = _load(AutoTokenizer, layout.folder / "tokenizer")
-    encoder = _rest(_load(UMT5EncoderModel, layout.folder / "text_encoder", dtype=DTYPES[dtype]), device)
+    encoder = _rest(_load_model(UMT5EncoderModel, layout.folder / "text_encoder", dtype=DTYPES[dtype]), device)
     table = encoder.get_input_embeddings().weight
     if not bool(table.any()) or table.data_ptr() != encoder.shared.weight.data_ptr():
         raise RunFailed(f"{layout.folder}/text_encoder: the token embeddings were not loaded", "upgrade transformers")
@@ -189,11 +192,42 @@ def _rest(model: Any, device: torch.device) -> Any:
     return model.eval().requires_grad_(False)
 
 
+def _load_model(kind: Any, folder: Path, **options: Any) -> Any:
+    """`_load` of a network. UserError where its files lack a weight, which the libraries draw at random with a log.
+
+    Nor may transformer and VAE have others than their class computes with; those of a text decoder do no harm.
+    """
+    with _quiet_libraries():
+        model, found = _load(kind, folder, output_loading_info=True, **options)
+    wrong = {"its files have no": found["missing_keys"]}
+    if kind is not UMT5EncoderModel:
+        wrong[f"a {kind.__name__} has no"] = found["unexpected_keys"]
+    for problem, names in wrong.items():
+        if names:
+            more = f" and {len(names) - 1} more weights" if len(names) > 1 else ""
+            hint = "files and config.json do not belong together; copy or fetch the whole model folder"
+            raise UserError(f"{folder}: {problem} {min(names)}{more}", hint)
+    return model
+
+
+@contextlib.contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Keep back the reports of diffusers and transformers on what they did not find; we look for ourselves."""
+    before = [(library, library.get_verbosity()) for library in (diffusers_logging, transformers_logging)]
+    for library, _ in before:
+        library.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for library, level in before:
+            library.set_verbosity(level)
+
+
 def _load(kind: Any, folder: Path, **options: Any) -> Any:
     """`from_pretrained` from local files only, its many errors turned into one sentence."""
     try:
         return kind.from_pretrained(folder, local_files_only=True, **options)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         problem = f"{folder}: cannot be loaded as {kind.__name__}: {line}"
         raise UserError(problem, "the folder is damaged or foreign") from error
@@ -213,7 +247,10 @@ def _read_config(path: Path, hint: str) -> dict[str, Any]:
 
 
 def _check_weights(folder: Path) -> None:
-    """UserError when a part of the model has no weights, or lacks one of the files its index names."""
+    """UserError when a part of the model has no weights, lacks one of the files its index names, or has one cut off.
+
+    Only the beginning of each file is read. Without this a VAE copied by half would be told after the sampling.
+    """
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     hint = "copy or fetch the whole model folder; weights are safetensors, never pickled"
     if not indexes and not any(folder.glob("*.safetensors")):
@@ -222,6 +259,12 @@ def _check_weights(folder: Path) -> None:
         for name in sorted(set(_read_config(index, hint).get("weight_map", {}).values())):
             if not (folder / name).is_file():
                 raise UserError(f"{folder / name}: no such file, but {index.name} names it", hint)
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: damaged or cut off: {error}", "copy or fetch this file again") from None
 
 
 def _boundary(folder: Path, index: dict[str, Any], parts: tuple[str, ...]) -> float | None:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from shards.errors import UserError
+from shards.mirror import fetch_file
+from shards.urls import is_url
 from shards.world import local_rank, world_size
 
 
@@ -37,11 +39,12 @@ def find_device(name: str, dtype: str = "float32") -> torch.device:
 
 
 def open_image(image: Any) -> Any:
-    """A PIL image in RGB; paths are opened. UserError when the file is missing or no image."""
+    """A PIL image in RGB; paths and URLs are opened. UserError when the file is missing or no image."""
     from PIL import Image
 
     if not isinstance(image, str | Path):
         return image.convert("RGB")
+    image = fetch_file(image) if is_url(image) else image
     if not Path(image).is_file():
         raise UserError(f"{image}: no such image", "correct the path in the prompts file; it counts from that file")
     try:

@@ -33,6 +33,10 @@ class ExpertSize:
     """Parameters of an adapter."""
     layers: int
     width: int
+    block: int
+    """Parameters of one block."""
+    block_kept: int
+    """Of these, in fp32 whatever the dtype."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ def expert_size(config: Mapping[str, Any], rank: int) -> ExpertSize:
     """
     counts = []
     for layers in (1, 2):
-        module = _expert(config, layers)
+        module = meta_expert(config, layers)
         kept = sum(p.numel() for name, p in module.named_parameters() if _kept(module, name))
         everything = sum(p.numel() for p in module.parameters())
         add_adapter(module, rank, rank, 0)
@@ -70,7 +74,8 @@ def expert_size(config: Mapping[str, Any], rank: int) -> ExpertSize:
     layers = int(config["num_layers"])
     parameters, kept, lora = (extrapolate(one, two, layers) for one, two in zip(*counts, strict=True))
     width = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
-    return ExpertSize(parameters, kept, lora, layers, width)
+    block, block_kept, _ = (two - one for one, two in zip(*counts, strict=True))
+    return ExpertSize(parameters, kept, lora, layers, width, block, block_kept)
 
 
 def extrapolate(one: int, two: int, layers: int) -> int:
@@ -98,7 +103,7 @@ def working_bytes(config: Mapping[str, Any], run: Pass) -> int:
     """
     peaks = []
     for layers in (1, 2):
-        module = _cast(_expert(config, layers), run.dtype)
+        module = _cast(meta_expert(config, layers), run.dtype)
         module.requires_grad_(run.train and run.rank == 0)
         if run.train and run.rank:
             add_adapter(module, run.rank, run.rank, 0)
@@ -223,7 +228,8 @@ def _velocity(module: Any, inputs: tuple[Tensor, Tensor, Tensor], guided: bool) 
     return velocity
 
 
-def _expert(config: Mapping[str, Any], layers: int) -> Any:
+def meta_expert(config: Mapping[str, Any], layers: int) -> Any:
+    """A frozen transformer of so many blocks on the meta device."""
     known = {key: value for key, value in config.items() if not key.startswith("_")}
     with torch.device("meta"):
         return WanTransformer3DModel.from_config({**known, "num_layers": layers}).requires_grad_(False)

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 def shared_tokens(policy: Policy, size: tuple[int, int, int], world: World) -> Iterator[None]:
     """Inside, the ranks of each Ulysses group must call the policy with the same inputs at the same time.
 
-    `size` is (height, width, frames). Every rank gets the whole output, with the bits that one rank alone computes.
+    `size` is (height, width, frames). Every rank gets the whole output, the same bits on all; they differ from those of
+    one rank alone by rounding, since a matrix product over fewer tokens may add up in another order.
     Raises UserError when the degree does not divide the model's heads or the video's tokens.
     """
     check_ulysses(policy.module(policy.expert_ids[0]), policy.latent_shape(*size), world, "rollout.ulysses")

@@ -135,7 +135,7 @@ def describe(plan: Plan, window: Sequence[int]) -> list[dict[str, Any]]:
     rows = []
     for step in range(plan.steps):
         expert, trained = plan.experts[step], step in chosen
-        std = kernel(*_law_of(plan, step)).std if trained else 0.0
+        std = step_std(plan, step) if trained else 0.0
         total = sum(scale for other, scale in scales.items() if plan.experts[other] == expert)
         rows.append(
             {
@@ -196,6 +196,11 @@ def _check_eta(law: Law, eta: float) -> None:
 def _law_of(plan: Plan, step: int) -> tuple[Law, Form, float, float, float, float]:
     """Arguments of `kernel` and `gradient_scale` for a window step."""
     return plan.law, plan.form, plan.sigmas[step], plan.sigmas[step + 1], plan.eta, plan.sigmas[1]
+
+
+def step_std(plan: Plan, step: int) -> float:
+    """Standard deviation of a window step, the whole of it."""
+    return kernel(*_law_of(plan, step)).std
 
 
 def step_scale(plan: Plan, step: int) -> float:

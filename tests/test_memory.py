@@ -14,8 +14,9 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from typer.testing import CliRunner
 
 import cli
-from rollout import memory
+from rollout import memory, memory_plan
 from rollout.generate import rollout
+from rollout.parallel import World
 from rollout.policy import Policy
 from rollout.policy_folder import find_folder, read_layout
 from rollout.policy_lora import add_adapter
@@ -181,7 +182,7 @@ def test_decoding_is_predicted_from_three_latent_frames() -> None:
 
 def test_a_run_is_planned_from_its_configurations(tiny_t2v2: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", tiny_t2v2)
-    needs = {need.stage: need for need in memory.plan_memory(run)}
+    needs = {need.stage: need for need in memory_plan.plan_memory(run)}
     size = expert_size(dict(tiny_transformer(1).config), rank=2)
     assert needs["rollout"].parts["weights"] == size.parameters * 4
     assert all(need.device == sum(need.parts.values()) for need in needs.values())
@@ -190,7 +191,7 @@ def test_a_run_is_planned_from_its_configurations(tiny_t2v2: Path, tmp_path: Pat
     names = ("LoRA", "gradients", "AdamW", "average", "weights of the rollout")
     assert [lora.parts[name] / size.lora for name in names] == [4, 4, 8, 4, 4]
     assert lora.device < needs["train LoRA, no checkpointing"].device
-    text = memory.render(run, list(needs.values()))
+    text = memory_plan.render(run, list(needs.values()))
     (marked,) = [line for line in text.splitlines() if line.startswith("* train")]
     assert marked.startswith("* train LoRA, no checkpointing")
 
@@ -263,15 +264,52 @@ def test_kl_and_average_change_the_plan(tmp_path: Path) -> None:
     model = write_configs(tmp_path / "model", "A14B", boundary_ratio=0.875)
     run = config_run(tmp_path / "run", "wan22-a14b", model, "train.full=true", "train.gradient_checkpointing=false")
     name = "train all weights, no checkpointing"
-    with_both = {need.stage: need for need in memory.plan_memory(Run.open(run))}[name]
-    without = memory._train(memory.read_model(Run.open(run, ["train.kl_beta=0.0", "train.ema=0"]).config), True, False)
+    with_both = {need.stage: need for need in memory_plan.plan_memory(Run.open(run))}[name]
+    plain = memory.read_model(Run.open(run, ["train.kl_beta=0.0", "train.ema=0"]).config)
+    without = memory_plan._train(plain, full=True, checkpointing=False)
     parameters = size_of("A14B").parameters
     assert with_both.parts["average"] == 4 * parameters
     assert with_both.device - without.device == 4 * parameters
     answers = 2 * 2 * 16 * 16 * memory.state_bytes((16, 4, 60, 104), "float32")
-    assert with_both.host - without.host == 2 * 4 * parameters + answers
     weights = memory.weight_bytes(parameters, "bfloat16", size_of("A14B").kept)
-    assert without.host == 5 * weights  # two of the base, the other expert, the rollout's, a moment the trained ones
+    # averages wait in the dtype of the model, both experts'; in a checkpoint's copy they are fp32
+    assert with_both.host - without.host == 2 * weights + 4 * parameters + answers
+    # two of the base, the other expert, the rollout's, a moment the trained ones; a checkpoint and one of its files
+    assert without.host == 5 * weights + 12 * parameters + 2**31
+
+
+def test_ranks_share_weights_and_their_states(tmp_path: Path) -> None:
+    run = config_run(tmp_path / "run", "wan22-a14b", write_configs(tmp_path / "model", "A14B", boundary_ratio=0.875))
+    model, size = memory.read_model(Run.open(run).config), size_of("A14B")
+    lora, full = (memory_plan._train(model, every, checkpointing=True, world=World(0, 8)) for every in (False, True))
+    assert lora.parts["weights"] == model.weights // 8
+    states = [full.parts[name] for name in ("weights", "gradients", "AdamW", "average")]
+    assert states == [number * size.parameters // 8 for number in (4, 4, 8, 4)]
+    layers = [one.parts["gathered layers"] for one in (lora, full)]
+    assert 2 * model.weights / 40 < layers[0] < 3 * model.weights / 40  # two of 40 blocks, and the ends
+    assert layers[1] - layers[0] == pytest.approx(3 * model.weights / 40, rel=0.05)  # gradients of one, and in fp32
+    # a checkpoint's copy, masters of the other expert, of the rollout and of a moment, the base model of both experts
+    shared = (16 + 3 * 4) * size.parameters + 2 * model.weights
+    assert full.host > shared / 8 + 2 * model.weights  # and both averages, whole
+    together = memory_plan._train(model, full=False, checkpointing=True, world=World(0, 8, ulysses=4, replicate=2))
+    assert together.parts["weights"] == model.weights // 4
+    assert together.parts["working"] == pytest.approx(lora.parts["working"] / 4, rel=1e-3)
+    assert "first of 8 ranks" in memory_plan.render(Run.open(run), [], 8)
+
+
+@pytest.mark.parametrize(("sets", "ranks", "problem", "hint"), [
+    ([], -1, "--ranks -1: no number of ranks", "for example --ranks 8"),
+    (["train.ulysses=3"], 8, "train.ulysses = 3: 8 ranks cannot be divided so",
+     "1, 2, 4, 8 would do; torchrun --nproc-per-node N starts N ranks"),
+    (["train.ulysses=16"], 0,
+     "train.ulysses = 16: does not divide the 40 heads and 6240 tokens of this model and video size",
+     "1, 2, 4, 8 would do with 16 ranks"),
+])  # fmt: skip
+def test_ranks_that_cannot_be(sets: list[str], ranks: int, problem: str, hint: str, tmp_path: Path) -> None:
+    run = config_run(tmp_path / "run", "wan22-a14b", write_configs(tmp_path / "model", "A14B", boundary_ratio=0.875))
+    with pytest.raises(UserError) as caught:
+        call("plan-memory", run, "--ranks", ranks, *(part for value in sets for part in ("--set", value)))
+    assert (caught.value.problem, caught.value.hint) == (problem, hint)
 
 
 def test_ti2v_counts_a_timestep_for_every_token(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rollout import memory
+from rollout import memory, memory_plan
 from rollout.planning import batch_size, stage_plan
 from rollout.policy import Policy
 from rollout.policy_sizes import decode_bytes, text_parameters
@@ -59,7 +59,7 @@ def test_activations_by_hand(tmp_path: Path) -> None:
     model = write_configs(tmp_path / "model", "1.3B")
     run = Run.open(config_run(tmp_path / "run", "wan21-1.3b", model, "train.kl_beta=0.0"))
     read = memory.read_model(run.config)
-    needs = {saving: memory._train(read, full=False, checkpointing=saving).parts for saving in (True, False)}
+    needs = {saving: memory_plan._train(read, full=False, checkpointing=saving).parts for saving in (True, False)}
     video, config = run.config.rollout, {**COMMON, **CONFIGS["1.3B"]}
     d, f, layers = config["num_attention_heads"] * 128, config["ffn_dim"], config["num_layers"]
     tokens = ((video.frames - 1) // 4 + 1) * (video.height // 16) * (video.width // 16)
@@ -104,7 +104,7 @@ def test_a_batch_by_tokens_is_frozen_in_the_plan_and_replayed(tiny_t2v: Path, tm
     training.advise(stage)
     assert train(run, 0, policy).replay == 0.0
     assert "batch: 2 (videos in one forward pass, 2 tokens each)" in preview(run, stage)
-    assert "batch 2" in memory.render(run, [])
+    assert "batch 2" in memory_plan.render(run, [])
     wide = Run.open(run.path, ["rollout.batch_tokens=1000"])
     assert batch_size(wide.config.rollout, policy.layout) == 3  # never more than a group
     again = stage_plan(wide, stage, policy.layout, plan["policy"])
