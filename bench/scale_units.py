@@ -61,7 +61,7 @@ def pass_flop(config: dict[str, Any], run: Pass) -> float:
     """FLOP of a forward, or a forward and backward, of an expert; a multiplication and an addition are two."""
     counts = []
     for layers in (1, 2):
-        module = policy_sizes._cast(policy_sizes._expert(config, layers), run.dtype)
+        module = policy_sizes._cast(policy_sizes.meta_expert(config, layers), run.dtype)
         module.requires_grad_(run.train and run.rank == 0)
         if run.rank:
             add_adapter(module, run.rank, run.rank, 0)

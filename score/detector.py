@@ -73,14 +73,15 @@ class FastDetector(nn.Module):
         return [kept[number] for number in KEPT], plane
 
 
-def _pointwise(layer: nn.Conv2d, plane: Plane) -> Tensor:
+def _pointwise(layer: nn.Module, plane: Plane) -> Tensor:
     """A 1×1 convolution [B, K, H, W] of maps: one product over the whole buffer, border and all: no copies."""
+    assert isinstance(layer, nn.Conv2d)  # a module list forgets what it holds
     rows, weight = plane.buffer.flatten(0, 2), layer.weight.flatten(1).t()
     results = rows @ weight if layer.bias is None else torch.addmm(layer.bias, rows, weight)
     return Plane.inner(results.view(*plane.buffer.shape[:3], -1), plane.height, plane.width).permute(0, 3, 1, 2)
 
 
-def _mixed(maps: Tensor, layer: nn.Conv2d, plane: Plane) -> Plane:
+def _mixed(maps: Tensor, layer: nn.Module, plane: Plane) -> Plane:
     """ReLU of maps [B, K, H, W] and of a 1×1 convolution of kept ones, added."""
     buffer = Plane.empty(len(maps), plane.height, plane.width, maps.shape[1])
     mixed = Plane.inner(buffer, plane.height, plane.width)

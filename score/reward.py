@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 from score.options import resolve
 from shards.errors import UserError
+from shards.mirror import fetch_any
+from shards.urls import is_stored
 
 if TYPE_CHECKING:
     import numpy as np
@@ -120,7 +122,7 @@ class Chosen:
 
     def build(self) -> Reward:
         """The reward itself."""
-        return cast(Reward, _class_of(self.name, self.target)(**self.options))
+        return cast(Reward, _class_of(self.name, self.target)(**_here(self.options)))
 
     def after_group(self, scored: list[Scored]) -> list[Scored]:
         """What the reward makes of all samples of one prompt together; most leave them as they are."""
@@ -153,7 +155,7 @@ def choose(name: str, options: Mapping[str, Any] | None = None) -> Chosen:
             f"reward {name!r}: a component cannot be called {min(taken)!r}", "the score table has that column"
         )
     neutral, keeps_text = tuple(getattr(found, "neutral", ())), bool(getattr(found, "keeps_text", False))
-    content = dict(found.identity(resolved)) if hasattr(found, "identity") else {}
+    content = dict(found.identity(_here(resolved))) if hasattr(found, "identity") else {}
     return Chosen(name, target, found.version, components, resolved, neutral, keeps_text, content)
 
 
@@ -161,6 +163,14 @@ def known() -> dict[str, str]:
     """Every registered name and its `module:Class`; those of this package win."""
     installed = {entry.name: entry.value for entry in importlib.metadata.entry_points(group=ENTRY_POINTS)}
     return installed | BUILT_IN
+
+
+def _here(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with the local copies of files and folders in place of their URLs in a store."""
+    return {
+        name: str(fetch_any(value)) if isinstance(value, str) and is_stored(value) else value
+        for name, value in options.items()
+    }
 
 
 def _registered(name: str) -> str:

@@ -173,7 +173,7 @@ class VideoAlign:
             )
         frames = own_frames if num_frames is None else num_frames
         return Request(
-            fps=_positive("fps", own.get("fps", 2.0) if fps is None else fps, float),
+            fps=_positive("fps", (own.get("fps") or 2.0) if fps is None else fps, float),  # null beside num_frames
             num_frames=None if frames is None else _positive("num_frames", frames, float),
             max_pixels=_positive("max_pixels", own["max_frame_pixels"] if max_pixels is None else max_pixels),
         )

@@ -7,9 +7,10 @@ checkout, whose `prompt_template.py` is parsed and never run, or from a text fil
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
+import logging
 import string
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,19 @@ def read_template(path: str | Path) -> str:
     _check_template(place, template)
     found = hashlib.sha256(template.encode()).hexdigest()
     if found != TEMPLATE_SHA256:
-        warnings.warn(
-            f"{place}: this is not the released prompt template (sha256 {found}, released {TEMPLATE_SHA256}); "
-            "scores will differ from the released model's. Blanks at line ends and the outer line ends belong to it.",
-            stacklevel=2,
-        )
+        _warn(place, found)
     return template
+
+
+@functools.cache  # once for a file and its content, however often it is read
+def _warn(place: Path, found: str) -> None:
+    logging.getLogger(__name__).warning(
+        "%s: this is not the released prompt template (sha256 %s, released %s); scores will differ from the released "
+        "model's. Blanks at line ends and the outer line ends belong to it.",
+        place,
+        found,
+        TEMPLATE_SHA256,
+    )
 
 
 def _constant(place: Path, source: str) -> str:

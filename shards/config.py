@@ -28,7 +28,7 @@ Window = Literal["random", "fixed", "progressive"]
 class Section(BaseModel):
     """One table of `run.toml`: frozen, and an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -44,13 +44,15 @@ class ModelConfig(Section):
 class RolloutConfig(Section):
     """[rollout]: what is sampled, and the law that samples it."""
 
-    prompts: str = Field("words", description="prompts file, or `words`, the training prompts of the embedded model")
+    prompts: str = Field("words", description="prompts file, also at a URL, or `words`: those of the embedded model")
     negative_prompt: str = Field("", description="the other side of guidance (flow_grpo: empty)")
-    seed: int = Field(0, ge=0, description="run seed; every noise tensor is derived from it")
+    seed: int = Field(0, ge=0, lt=2**63, description="run seed; every noise tensor is derived from it")
     prompts_per_iteration: int = Field(
         16, ge=1, description="groups in one iteration (DanceGRPO thread 16: at least 16)"
     )
-    group_size: int = Field(16, ge=2, description="videos of one prompt; advantages are taken among them (8 or more)")
+    group_size: int = Field(
+        16, ge=2, le=1000, description="videos of one prompt; advantages are taken among them (8 or more)"
+    )
     height: int = Field(240, ge=1, description="pixels (flow_grpo's Wan recipe)")
     width: int = Field(416, ge=1, description="pixels (flow_grpo's Wan recipe)")
     frames: int = Field(33, ge=1, description="frames of a video, 4k+1 (flow_grpo's Wan recipe)")
@@ -148,7 +150,7 @@ class TrainConfig(Section):
         4e-4, ge=0, description="weight of that distance (flow_grpo: 4e-4 of the velocity, 0.004 of a transition)"
     )
     step_weight: Literal["none", "std", "inverse-gradient"] = Field("none", description="weight of a step in the loss")
-    ratio_norm: bool = Field(False, description="RatioNorm of GRPO-Guard: take the mean shift out of the log-ratio")
+    ratio_norm: bool = Field(False, description="RatioNorm of GRPO-Guard; needs its clip_range of 2e-6 to 4e-6")
     nft_beta: float = Field(1.0, gt=0, description="mixing of DiffusionNFT's implicit policies")
     ema: float = Field(
         0.9, ge=0, lt=1, description="decay per update of the weights used for evaluation; 0 turns it off"
@@ -176,10 +178,10 @@ class TrainConfig(Section):
 class EvalConfig(Section):
     """[eval]: fixed prompts and seeds, a deterministic sampler."""
 
-    prompts: str = Field("words", description="prompts file, or `words`, the held-out prompts of the embedded model")
+    prompts: str = Field("words", description="prompts file, also at a URL, or `words`: the embedded model's held-out")
     limit: int = Field(64, ge=1, description="prompts taken from the head of the file")
-    videos_per_prompt: int = Field(1, ge=1, description="seeds of each prompt")
-    seed: int = Field(12345, ge=0, description="seed of the evaluation noise, the same for every policy")
+    videos_per_prompt: int = Field(1, ge=1, le=1000, description="seeds of each prompt")
+    seed: int = Field(12345, ge=0, lt=2**63, description="seed of the evaluation noise, the same for every policy")
     steps: int = Field(50, ge=2, description="denoising steps (flow_grpo's Wan recipe)")
     solver: Solver = Field("euler", description="deterministic solver")
     shift: float | None = Field(None, gt=0, description="flow shift; that of rollout when absent")
@@ -218,9 +220,11 @@ def load_config(path: Path, sets: Iterable[str] = ()) -> RunConfig:
     Raises UserError for a file that is missing or no TOML, an unknown key (naming the nearest right one), a wrong type.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file", "make a run first: rushes init RUN --preset words") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}", "it must be a file that you may read") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}", "save the file as UTF-8") from None
     except tomllib.TOMLDecodeError as error:
@@ -338,6 +342,9 @@ def _user_error(error: ValidationError, where: str) -> UserError:
     place = f"[{'.'.join(sections)}] " if sections else ""
     if first["type"] == "extra_forbidden":
         names = _keys_of(sections)
+        known = [] if sections else [f"{name}.{key}" for name in RunConfig.model_fields if key in _keys_of([name])]
+        if known:
+            return UserError(f"{where}: unknown key {key!r}", f"did you mean {' or '.join(known)}?")
         near = difflib.get_close_matches(key, names, 1, 0.0)
         return UserError(
             f"{where}: {place}unknown key {key!r}", f"the nearest key is {near[0]!r}" if near else "remove it"

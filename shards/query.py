@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from shards.errors import UserError
 from shards.files import publish_replace
-from shards.table import FORMATS, write
+from shards.table import FORMATS, fitting, write
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -66,6 +68,10 @@ def emit(frame: pandas.DataFrame, format: str, out: Path | None, stdout: TextIO)
         raise UserError(f"--format {format}: no such format", _nearest(format, FORMATS))
     if format == "parquet" and out is None:
         raise UserError("--format parquet needs a file", "add --out samples.parquet")
+    if format == "table" and out is None and stdout.isatty():
+        frame, hidden = fitting(frame, shutil.get_terminal_size().columns)
+        if hidden:
+            print(f"not shown (--columns chooses, --format csv has all): {', '.join(hidden)}", file=sys.stderr)
     empty = frame.empty and format == "table"
     data = ("  ".join(frame.columns) + "\n").encode() if empty else write(frame, format)
     if out is not None:

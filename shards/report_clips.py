@@ -66,7 +66,8 @@ def clip(row: Row, video: bytes) -> str:
     head = f'<b class="role {row["role"]}">{row["role"]}</b> ' if "role" in row else ""
     facts = [f'<span class="reward">{number(row["reward"])}</span>']
     if row["kind"] == "rollout" and row["advantage"] == row["advantage"]:
-        facts.append(f'<span class="muted">A {number(row["advantage"], 2)}</span>')
+        advantage = round(row["advantage"], 6) + 0.0  # the median of a group may be 1e-16 below its mean
+        facts.append(f'<span class="muted">A {number(advantage, 2)}</span>')
     text = "".join(
         f'<span class="read" title="text read, frame by frame">{escape(line)}</span>' for line in readings(row)
     )

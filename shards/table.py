@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 INDEX_COLUMNS = ("key", "iteration", "prompt_id", "group", "sample", "prompt", "target", "seed", "noise_seed")
+FIRST_COLUMNS = ("key", "prompt", "reward", "advantage", "status")  # of a terminal
 LAST_COLUMNS = ("window", "log_prob", "bytes", "seconds", "host", "shard")
 FORMATS = ("table", "csv", "json", "jsonl", "parquet")
 NOT_SCORED = "not scored"
@@ -72,6 +73,25 @@ def write(frame: pandas.DataFrame, format: str) -> bytes:
         text = frame.to_json(orient="records", lines=lines, force_ascii=False, double_precision=15)
         return (text if text.endswith("\n") else text + "\n").encode()
     raise UserError(f"{format!r} is no format", f"choose from {', '.join(FORMATS)}")
+
+
+def fitting(frame: pandas.DataFrame, width: int) -> tuple[pandas.DataFrame, list[str]]:
+    """The columns that stand side by side in `width` characters, in their order, and the names of the others.
+
+    FIRST_COLUMNS are chosen before others, and the first of all columns always.
+    """
+    shown = _for_eyes(frame)
+    names = [str(name) for name in shown]
+    first = [name for name in FIRST_COLUMNS if name in names]
+    chosen: set[str] = set()
+    room = width + 2
+    for name in first + [name for name in names if name not in first]:
+        size = 2 + max(map(len, shown[[name]].to_string(index=False).splitlines()), default=0)
+        if size > room and chosen:
+            break
+        chosen.add(name)
+        room -= size
+    return frame[[name for name in names if name in chosen]], [name for name in names if name not in chosen]
 
 
 def _stage_frame(stage: Stage, place: Place) -> pandas.DataFrame:
@@ -184,7 +204,8 @@ def _to_pandas(table: pyarrow.Table) -> pandas.DataFrame:
 
 def _for_eyes(frame: pandas.DataFrame) -> pandas.DataFrame:
     """Without what is empty or the same for everybody and long; texts cut to what fits a line."""
-    hidden = {"host", "noise_seed", "group", "kind"} if frame.get("kind", frame.iloc[:, 0]).nunique() == 1 else {"host"}
+    one_kind = "kind" not in frame or frame["kind"].nunique() == 1
+    hidden = {"host", "noise_seed", "group", "kind"} if one_kind else {"host"}
     shown = frame[[name for name in frame if name not in hidden and not frame[name].isna().all()]]
     return shown.map(_short)
 

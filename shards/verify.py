@@ -37,6 +37,10 @@ class Problem:
     """What is wrong, with the file and the member it is wrong in."""
     hint: str
 
+    def __str__(self) -> str:
+        """As a line for people."""
+        return f"{self.kind}: {self.problem} (hint: {self.hint})"
+
 
 def verify(path: str | Path) -> list[Problem]:
     """All faults of a run, a stage or a shard. Reads everything once; needs no model and no torch.

@@ -94,6 +94,30 @@ def test_grouping_counts_and_averages(frame: pandas.DataFrame) -> None:
         query.select(frame, group_by="window")
 
 
+class Terminal(io.StringIO):
+    """What says that it is one."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_shows_the_columns_that_fit(
+    frame: pandas.DataFrame, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "90")
+    query.emit(frame, "table", None, terminal := Terminal())
+    lines = terminal.getvalue().splitlines()
+    assert max(map(len, lines)) <= 90
+    assert len(lines) == len(frame) + 1
+    assert {"key", "prompt", "reward", "advantage"} <= set(lines[0].split())
+    hidden = capsys.readouterr().err.partition(": ")[2].strip().split(", ")
+    assert "log_prob" in hidden
+    assert not set(hidden) & set(lines[0].split())
+    query.emit(frame, "table", None, plain := io.StringIO())
+    assert "log_prob" in plain.getvalue().splitlines()[0].split()
+    query.emit(frame[["log_prob"]], "table", None, io.StringIO())  # a column of lists may stand alone
+
+
 def test_every_format_reads_back(frame: pandas.DataFrame, tmp_path: Path) -> None:
     few = frame[["key", "reward"]]
     readers: dict[str, Any] = {

@@ -236,6 +236,11 @@ def test_best_median_and_worst_of_a_group() -> None:
     assert roles([math.nan]) == {}
 
 
+def test_an_advantage_that_is_0_but_for_rounding_is_written_as_0() -> None:
+    row = {"key": "i000000-p000000-s00", "kind": "rollout", "reward": 0.5, "advantage": -1.9e-16}
+    assert ">A 0<" in report_clips.clip(row, b"")
+
+
 @given(st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=8))
 def test_ticks_enclose_their_values_and_are_few(values: list[float]) -> None:
     ticks = nice_ticks(values)
@@ -333,7 +338,7 @@ const one = (v) => new Promise((end) => {
   if (v.error) return end("error " + v.error.message);
   v.addEventListener("error", () => end("error " + v.error.message));
   v.addEventListener("timeupdate", () => { if (v.currentTime > 0) end("plays " + v.readyState); });
-  setTimeout(() => end("stuck " + v.readyState), 20000);
+  setTimeout(() => end("stuck " + v.readyState), 50000);
   v.preload = "auto";
   v.play().catch((e) => end("refused " + e.message));
 });
