@@ -6,10 +6,26 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+
+# Modules that take longest, which `make test` begins with: one that came last would leave the other process idle.
+LONGEST = (
+    "test_words", "test_slurm", "test_parallel", "test_examples", "test_gpu_bench", "test_store_loop", "test_cli",
+    "test_house", "test_workers", "test_store", "test_shards_kill", "test_report", "test_ocr", "test_score_run",
+)  # fmt: skip
+
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")  # a busy machine is no failure
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest modules first, the others after them as they come."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
 
 
 def _tiny(layout: str, factory: pytest.TempPathFactory) -> Path:

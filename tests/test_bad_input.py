@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from rollout.generate import rollout
 from rollout.policy import Policy
@@ -81,6 +82,15 @@ def test_a_shape_or_schedule_the_model_cannot_take(
     ("transformer_2", "one of two",
      "{model}/transformer_2/second.safetensors: no such file, but x.safetensors.index.json names it",
      "copy or fetch the whole model folder; weights are safetensors, never pickled"),
+    ("text_encoder", "cut off",
+     "{model}/text_encoder/model.safetensors: damaged or cut off: Error while deserializing header: "
+     "incomplete metadata, file not fully covered", "copy or fetch this file again"),
+    ("transformer", "another weight",
+     "{model}/transformer: a WanTransformer3DModel has no face_adapter.weight",
+     "files and config.json do not belong together; copy or fetch the whole model folder"),
+    ("vae", "a weight",
+     "{model}/vae: its files have no decoder.conv_in.bias",
+     "files and config.json do not belong together; copy or fetch the whole model folder"),
 ])  # fmt: skip
 def test_a_part_of_the_model_that_is_missing(
     part: str, change: str, problem: str, hint: str, tiny_t2v2: Path, tmp_path: Path
@@ -92,6 +102,14 @@ def test_a_part_of_the_model_that_is_missing(
         next((model / part).glob("*.safetensors")).unlink()
     if change == "one of two":
         (model / part / "x.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "second.safetensors"}}))
+    if change == "cut off":
+        path = model / part / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-1])
+    if "weight" in change and change != "weights":
+        path = model / part / "diffusion_pytorch_model.safetensors"
+        weights = {k: v for k, v in load_file(path).items() if k != "decoder.conv_in.bias"}
+        more = {"face_adapter.weight": torch.zeros(1)} if change == "another weight" else {}
+        save_file(weights | more, path, {"format": "pt"})
     assert refused(training.make_run(tmp_path / "run", model)) == (problem.format(model=model), hint)
 
 
@@ -143,8 +161,6 @@ def test_a_lora_of_another_base(policies: dict[str, Policy], tiny_t2v2: Path, ti
         f"model.lora: {tmp_path}/lora was trained on another base model than {tiny_t2v2}",
         f"{tmp_path}/lora/policy.json has the fingerprint of its base; name that model in model.path",
     )
-    from safetensors.torch import load_file, save_file
-
     (tmp_path / "lora" / "policy.json").rename(tmp_path / "lora" / "export.json")  # the same, exported
     assert refused(run) == (
         f"model.lora: {tmp_path}/lora was trained on another base model than {tiny_t2v2}",
@@ -217,3 +233,16 @@ def test_a_refusal_comes_before_any_weight_is_read(tiny_t2v2: Path, tmp_path: Pa
         cli.load_policy(half, half.iteration(0))
     with pytest.raises(AssertionError, match="a model was loaded"):
         cli.load_policy(run)
+
+
+def test_training_without_rollouts_makes_no_folder(tiny_t2v2: Path, tmp_path: Path) -> None:
+    """The folder of an iteration that was never sampled would count as one: `verify --replay` looked for its shards."""
+    from train.run import train
+
+    run = training.make_run(tmp_path / "run", tiny_t2v2)
+    before = sorted(run.path.rglob("*"))
+    with pytest.raises(UserError) as caught:
+        train(run, 0)
+    hint = "run `rushes rollout --iteration 0` first"
+    assert (caught.value.problem, caught.value.hint) == (f"{run.path}/iter-0000 has no rollouts", hint)
+    assert sorted(run.path.rglob("*")) == before

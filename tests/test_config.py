@@ -51,6 +51,22 @@ def test_every_key_says_what_it_is() -> None:
             "run.toml: [rollout] steps: input should be a valid integer, but it is 'many'"
             " (hint: steps: denoising steps (flow_grpo's Wan recipe))",
         ),
+        ("steps=3", "run.toml: unknown key 'steps' (hint: did you mean rollout.steps or eval.steps?)"),
+        (
+            "train.learning_rate=inf",
+            "run.toml: [train] learning_rate: input should be a finite number, but it is inf"
+            " (hint: learning_rate: AdamW (LoRA: 1e-4, full: 1e-5; flow_grpo, GenRL, miles))",
+        ),
+        (
+            f"rollout.seed={2**63}",
+            "run.toml: [rollout] seed: input should be less than 9223372036854775808, but it is 9223372036854775808"
+            " (hint: seed: run seed; every noise tensor is derived from it)",
+        ),
+        (
+            "rollout.group_size=1001",
+            "run.toml: [rollout] group_size: input should be less than or equal to 1000, but it is 1001"
+            " (hint: group_size: videos of one prompt; advantages are taken among them (8 or more))",
+        ),
         (
             "rollout.group_size=1",
             "run.toml: [rollout] group_size: input should be greater than or equal to 2, but it is 1"
@@ -80,6 +96,16 @@ def test_a_run_toml_that_is_no_toml_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b"preset = '\xff'\n")
     with pytest.raises(UserError, match="not UTF-8 at byte 10"):
         load_config(path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UserError, match=r"run.toml: cannot be read: Is a directory \(hint: it must be a file"):
+        load_config(path)
+
+
+def test_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_bytes(b"\xef\xbb\xbfschema = 1\r\n[rollout]\r\nsteps = 7\r\n")
+    assert load_config(path).rollout.steps == 7
 
 
 def test_settings_take_toml_or_plain_text() -> None:

@@ -341,8 +341,8 @@ def tiny_run(path: Path, model: Path) -> Run:
         "rollout.prompts_per_iteration=3", "rollout.group_size=2", "rollout.batch_size=2", "rollout.steps=6",
         "rollout.height=16", "rollout.width=16", "rollout.groups_per_shard=1", "rollout.high_steps=1",
         "rollout.low_steps=1", "rollout.first_step=0",
-        "score.rewards={contrast=1.0}", "score.min_spread=0.0", "score.workers=1", "train.objective=grpo",
-        "train.updates_per_rollout=1",
+        "score.rewards={contrast=1.0}", "score.min_spread=0.0", "score.workers=1", "rollout.workers=1",
+        "train.objective=grpo", "train.updates_per_rollout=1",
     ]  # fmt: skip
     return Run.create(path, parse_config(apply_sets(read_preset("words"), sets), "preset words"))
 

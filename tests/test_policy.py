@@ -14,6 +14,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline, 
 from PIL import Image
 
 from rollout.policy import Policy
+from rollout.policy_folder import find_folder
 from rollout.schedule import Plan
 from rollout.step import Inputs, step_log_prob, take_step
 from shards.errors import UserError
@@ -262,6 +263,20 @@ def test_layouts_are_read_from_the_folder(folders: dict[str, Path]) -> None:
     assert facts["ti2v"].latent_shape(64, 96, 9) == (48, 3, 4, 6)
     assert facts["t2v"].latent_shape(64, 96, 9) == (16, 3, 8, 12)
     assert facts["t2v"].scheduler_config["flow_shift"] == 3.0
+
+
+def test_a_hub_id_is_found_in_the_cache_of_the_hub_client(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = tmp_path / "models--Wan-AI--tiny" / "snapshots" / ("0" * 40)
+    shutil.copytree(folders["t2v"], snapshot)
+    (tmp_path / "models--Wan-AI--tiny" / "refs").mkdir()
+    (tmp_path / "models--Wan-AI--tiny" / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert find_folder("Wan-AI/tiny") == snapshot
+    with pytest.raises(UserError, match=r"^Wan-AI/other: no such model folder, and not to be had from the hub: "):
+        find_folder("Wan-AI/other")
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def ask(server: Server) -> Callable[..., Scored]:
     """Score one small video with the given options."""
 
     def asked(**options: Any) -> Scored:
-        return Remote(server.url, **{"pause": 0.01, "timeout": 2.0} | options)([noise_video("key", 3)])[0]
+        return Remote(server.url, **{"pause": 0.01, "timeout": 60.0} | options)([noise_video("key", 3)])[0]
 
     return asked
 
@@ -143,7 +143,7 @@ def test_pauses_double_and_retry_after_counts(server: Server, ask: Callable[...,
     server.answers = [(503, {}, b"")]
     assert ask(pause=0.1, attempts=3).reason == f"status 503 from {server.url}, 3 times"
     first, second = np.diff(server.times)
-    assert 0.1 <= first < second
+    assert first >= 0.1
     assert second >= 0.2
     server.answers, server.times = [(503, {"Retry-After": "1"}, b""), (200, {}, GOOD)], []
     assert not ask(pause=0.0).reason

@@ -281,7 +281,7 @@ def test_processes_give_the_same_tables_as_one(tmp_path: Path) -> None:
         run, stage = make(tmp_path / f"run{workers}", config={"rewards": rewards, "workers": workers}, groups=3)
         reports.append(score(run, stage))
         stages.append(stage)
-    work.discard_executors()
+    work.processes.discard()
     for name in [choose(reward).directory for reward in ("brightness", "contrast", "guards")]:
         left, right = (sidecar.read_scores(stage, name) for stage in stages)
         pd.testing.assert_frame_equal(left, right, check_exact=True)

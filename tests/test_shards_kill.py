@@ -79,7 +79,7 @@ def start_writer(stage: Stage, salt: int = 0, start: int = 0, fatal: int = 0) ->
 
 def finish(writer: subprocess.Popen[str]) -> None:
     """Wait for a writer that must succeed."""
-    _, talk = writer.communicate(timeout=60)
+    _, talk = writer.communicate(timeout=600)
     assert writer.returncode == 0, talk
 
 

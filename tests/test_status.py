@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 
 import cli
-from shards import claims, sidecar
+from shards import owners, sidecar
 from shards.claims import claim
 from shards.errors import UserError
 from shards.run import Run, Stage
 from shards.status import Part, render, status
+from shards.versions import our_version
 from shards.writer import seal, write_group, write_sample
+from tests.clock import Clock
 from tests.shard_fixtures import advantage_frame, fill, make_group, make_sample, planned_stage, score_frame
 from tests.test_house import loaded_by
 
@@ -100,7 +102,7 @@ def test_updates_of_the_training_are_counted(stage: Stage) -> None:
     assert train.seconds_left == pytest.approx(60)
 
 
-def test_workers_are_told_alive_from_dead(stage: Stage) -> None:
+def test_workers_are_told_alive_from_dead(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that counts elsewhere, one whose lock is held, one that does not count, and one that was killed here."""
     run = Run(stage.run_path)
     code = (
@@ -114,6 +116,9 @@ def test_workers_are_told_alive_from_dead(stage: Stage) -> None:
         killed = subprocess.Popen([sys.executable, "-c", code, str(run.path)], stdout=subprocess.PIPE)
         assert killed.stdout
         killed.stdout.readline()
+        clock = Clock(meanwhile=elsewhere.beat)
+        monkeypatch.setattr(owners, "time", clock)
+        monkeypatch.setattr("shards.status.time", clock)
         assert states(run) == {0: "alive", 1: "alive", 2: "silent", 3: "alive"}
         killed.kill()
         killed.communicate()
@@ -122,7 +127,7 @@ def test_workers_are_told_alive_from_dead(stage: Stage) -> None:
         assert {one.shard: one.state for one in found.workers}[3] == "dead"
         assert [one.sure for one in found.workers if one.shard == 2] == [False]
         text = render(found)
-    assert "1 claims of silent ones (perhaps alive), 1 of dead ones" in text
+    assert "claims: 2 of theirs, 1 of silent ones (perhaps alive), 1 of dead ones (void)" in text
     assert found.as_dict()["workers_alive"] == 2
 
 
@@ -139,7 +144,7 @@ def pretend(head: bytes, **values: Any) -> bytes:
 def write_foreign(stage: Stage, shard: int, **values: Any) -> None:
     """A claim that nobody counts on."""
     record = {"owner": "x", "host": "far", "boot": "", "pid": 7, "worker": "0/1", "every": 1.0, "locked": False}
-    head = pretend(json.dumps(record | {"version": claims.our_version()}).encode(), **values)
+    head = pretend(json.dumps(record | {"version": our_version()}).encode(), **values)
     (stage.path / "work" / f"shard-{shard:06d}.rollout.claim-0001").write_bytes(head + b"000000000001\n")
 
 
@@ -155,6 +160,9 @@ def test_only_what_is_in_work_is_shown(stage: Stage) -> None:
     assert {one.stage for one in found.parts} == {"iter-0001"}
     assert {one.stage for one in status(run, 0).parts} == {"iter-0000"}
     assert status(run, 7).parts == []
+    assert "nothing is planned yet" in render(status(run, 7))
+    run.iteration(2).path.mkdir()  # by a rollout that ended before it had a plan
+    assert {one.stage for one in status(run).parts} == {"iter-0001"}
 
 
 def test_the_command_prints_a_table_or_json_and_loads_nothing_heavy(

@@ -16,7 +16,7 @@ from rollout.policy_folder import load_text
 from rollout.schedule import Plan, make_plan
 from rollout.step import Inputs, take_step
 from shards.config import ModelConfig, RolloutConfig, parse_config, read_preset
-from shards.errors import RunFailed
+from shards.errors import RunFailed, UserError
 from tests import training
 from tests.tiny_models import TEXT_LENGTH
 
@@ -101,6 +101,10 @@ def test_text_encoders_that_came_out_zero_are_refused(tiny_t2v: Path, tmp_path: 
     )
     with pytest.raises(RunFailed, match=r"the token embeddings were not loaded.*upgrade transformers"):
         load_text(policy.layout, "float32", policy.device)
+    lost = "encoder.final_layer_norm.weight"
+    save_file({name: w for name, w in weights.items() if name != lost}, file, {"format": "pt"})
+    with pytest.raises(UserError, match=f"text_encoder: its files have no {lost} "):
+        load_text(policy.layout, "float32", policy.device)  # transformers draws it at random
 
 
 def test_bfloat16_is_loaded_as_diffusers_loads_it_and_never_cast(tiny_t2v2: Path) -> None:

@@ -11,32 +11,34 @@ from rollout.window import choose_window, window_range
 from shards.errors import UserError
 from tests.test_schedule import config, one_expert, two_experts
 
+GROUPS = st.fixed_dictionaries({"iteration": st.integers(0, 10_000), "prompt_id": st.integers(0, 10_000)})
+POLICIES = st.sampled_from(["random", "fixed", "progressive"])
+
 
 @given(
-    policy=st.sampled_from(["random", "fixed", "progressive"]),
+    policy=POLICIES,
+    group=GROUPS,
     steps=st.integers(8, 40),
     first_step=st.integers(0, 2),
-    iteration=st.integers(0, 10_000),
-    prompt_id=st.integers(0, 10_000),
     high_steps=st.integers(1, 2),
     low_steps=st.integers(1, 2),
     two=st.booleans(),
 )
 @settings(max_examples=150, deadline=None)
 def test_a_window_meets_its_quota_and_never_takes_the_last_step(
-    policy, steps, first_step, iteration, prompt_id, high_steps, low_steps, two
+    policy, group, steps, first_step, high_steps, low_steps, two
 ):
     chosen = config(
         window=policy, steps=steps, shift=8.0, first_step=first_step, high_steps=high_steps, low_steps=low_steps
     )
     plan = two_experts(chosen) if two else one_expert(chosen)
-    window = choose_window(plan, chosen, iteration=iteration, prompt_id=prompt_id)
+    window = choose_window(plan, chosen, **group)
     assert list(window) == sorted(set(window))
     assert first_step <= window[0]
     assert window[-1] < steps - 1
     counts = [plan.experts[step] for step in window]
     assert (counts.count(0), counts.count(1)) == (high_steps, low_steps if two else 0)
-    assert window == choose_window(plan, chosen, iteration=iteration, prompt_id=prompt_id)
+    assert window == choose_window(plan, chosen, **group)
     for step in window:
         std = tr.kernel(plan.law, plan.form, plan.sigmas[step], plan.sigmas[step + 1], plan.eta, plan.sigmas[1]).std
         assert std > 0
@@ -148,21 +150,20 @@ def test_a_schedule_that_never_reaches_an_expert_is_refused():
 
 
 @given(
-    policy=st.sampled_from(["random", "fixed", "progressive"]),
+    policy=POLICIES,
+    group=GROUPS,
     steps=st.integers(4, 40),
     first_step=st.integers(0, 12),
     length=st.integers(1, 12),
-    iteration=st.integers(0, 10_000),
-    prompt_id=st.integers(0, 10_000),
     quota=st.integers(1, 6),
 )
 @settings(max_examples=150, deadline=None)
-def test_no_window_leaves_its_range(policy, steps, first_step, length, iteration, prompt_id, quota):
+def test_no_window_leaves_its_range(policy, group, steps, first_step, length, quota):
     last_step = first_step + length - 1
     assume(last_step < steps - 1)
     assume(quota <= length)
     chosen = config(window=policy, steps=steps, first_step=first_step, last_step=last_step, high_steps=quota)
-    window = choose_window(one_expert(chosen), chosen, iteration=iteration, prompt_id=prompt_id)
+    window = choose_window(one_expert(chosen), chosen, **group)
     assert len(set(window)) == quota
     assert set(window) <= set(range(first_step, last_step + 1))
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import cli
 from rollout.words import pretrain
 from rollout.words.draw import INKS, PAPERS, WORDS, draw_clip, scenes, split
 
@@ -74,10 +75,10 @@ def test_pretraining_still_runs_from_drawn_clips_to_a_folder(tmp_path: Path, mon
 
 
 @pytest.mark.slow
-def test_the_main_job_on_the_embedded_model(tmp_path: Path) -> None:
+def test_the_main_job_on_the_embedded_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two short iterations of the real thing, then the evaluation of the base, which must leave room to learn."""
     run = tmp_path / "run"
-    settings = ["rollout.prompts_per_iteration=3", "rollout.group_size=4", "rollout.batch_size=4"]
+    settings = ["rollout.prompts_per_iteration=2", "rollout.group_size=4", "rollout.batch_size=4"]
     options = [part for setting in settings for part in ("--set", setting)]
 
     def rushes(*arguments: str) -> str:
@@ -90,6 +91,9 @@ def test_the_main_job_on_the_embedded_model(tmp_path: Path) -> None:
     rushes("init", "--preset", "words", *options)
     said = rushes("loop", "--iterations", "2")
     assert said.count("largest |log-ratio| of the replay 0") == 2
-    rows = rushes("eval", "--iteration", "0", "--set", "eval.videos_per_prompt=1").splitlines()
+    few = ["eval.videos_per_prompt=1", "rollout.workers=1", "score.workers=1"]
+    arguments = ["eval", str(run), "--iteration", "0", *(part for setting in few for part in ("--set", setting))]
+    cli.app(arguments, standalone_mode=False)
+    rows = capsys.readouterr().out.splitlines()
     base = next(float(row.split()[2]) for row in rows if row.split()[:1] == ["0"])
     assert 0.35 <= base <= 0.75

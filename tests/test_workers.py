@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 import torch
 
@@ -26,26 +25,19 @@ from score.run import score
 from shards import claims, files, sidecar
 from shards.claims import claim
 from shards.errors import NothingLeft, RunFailed, StillBusy, UserError
+from shards.owners import claims_of
 from shards.progress import Progress
 from shards.reader import open_shard
 from shards.run import Run, Stage
+from shards.share import Share
 from shards.verify import verify
 from shards.writer import spooled
+from tests.forks import Fork, finish, ranks, rushes
 from tests.test_generate import contents, differences
 from tests.tiny_models import TEXT_LENGTH
-from tests.workers import ROOT, finish, small_run, start
-
-pytestmark = pytest.mark.long
+from tests.workers import same_tables, small_run
 
 PATIENCE = 300.0  # seconds; a loaded machine starts Python slowly
-WHERE = """
-import os, sys
-from rollout import meet
-meet.PATIENCE = 1.0
-import cli
-sys.argv = ["rushes", "rollout", sys.argv[1 + int(os.environ["RANK"])]]
-cli.main()
-"""
 
 
 @pytest.fixture(scope="module")
@@ -66,12 +58,7 @@ def same(one: Stage, other: Stage) -> None:
     assert verify(one.run_path) == []
     assert differences(contents(one), contents(other)) == []
     assert not (one.path / "work").exists()
-    for scorer in sidecar.scorers(other):
-        frames = [sidecar.read_scores(stage, scorer) for stage in (one, other)]
-        pd.testing.assert_frame_equal(*frames, check_exact=True)
-    for name in sidecar.specifications(other):
-        frames = [sidecar.read_advantages(stage, name) for stage in (one, other)]
-        pd.testing.assert_frame_equal(*frames, check_exact=True)
+    same_tables(one, other)
 
 
 def until(ready: Callable[[], object]) -> None:
@@ -87,13 +74,13 @@ def test_another_worker_goes_on_with_the_spool_of_a_killed_one(
 ) -> None:
     run = small_run(tmp_path / "run", tiny_t2v2)
     stage = run.iteration(0)
-    worker = start("rollout", run.path, "--worker", "1/3")
+    worker = Fork(tmp_path / "worker", rushes("rollout", run.path, "--worker", "1/3"))
     until(lambda: stage.plan_path.exists() and spooled(stage, 1))
-    worker.kill()
-    worker.communicate()
+    worker.send(signal.SIGKILL)
+    assert worker.wait() == -signal.SIGKILL
     left = sum(len(spooled(stage, shard)) for shard in range(6)) + 2 * len(stage.shards())
     assert left > 0
-    assert len(claims.claims(stage)) <= 1
+    assert len(claims_of(stage)) <= 1
     report = rollout(run, stage, policy, worker=(0, 3))
     assert (report.done, report.skipped, report.busy) == (12 - left, left, 0)
     score(run, stage)
@@ -102,10 +89,10 @@ def test_another_worker_goes_on_with_the_spool_of_a_killed_one(
 
 def test_without_claims_two_workers_at_once_make_the_same(alone: Stage, tiny_t2v2: Path, tmp_path: Path) -> None:
     """First writer wins: claims save double work and nothing else."""
-    run = small_run(tmp_path / "run", tiny_t2v2, "workers.claim_seconds=0.0", "score.workers=1")
+    run = small_run(tmp_path / "run", tiny_t2v2, "workers.claim_seconds=0.0")
     for stage in ("rollout", "score"):
-        for worker in [start(stage, run.path, "--iteration", "0") for _ in range(2)]:
-            finish(worker)
+        command = rushes(stage, run.path, "--iteration", "0")
+        finish(*[Fork(tmp_path / f"{stage}-{number}", command) for number in range(2)])
     same(run.iteration(0), alone)
 
 
@@ -124,7 +111,7 @@ def test_a_late_worker_says_so(
             patch.setenv("SLURM_ARRAY_TASK_ID", "7")
             patch.setenv("SLURM_ARRAY_TASK_MIN", "4")
             patch.setenv("SLURM_ARRAY_TASK_COUNT", "4")
-            assert cli.Share.of("", False) == cli.Share((3, 4), wait=False, late=True)
+            assert Share.of("", False) == Share((3, 4), wait=False, late=True)
             with pytest.raises(NothingLeft):
                 cli.app([stage, path, "--iteration", "0"], standalone_mode=False)
 
@@ -133,15 +120,15 @@ def test_ranks_are_workers_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also those of an array task; they wait for each other, and none of them fails for being late."""
     for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    assert cli.Share.of("", False) == cli.Share((1, 2), wait=True, late=False)
-    assert cli.Share.of("2/3", False) == cli.Share((5, 6), wait=True, late=False)
+    assert Share.of("", False) == Share((1, 2), wait=True, late=False)
+    assert Share.of("2/3", False) == Share((5, 6), wait=True, late=False)
 
 
 @pytest.mark.parametrize("what", ["rollout", "score"])
 def test_a_worker_waits_for_others_or_says_that_they_work(
     what: str, alone: Stage, policy: Policy, tiny_t2v2: Path, tmp_path: Path
 ) -> None:
-    run = small_run(tmp_path / "run", tiny_t2v2, "score.workers=1")
+    run = small_run(tmp_path / "run", tiny_t2v2)
     stage = run.iteration(0)
     if what == "score":
         rollout(run, stage, policy)
@@ -166,7 +153,7 @@ def test_a_worker_waits_for_others_or_says_that_they_work(
 
 
 def test_nobody_waits_for_rollouts_that_nobody_makes(policy: Policy, tiny_t2v2: Path, tmp_path: Path) -> None:
-    run = small_run(tmp_path / "run", tiny_t2v2, "workers.claim_seconds=1.0", "score.workers=1")
+    run = small_run(tmp_path / "run", tiny_t2v2, "workers.claim_seconds=1.0")
     stage = run.iteration(0)
     with claim(stage, 5, "rollout"):
         rollout(run, stage, policy)
@@ -178,12 +165,12 @@ def test_nobody_waits_for_rollouts_that_nobody_makes(policy: Policy, tiny_t2v2: 
 def test_a_stopped_worker_ends_with_75_and_leaves_no_claim(tiny_t2v2: Path, tmp_path: Path) -> None:
     run = small_run(tmp_path / "run", tiny_t2v2)
     stage = run.iteration(0)
-    worker = start("rollout", run.path, "--worker", "0/2")
-    until(lambda: claims.claims(stage))
-    worker.send_signal(signal.SIGTERM)
-    talk = finish(worker, 75)
-    assert "rushes: stopped by SIGTERM" in talk
-    assert claims.claims(stage) == []
+    worker = Fork(tmp_path / "worker", rushes("rollout", run.path, "--worker", "0/2"))
+    until(lambda: claims_of(stage))
+    worker.send(signal.SIGTERM)
+    assert worker.wait() == 75
+    assert "rushes: stopped by SIGTERM" in worker.said
+    assert claims_of(stage) == []
 
 
 @pytest.mark.parametrize("what", ["rollout", "score"])
@@ -191,10 +178,9 @@ def test_progress_is_that_of_the_stage(
     what: str, policy: Policy, tiny_t2v2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While the first worker has its first shard in hand, the second one does all the others."""
-    run = small_run(tmp_path / "run", tiny_t2v2, "score.workers=1")
+    run = small_run(tmp_path / "run", tiny_t2v2)
     stage = run.iteration(0)
-    monkeypatch.setattr("rollout.generate.LOOK_EVERY", 0.0)
-    monkeypatch.setattr("score.run.LOOK_EVERY", 0.0)
+    monkeypatch.setattr("shards.worker.LOOK_EVERY", 0.0)
     if what == "score":
         rollout(run, stage, policy)
     seen: list[tuple[int, int]] = []
@@ -219,7 +205,7 @@ def test_progress_is_that_of_the_stage(
 @pytest.mark.slow
 def test_ranks_make_what_one_process_makes(alone: Stage, tiny_t2v2: Path, tmp_path: Path) -> None:
     run = small_run(tmp_path / "run", tiny_t2v2)
-    talk = finish(start("loop", run.path, "--iterations", "1", ranks=2))
+    talk = finish(*ranks(tmp_path / "loop", *[rushes("loop", run.path, "--iterations", 1)] * 2))
     same(run.iteration(0), alone)
     assert run.iteration(0).trained()
     for result in ("videos sampled", "shards scored", "; policy "):
@@ -227,7 +213,7 @@ def test_ranks_make_what_one_process_makes(alone: Stage, tiny_t2v2: Path, tmp_pa
     assert "12/12 videos" in talk
     workers = {manifest(run.iteration(0), shard)["info"].get("worker") for shard in range(6)}
     assert workers <= {"0/2", "1/2"}
-    again = finish(start("eval", run.path, "--iteration", "0", ranks=2))
+    again = finish(*ranks(tmp_path / "eval", *[rushes("eval", run.path, "--iteration", 0)] * 2))
     rows = [line for line in again.splitlines() if line.split()[:1] in (["iteration"], ["0"])]
     assert len(rows) == 2
 
@@ -237,32 +223,27 @@ def manifest(stage: Stage, shard: int) -> dict[str, Any]:
     return files.read_json(stage.manifest_path(shard))
 
 
-def torchrun(*arguments: str | Path) -> str:
-    """Two ranks that must fail: what they said to the user."""
-    import subprocess
-
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
-    result = subprocess.run(
-        list(map(str, command)), cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, check=False, timeout=PATIENCE,
-    )  # fmt: skip
-    assert result.returncode == 1
-    return "\n".join(line for line in result.stderr.splitlines() if line.startswith("rushes: "))
+def refused(folder: Path, *runs: Path) -> str:
+    """A rank on each of these run directories, of which none may work: what they said to the user."""
+    started = ranks(folder, *[rushes("rollout", run) for run in runs])
+    assert {rank.wait() for rank in started} == {2}
+    return "\n".join(line for rank in started for line in rank.said.splitlines() if line.startswith("rushes: "))
 
 
 @pytest.mark.slow
-def test_ranks_that_do_not_mean_the_same_run_are_ended(tiny_t2v2: Path, tmp_path: Path) -> None:
-    script = tmp_path / "where.py"
-    script.write_text(WHERE)
+def test_ranks_that_do_not_mean_the_same_run_are_ended(
+    tiny_t2v2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one, other = small_run(tmp_path / "run", tiny_t2v2), Run(tmp_path / "copy")
     shutil.copytree(one.path, other.path)
-    said = torchrun(script, one.path, other.path)
+    monkeypatch.setattr("rollout.meet.PATIENCE", 1.0)
+    said = refused(tmp_path / "first", one.path, other.path)
     assert said == (
-        f"rushes: rank 1 of 2: {other.path} is not the directory that rank 0 sees under this name (hint: all ranks "
-        "need one run directory, on a file system that their machines share)"
+        f"rushes: rank 1 of 2: {other.path} is not the run directory that rank 0 has as {one.path} (hint: all ranks "
+        "need the same run directory, on a file system that all machines share)"
     )
     third = small_run(tmp_path / "third", tiny_t2v2, "rollout.eta=0.5")
-    said = torchrun(script, one.path, third.path)
+    said = refused(tmp_path / "second", one.path, third.path)
     assert said.startswith("rushes: rank 1 has another configuration than rank 0: ")
     assert len(said.splitlines()) == 1
     for run in (one, other, third):
@@ -276,7 +257,7 @@ def test_a_stage_of_another_version_is_refused(
     stage = run.iteration(0)
     with claim(stage, 3, "rollout"):
         rollout(run, stage, policy)
-    monkeypatch.setattr(claims, "our_version", lambda: "99.0")
+    monkeypatch.setattr("rollout.generate.our_version", lambda: "99.0")
     with pytest.raises(UserError, match=r"was begun by rushes .*, this is 99\.0"):
         rollout(run, stage, policy)
     assert stage.shards() == [0, 1, 2, 4, 5]
@@ -299,7 +280,7 @@ def test_a_full_quota_is_named_and_nothing_is_left(
         with pytest.raises(RunFailed, match="disk full"):
             rollout(run, stage, policy)
     assert not list(run.path.rglob(".tmp-*"))
-    assert claims.claims(stage) == []
+    assert claims_of(stage) == []
     assert stage.shards() == []
     with monkeypatch.context() as patch:
         patch.setattr(claims, "open_creating", no_room)
@@ -315,7 +296,7 @@ def no_room(*arguments: object) -> int:
 def test_ranks_that_share_the_tokens_of_a_video_make_the_same(alone: Stage, tiny_t2v2: Path, tmp_path: Path) -> None:
     """All of a loop: rollouts under Ulysses, then a training without it, with the same policy in memory."""
     run = small_run(tmp_path / "run", tiny_t2v2, "rollout.ulysses=2")
-    finish(start("loop", run.path, "--iterations", "1", ranks=2))
+    finish(*ranks(tmp_path / "loop", *[rushes("loop", run.path, "--iterations", 1)] * 2))
     for number in alone.shards():
         one, other = open_shard(run.iteration(0), number), open_shard(alone, number)
         assert one.keys == other.keys

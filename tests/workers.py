@@ -1,4 +1,4 @@
-"""Small runs, and workers on them as processes of their own: commands, and ranks of torchrun."""
+"""Small runs, what makes two of them the same, and ranks of torchrun on them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
+
+from shards import sidecar
 from shards.config import apply_sets, parse_config, read_preset
-from shards.run import Run
+from shards.run import Run, Stage
 from tests.tiny_models import TEXT_LENGTH
 
-ROOT = Path(__file__).parents[1]
 WORDS = ("FILM", "CAT", "DOG", "SUN", "REEL", "CUT")
 
 
@@ -24,22 +26,34 @@ def small_run(path: Path, model: Path, *sets: str) -> Run:
         f"eval.prompts={prompts}", "rollout.prompts_per_iteration=6", "rollout.group_size=2", "rollout.batch_size=1",
         "rollout.steps=4", "rollout.height=16", "rollout.width=16", "rollout.groups_per_shard=1",
         "rollout.high_steps=1", "rollout.low_steps=1", "rollout.first_step=0", "eval.steps=3", "eval.limit=4",
-        "score.rewards={contrast=1.0}", "score.min_spread=0.0", "score.workers=2", "train.objective=grpo",
-        "train.lora_rank=2", "train.updates_per_rollout=1",
+        "score.rewards={contrast=1.0}", "score.min_spread=0.0", "score.workers=1", "rollout.workers=1",
+        "train.objective=grpo", "train.lora_rank=2", "train.updates_per_rollout=1",
     ]  # fmt: skip
     return Run.create(path, parse_config(apply_sets(read_preset("words"), [*settings, *sets]), "preset words"))
 
 
-def start(*arguments: str | Path, ranks: int = 0, **environment: str) -> subprocess.Popen[str]:
-    """Start the command line in a process of its own, or in `ranks` processes under torchrun."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
-    command = [sys.executable, *torchrun, str(ROOT / "cli.py"), *map(str, arguments)]
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.Popen(command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def same_tables(one: Stage, other: Stage) -> None:
+    """Fails unless both have the same scores and advantages, bit for bit."""
+    assert sidecar.scorers(one) == sidecar.scorers(other)
+    for scorer in sidecar.scorers(one):
+        frames = [sidecar.read_scores(stage, scorer) for stage in (one, other)]
+        pd.testing.assert_frame_equal(*frames, check_exact=True)
+    assert sidecar.specifications(one) == sidecar.specifications(other)
+    for name in sidecar.specifications(one):
+        frames = [sidecar.read_advantages(stage, name) for stage in (one, other)]
+        pd.testing.assert_frame_equal(*frames, check_exact=True)
 
 
-def finish(process: subprocess.Popen[str], *codes: int) -> str:
-    """Wait for it and return what it said; fails unless its exit code is one of `codes` (0 when none is given)."""
-    out, talk = process.communicate(timeout=400)
-    assert process.returncode in (codes or (0,)), talk
-    return out + talk
+def torchrun(ranks: int, *arguments: object) -> str:
+    """The command line in ranks of torchrun, as the documentation starts it; what all of them said.
+
+    Fails unless it ends well.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    rushes = str(Path(sys.executable).with_name("rushes"))
+    result = subprocess.run(
+        [*command, "--no-python", rushes, *map(str, arguments)], env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False, timeout=1200,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout + result.stderr
