@@ -143,7 +143,7 @@ def train(
     run: RunPath,
     iteration: Iteration = None,
     advantage: Annotated[
-        str, typer.Option(metavar="SPEC8", help="advantages to train on, when several specifications were computed")
+        str, typer.Option(metavar="SPEC8", help="a folder in iter-*/advantage, when there are several")
     ] = "",
     sets: Sets = [],  # noqa: B006
 ) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rollout.policy import Policy
 from rollout.policy_folder import Layout, find_folder, read_layout
 from rollout.policy_inputs import find_device, open_image
-from rollout.prompts import Prompt, load_prompts, prompts_of_iteration, words_folder
+from rollout.prompts import Prompt, load_prompts, prompts_of_iteration, split, words_folder
 from rollout.schedule import Plan, make_plan
 from rollout.window import choose_window
 from shards.errors import RunFailed, UserError
@@ -17,7 +17,7 @@ from shards.files import publish_new, read_json, to_json
 from shards.run import SCHEMA, Run, Stage, group_key
 
 if TYPE_CHECKING:
-    from shards.config import RolloutConfig
+    from shards.config import RolloutConfig, RunConfig
 
 
 def policy_source(run: Run, stage: Stage) -> Path | None:
@@ -146,13 +146,31 @@ def _prompts(run: Run, stage: Stage) -> list[Prompt]:
     """The prompts of the stage: a share of a seeded pass, or the head of the evaluation prompts."""
     config = run.config
     need_target = any(name.split(".")[0] == "ocr" for name in config.score.rewards)
+    holdout = config.eval.holdout
     if stage.kind == "eval":
         embedded = words_folder() / "prompts" / "eval.txt"
         path = embedded if config.eval.prompts == "words" else Path(config.eval.prompts)
-        return load_prompts(path, need_target)[: config.eval.limit]
+        every = _split(config, need_target)[1] if holdout else load_prompts(path, need_target)
+        return every[: config.eval.limit]
     rollout = config.rollout
-    every = load_prompts(rollout.prompts, need_target)
+    every = _split(config, need_target)[0] if holdout else load_prompts(rollout.prompts, need_target)
     return prompts_of_iteration(every, rollout.prompts_per_iteration, rollout.seed, stage.iteration)
+
+
+def _split(config: RunConfig, need_target: bool) -> tuple[list[Prompt], list[Prompt]]:
+    """What is trained on and what is evaluated of the one prompts file."""
+    share, names = config.eval.holdout, (config.rollout.prompts, config.eval.prompts)
+    if names[0] != names[1] or names[0] == "words":
+        raise UserError(
+            f"eval.holdout = {share:g}, but rollout.prompts is {names[0]} and eval.prompts {names[1]}",
+            "it divides one file: give both that file, or leave eval.holdout at 0",
+        )
+    prompts = load_prompts(names[0], need_target)
+    train, test = split(prompts, share)
+    if not train or not test:
+        side = "evaluation" if train else "training"
+        raise UserError(f"eval.holdout = {share:g} leaves no prompt of {len(prompts)} for {side}", "change that share")
+    return train, test
 
 
 def _check_images(prompts: Sequence[Prompt], layout: Layout, height: int, width: int) -> None:

@@ -91,6 +91,21 @@ def prompts_of_iteration(prompts: Sequence[Prompt], count: int, seed: int, itera
     return taken
 
 
+def split(prompts: Sequence[Prompt], holdout: float) -> tuple[list[Prompt], list[Prompt]]:
+    """Prompts to train on, and about `holdout` (0 to 1) of them to evaluate on, each in their order.
+
+    The hash of its text decides for each prompt: equal texts come to one side, and prompts that are added later move
+    none of the others.
+    """
+    kept = [
+        int.from_bytes(hashlib.sha256(f"rushes holdout {prompt.text}".encode()).digest()[:8]) < holdout * 2**64
+        for prompt in prompts
+    ]
+    sides = ([prompt for prompt, held in zip(prompts, kept, strict=True) if held == side] for side in (False, True))
+    train, test = sides
+    return train, test
+
+
 def quoted_text(text: str) -> str:
     """All spans between quotation marks (" “ ” „ « » ＂), joined by a space; "" when there is none.
 

@@ -179,6 +179,9 @@ class EvalConfig(Section):
     """[eval]: fixed prompts and seeds, a deterministic sampler."""
 
     prompts: str = Field("words", description="prompts file, also at a URL, or `words`: the embedded model's held-out")
+    holdout: float = Field(
+        0.0, ge=0, lt=1, description="share of a file's prompts that is only evaluated; both prompts files are then one"
+    )
     limit: int = Field(64, ge=1, description="prompts taken from the head of the file")
     videos_per_prompt: int = Field(1, ge=1, le=1000, description="seeds of each prompt")
     seed: int = Field(12345, ge=0, lt=2**63, description="seed of the evaluation noise, the same for every policy")

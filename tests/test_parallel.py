@@ -272,6 +272,6 @@ def test_ranks_share_the_log_probs_they_recompute(on_two: Found) -> None:
 def test_rushes_train_under_torchrun_speaks_once(ground: Run, tmp_path: Path) -> None:
     run = training.fork(ground, tmp_path / "run", updates_per_rollout=1)
     talk = workers.torchrun(2, "train", run.path)
-    assert len(re.findall(r"^iter-0000 train: 1 updates of high_noise", talk, re.M)) == 1
+    assert len(re.findall(r"^iter-0000 train: 1 update of high_noise", talk, re.M)) == 1
     assert "UserWarning" not in talk
     assert run.iteration(0).trained()

@@ -11,8 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rollout.prompts import Prompt, load_prompts, prompts_of_iteration, quoted_text
+from rollout import planning
+from rollout.prompts import Prompt, load_prompts, prompts_of_iteration, quoted_text, split
+from shards.config import apply_sets, parse_config, read_preset
 from shards.errors import UserError
+from shards.run import Run
 
 
 def write(folder: Path, name: str, content: str | bytes) -> Path:
@@ -145,3 +148,43 @@ def test_the_order_depends_on_seed_and_pass() -> None:
     assert [p.id for p in prompts_of_iteration(prompts, 3, 0, 0)] == [
         p.id for p in prompts_of_iteration(prompts, 3, 0, 0)
     ]
+
+
+@given(st.lists(st.text(max_size=5), max_size=20), st.floats(0, 1), st.floats(0, 1))
+def test_a_split_is_a_matter_of_the_text_alone(texts: list[str], one: float, other: float) -> None:
+    prompts = [Prompt(number, text) for number, text in enumerate(texts)]
+    train, test = split(prompts, one)
+    assert sorted([*train, *test], key=lambda prompt: prompt.id) == prompts
+    assert not {prompt.text for prompt in train} & {prompt.text for prompt in test}
+    assert split(prompts[1:], one)[1] == [prompt for prompt in test if prompt.id]
+    fewer, more = sorted((one, other))
+    assert set(split(prompts, fewer)[1]) <= set(split(prompts, more)[1])
+
+
+def test_about_the_share_is_held_out() -> None:
+    assert 170 < len(split([Prompt(number, f"prompt {number}") for number in range(1000)], 0.2)[1]) < 230
+
+
+def test_one_prompts_file_is_divided(tmp_path: Path) -> None:
+    names = [
+        str(write(tmp_path, name, "".join(f'"{word}"\n' for word in "abcdefghijkl"))) for name in ("p.txt", "q.txt")
+    ]
+
+    def prompts(evaluation: str, holdout: float) -> tuple[set[int], set[int]]:
+        sets = [f"rollout.prompts={names[0]}", f"eval.prompts={evaluation}", f"eval.holdout={holdout}"]
+        config = parse_config(apply_sets(read_preset("words"), [*sets, "rollout.prompts_per_iteration=1"]), "here")
+        run = Run.create(tmp_path / f"run-{len(list(tmp_path.iterdir()))}", config)
+        sides = [run.evaluation(0), *map(run.iteration, range(12))]
+        tested, *trained = ({prompt.id for prompt in planning._prompts(run, stage)} for stage in sides)
+        return set().union(*trained), tested
+
+    trained, tested = prompts(names[0], 0.3)
+    assert trained | tested == set(range(12))
+    assert tested
+    assert not trained & tested
+    with pytest.raises(
+        UserError, match=r"^eval.holdout = 0.3, but rollout.prompts is .*p.txt and eval.prompts .*q.txt"
+    ):
+        prompts(names[1], 0.3)
+    with pytest.raises(UserError, match=r"^eval.holdout = 1e-06 leaves no prompt of 12 for evaluation"):
+        prompts(names[0], 1e-6)

@@ -72,6 +72,8 @@ class TrainReport:
     """Of the policy that is there now."""
     updates: dict[str, int] = field(default_factory=dict)
     """Optimizer steps of each expert in this iteration."""
+    advantages: str = ""
+    """Name of the advantages it was trained on: a folder in iter-*/advantage."""
     replay: float | None = None
     """Largest |log-ratio| of the replay gate; None when it did not run."""
     warnings: list[str] = field(default_factory=list)
@@ -82,9 +84,10 @@ class TrainReport:
         if self.skipped:
             return f"nothing to do: policy {self.fingerprint[:12]} is there"
         proof = "" if self.replay is None else f", largest |log-ratio| of the replay {self.replay:.3g}"
-        steps = ", ".join(f"{count} updates of {name}" for name, count in self.updates.items())
+        steps = ", ".join(f"{count} update{'s' * (count != 1)} of {name}" for name, count in self.updates.items())
         words = "".join(f"\n  note: {sentence}" for sentence in self.warnings)
-        return f"{steps}{proof}; policy {self.fingerprint[:12]}; {self.seconds:.1f} s{words}"
+        done = f"{steps} on advantages {self.advantages}{proof}"
+        return f"{done}; policy {self.fingerprint[:12]}; {self.seconds:.1f} s{words}"
 
 
 def train(
@@ -161,6 +164,7 @@ def _train(
         skipped=False,
         fingerprint=fingerprint,
         updates={EXPERT_NAMES[expert]: updates[EXPERT_NAMES[expert]] for expert in policy.expert_ids},
+        advantages=inputs.specification,
         replay=replayed.largest if replayed else None,
         warnings=notes(run, inputs, records, unmoved, lag) if world.is_first else [],
         seconds=time.monotonic() - started,
