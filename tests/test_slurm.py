@@ -23,9 +23,9 @@ ROOT = Path(__file__).parents[1]
 SLURM = ROOT / "examples" / "slurm"
 WEIGHTS = "pytorch_lora_weights.safetensors"
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
-PATIENCE = 900.0  # seconds; a loaded machine starts Python slowly
+PATIENCE = 400.0  # seconds; a loaded machine starts Python slowly
 
-pytestmark = [pytest.mark.long, pytest.mark.skipif(bool(why_not()), reason=why_not())]
+pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
 
 
 @pytest.fixture(scope="module")
