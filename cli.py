@@ -90,9 +90,8 @@ def init(
     from shards.run import Run
 
     values = apply_sets(read_preset(preset), sets)
-    again = Run(run).config_path.exists()
     created = Run.create(run, parse_config(values, f"preset {preset}"))
-    done = "is there already, with the same values" if again else f"written from preset {preset}"
+    done = f"written from preset {preset}" if created.is_new else "is there already, with the same values"
     say(f"{created.config_path}: {done}; read it, change what you like")
     say(f"next: rushes loop {run} --iterations 10")
 
@@ -276,7 +275,7 @@ def inspect(
     if frames:
         raise UserError("--frames needs the KEY of a sample", "`rushes inspect RUN --columns key` lists the keys")
     found = query.of_kind(table.samples(path, iteration), evaluation)
-    query.emit(query.select(found, where, sort, columns, group_by), format, out, sys.stdout)
+    query.emit(query.select(found, where, sort, columns, group_by), format, out, sys.stdout, fit=not columns)
 
 
 @app.command(
@@ -300,7 +299,7 @@ def status(
     while True:
         found = look(opened, iteration, quick)
         print(json.dumps(found.as_dict()) if as_json else render(found), flush=True)
-        if not watch > 0:  # nor a NaN
+        if not 0 < watch < 1e6:  # nor a NaN
             return
         time.sleep(watch)
 
@@ -558,7 +557,8 @@ def main() -> None:
 
         failed = None if debug else out_of_room(error)
         if not debug and failed is None and isinstance(error, OSError) and error.filename:
-            failed = RunFailed(f"{error.filename}: {error.strerror}", "look at its permissions; --debug says where")
+            hint = "look at its permissions" if isinstance(error, PermissionError) else "--debug says where"
+            failed = RunFailed(f"{error.filename}: {error.strerror}", hint)
         if failed is None:
             raise
         tell(failed)

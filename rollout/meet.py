@@ -37,12 +37,13 @@ def meet(run: Run, device: torch.device | None = None) -> World:
     ranks, settings = World.joined(), ""
     with ranks.together():
         settings = settings_text(run.config)
+        device = device or find_device(run.config.model.device)
     if ranks.size > 1 and not all(ranks.gather((run.path, settings) in _met)):
         ranks.agree("software", "\n".join(f"{name} {version_of(name) or 'of a checkout'}" for name in SOFTWARE))
         ranks.agree("configuration", settings)
         _agree_on_directory(run.path, ranks)
         _met.add((run.path, settings))
-    return World.of(run.config, device or find_device(run.config.model.device))
+    return World.of(run.config, device)
 
 
 def settings_text(config: RunConfig) -> str:

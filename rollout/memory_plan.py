@@ -45,8 +45,9 @@ def plan_memory(run: Run, ranks: int = 0) -> list[Need]:
     ranks that cannot be divided as run.toml says.
     """
     model, world = read_model(run.config), _world(run, ranks)
-    if world.ulysses > 1:
-        check_ulysses(meta_expert(model.transformer, 1), model.shape, world)
+    _check_tokens(model, world, "train.ulysses")
+    degree = run.config.rollout.ulysses
+    _check_tokens(model, World(0, degree, degree), "rollout.ulysses")
     needs = [_encode(model), _rollout(model), _decode(model)]
     return needs + [_train(model, full, saving, world) for full in (False, True) for saving in (True, False)]
 
@@ -68,6 +69,8 @@ def render(run: Run, needs: list[Need], ranks: int = 0) -> str:
     else:
         lines.append(f"For the first of {world.size} ranks; a machine holds all of its own. Training has")
         lines.append(f"{_shards(world)} shards of the weights, and the ranks on one video are {world.ulysses}.")
+    if (degree := run.config.rollout.ulysses) > 1:
+        lines.append(f"Rollout is that of one of the {degree} ranks that make a video together.")
     lines.append("Counted on the meta device, one expert on the device. Not in it: CUDA itself (about 0.5 to 1 GiB),")
     lines.append("scratch space inside kernels, what ranks send each other, fragmentation.")
     return "\n".join(lines)
@@ -81,6 +84,12 @@ def _world(run: Run, ranks: int) -> World:
         raise UserError(f"--ranks {ranks}: no number of ranks", "for example --ranks 8")
     check_degrees(size, train.ulysses, train.replicate)
     return World(0, size, train.ulysses, train.replicate)
+
+
+def _check_tokens(model: Model, world: World, setting: str) -> None:
+    """UserError when the ranks cannot share the tokens of a video."""
+    if world.ulysses > 1:
+        check_ulysses(meta_expert(model.transformer, 1), model.shape, world, setting)
 
 
 def _shards(world: World) -> int:

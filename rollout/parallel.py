@@ -155,7 +155,7 @@ class World:
         raise self.one_voice(kind(problem, hint)) from mine
 
     def one_voice(self, error: UserError) -> UserError:
-        """An error that all ranks raise at the same place; all but rank 0 end quietly."""
+        """An error that all ranks raise at the same place, after they have met there; all but rank 0 end quietly."""
         error.told = self.rank != 0
         self.part()
         return error

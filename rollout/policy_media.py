@@ -61,7 +61,7 @@ class Media(Places):
 
     def check_decoder(self) -> None:
         """Load the VAE into host memory now. UserError when it is damaged, which else were told after the sampling."""
-        assert self._vae is not None
+        _ = self._vae
 
     def latent_shape(self, height: int, width: int, frames: int) -> tuple[int, int, int, int]:
         """(C, F, H, W) of the latents of a video of that size in pixels and frames."""

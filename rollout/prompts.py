@@ -97,13 +97,12 @@ def split(prompts: Sequence[Prompt], holdout: float) -> tuple[list[Prompt], list
     The hash of its text decides for each prompt: equal texts come to one side, and prompts that are added later move
     none of the others.
     """
-    kept = [
-        int.from_bytes(hashlib.sha256(f"rushes holdout {prompt.text}".encode()).digest()[:8]) < holdout * 2**64
-        for prompt in prompts
-    ]
-    sides = ([prompt for prompt, held in zip(prompts, kept, strict=True) if held == side] for side in (False, True))
-    train, test = sides
-    return train, test
+
+    def held(prompt: Prompt) -> bool:
+        number = hashlib.sha256(f"rushes holdout {prompt.text}".encode()).digest()[:8]
+        return int.from_bytes(number) < holdout * 2**64
+
+    return [prompt for prompt in prompts if not held(prompt)], [prompt for prompt in prompts if held(prompt)]
 
 
 def quoted_text(text: str) -> str:

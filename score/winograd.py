@@ -60,22 +60,22 @@ class Plane:
         """A copy of maps [B, C, H, W]."""
         batch, channels, height, width = maps.shape
         buffer = cls.empty(batch, height, width, channels)
-        buffer[:, 1 : height + 1, 1 : width + 1] = maps.permute(0, 2, 3, 1)
+        cls.inner(buffer, height, width).copy_(maps.permute(0, 2, 3, 1))
         return cls(buffer, height, width)
 
     def pooled(self) -> Plane:
         """The maximum of each 2×2 pixels; height and width must be even."""
-        inner = self.buffer[:, 1 : self.height + 1, 1 : self.width + 1]
+        inner = Plane.inner(self.buffer, self.height, self.width)
         rows = torch.maximum(inner[:, ::2], inner[:, 1::2])
         size = (self.height // 2, self.width // 2)
         buffer = Plane.empty(len(inner), *size, inner.shape[3])
-        torch.maximum(rows[:, :, ::2], rows[:, :, 1::2], out=buffer[:, 1 : size[0] + 1, 1 : size[1] + 1])
+        torch.maximum(rows[:, :, ::2], rows[:, :, 1::2], out=Plane.inner(buffer, *size))
         return Plane(buffer, *size)
 
     @property
     def maps(self) -> Tensor:
         """[B, C, H, W], a view."""
-        return self.buffer[:, 1 : self.height + 1, 1 : self.width + 1].permute(0, 3, 1, 2)
+        return Plane.inner(self.buffer, self.height, self.width).permute(0, 3, 1, 2)
 
 
 class Winograd(nn.Module):

@@ -87,7 +87,9 @@ def look(path: Path) -> bool:
     entry = store.head(url) if url else None
     if url is None or entry is None:
         return False
-    fetch_object(url, path, entry, Memos(path.parent))
+    memos = Memos(path.parent)
+    fetch_object(url, path, entry, memos)
+    memos.write()
     return True
 
 
@@ -192,7 +194,9 @@ def publish_new(temporary: Path, path: Path) -> bool:
         raise RunFailed(
             f"{url}: was there and is gone", "is somebody deleting this run? else run the same command again"
         )
-    fetch_object(url, path, entry, Memos(path.parent))
+    memos = Memos(path.parent)
+    fetch_object(url, path, entry, memos)
+    memos.write()
     # the same bytes: the store took ours, and only its answer was lost
     return size_of(path) == size_of(temporary) and store.md5(path) == store.md5(temporary)
 

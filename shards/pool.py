@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 
@@ -21,16 +22,26 @@ class Pool:
         atexit.register(self.discard)
 
     def of(self, count: int, *arguments: Any) -> ProcessPoolExecutor:
-        """That many processes, those of the last call where there was one; new ones get `begin(*arguments)`."""
+        """That many processes, those of the last call where all of them live; new ones get `begin(*arguments)`."""
+        if count in self.executors and not all(one.is_alive() for one in _processes(self.executors[count])):
+            self.discard()
         if count not in self.executors:
             context = multiprocessing.get_context("spawn")
             self.executors[count] = ProcessPoolExecutor(count, context, _start, (self.begin, *arguments))
         return self.executors[count]
 
     def discard(self) -> None:
-        """Stop all processes; the next call of `of` starts new ones."""
+        """Stop all processes, whatever they do; the next call of `of` starts new ones."""
         while self.executors:
-            self.executors.popitem()[1].shutdown(wait=False, cancel_futures=True)
+            executor = self.executors.popitem()[1]
+            for one in _processes(executor):  # `shutdown` lets them finish, and Python would wait for that at its end
+                one.terminate()
+            executor.shutdown(wait=False, cancel_futures=True)
+
+
+def _processes(executor: ProcessPoolExecutor) -> list[BaseProcess]:
+    """Those that it has started; none when it is broken."""
+    return list((executor._processes or {}).values())
 
 
 def _start(begin: Callable[..., None], *arguments: Any) -> None:

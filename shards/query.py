@@ -62,13 +62,15 @@ def select(
     return (frame[chosen] if chosen else frame).reset_index(drop=True)
 
 
-def emit(frame: pandas.DataFrame, format: str, out: Path | None, stdout: TextIO) -> None:
-    """Write the table to `out`, whole or not at all, or else to `stdout`. Raises UserError for an unknown format."""
+def emit(frame: pandas.DataFrame, format: str, out: Path | None, stdout: TextIO, *, fit: bool = True) -> None:
+    """Write the table to `out`, whole or not at all, or else to `stdout`; with `fit`, a terminal gets the columns that
+    it can show side by side. Raises UserError for an unknown format.
+    """
     if format not in FORMATS:
         raise UserError(f"--format {format}: no such format", _nearest(format, FORMATS))
     if format == "parquet" and out is None:
         raise UserError("--format parquet needs a file", "add --out samples.parquet")
-    if format == "table" and out is None and stdout.isatty():
+    if fit and format == "table" and out is None and stdout.isatty() and not frame.empty:
         frame, hidden = fitting(frame, shutil.get_terminal_size().columns)
         if hidden:
             print(f"not shown (--columns chooses, --format csv has all): {', '.join(hidden)}", file=sys.stderr)

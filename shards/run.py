@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from shards import mirror
 from shards.errors import UserError
 from shards.files import publish_new, read_json, sha256_file, to_json
-from shards.urls import shown, working_copy
+from shards.urls import shown, url_of, working_copy
 
 if TYPE_CHECKING:
     from shards.config import RunConfig
@@ -48,6 +48,7 @@ class Run:
     def __init__(self, path: str | Path, sets: Sequence[str] = ()) -> None:
         self.path = working_copy(path)
         self.sets = tuple(sets)
+        self.is_new = False  # whether `create` wrote its run.toml
 
     @classmethod
     def open(cls, path: str | Path, sets: Sequence[str] = ()) -> Run:
@@ -72,8 +73,10 @@ class Run:
         run = cls(path)
         if run.path.is_file():
             raise UserError(f"{run.path} is a file", "choose another folder")
-        mirror.pull(run.path)  # else a run that was deleted in the store would still be there for us
-        if not publish_new(run.config_path, dump_config(config).encode()) and run.config != config:
+        if url_of(run.path):
+            mirror.agree(run.config_path)  # else a run that was deleted in the store would still be there for us
+        run.is_new = publish_new(run.config_path, dump_config(config).encode())
+        if not run.is_new and run.config != config:
             raise UserError(f"{run.config_path} exists already", "choose another folder, or edit that file")
         return run
 

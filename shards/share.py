@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from shards.errors import NothingLeft, UserError
 from shards.world import rank, world_size
 
+ARRAY = {"MIN": "0", "STEP": "1", "COUNT": "1"}  # of SLURM's variables, and what stands for one that is not set
+
 
 @dataclass(frozen=True)
 class Share:
@@ -44,8 +46,9 @@ ALL = Share((0, 1), wait=False, late=False)
 def _worker(text: str) -> tuple[int, int]:
     """The part of the work to take: --worker, else the array task of SLURM, else all of it."""
     if not text and "SLURM_ARRAY_TASK_ID" in os.environ:
-        first = int(os.environ.get("SLURM_ARRAY_TASK_MIN", "0"))
-        text = f"{int(os.environ['SLURM_ARRAY_TASK_ID']) - first}/{os.environ.get('SLURM_ARRAY_TASK_COUNT', '1')}"
+        first, step, count = (int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", value)) for name, value in ARRAY.items())
+        # the numbers of an array may have gaps: where two tasks come to one part, claims keep them apart
+        text = f"{(int(os.environ['SLURM_ARRAY_TASK_ID']) - first) // max(1, step) % count}/{count}"
     try:
         part, count = (int(piece) for piece in (text or "0/1").split("/"))
     except ValueError:

@@ -79,7 +79,6 @@ class LocalTar:
 
     def close(self) -> None:
         """As Source."""
-        self.closed = True
         _files.forget(self)
 
 
@@ -101,9 +100,9 @@ class _Files:
 
     def of(self, tar: LocalTar) -> _File:
         """The open file of a tar, to be held as long as it is read. Raises Damaged as open_tar does."""
-        if tar.closed:
-            raise ValueError(f"{tar.path} was closed")
         with self.guard:
+            if tar.closed:
+                raise ValueError(f"{tar.path} was closed")
             file = self.files.pop(tar, None) or _File(tar.open())
             self.files[tar] = file
             while len(self.files) > OPEN:
@@ -113,10 +112,16 @@ class _Files:
     def forget(self, tar: LocalTar) -> None:
         """Close the file of a tar when its readers are done."""
         with self.guard:
+            tar.closed = True
             self.files.pop(tar, None)
+
+    def renew_guard(self) -> None:
+        """In a forked process nobody would ever free what another thread held."""
+        self.guard = threading.RLock()
 
 
 _files = _Files()
+os.register_at_fork(after_in_child=_files.renew_guard)
 
 
 class RemoteTar:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# tests/forks.py forks this process, which neither threads of OpenMP nor those of a CUDA device would survive
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 
@@ -26,6 +30,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the longest modules first, the others after them as they come."""
     place = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+
+
+@pytest.fixture(autouse=True)
+def no_fork_outlives_its_test() -> Iterator[None]:
+    """End the processes that a failed test has left behind."""
+    yield
+    if "tests.forks" in sys.modules:
+        sys.modules["tests.forks"].end_all()
 
 
 def _tiny(layout: str, factory: pytest.TempPathFactory) -> Path:

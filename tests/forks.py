@@ -25,6 +25,7 @@ PATIENCE = 900.0  # seconds after which a child hangs; less than the half hour t
 POOLS = (helpers, processes)
 Work = Callable[[], object]
 _inherited: list[Any] = []
+_living: list[Fork] = []
 
 
 class Fork:
@@ -39,6 +40,7 @@ class Fork:
         self.pid = os.fork()
         if not self.pid:
             _be_child(folder, work, environment)
+        _living.append(self)
 
     @property
     def out(self) -> str:
@@ -61,12 +63,25 @@ class Fork:
             ended, status = os.waitpid(self.pid, os.WNOHANG)
             if ended:
                 self.code = os.waitstatus_to_exitcode(status)
+                _living.remove(self)
             elif time.monotonic() > deadline:
-                self.send(signal.SIGKILL)
+                self.end()
                 raise AssertionError(f"{self.folder} does not end: {self.said}")
             else:
                 time.sleep(0.005)
         return self.code
+
+    def end(self) -> None:
+        """Kill it."""
+        self.send(signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        _living.remove(self)
+
+
+def end_all() -> None:
+    """Kill every child that nobody waited for."""
+    while _living:
+        _living[-1].end()
 
 
 def ranks(folder: Path, *work: Work) -> list[Fork]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import time
 from collections.abc import Iterator
@@ -78,8 +77,9 @@ def test_two_processes_sample_what_one_samples(
 
 def kill_helpers() -> None:
     """As a machine that is out of memory does."""
-    for child in multiprocessing.active_children():
-        child.kill()
+    for executor in crew.helpers.executors.values():
+        for child in list(executor._processes.values()):
+            child.kill()
 
 
 def test_helpers_that_die_leave_no_hole(tiny_t2v2: Path, tmp_path: Path) -> None:

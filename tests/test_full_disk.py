@@ -19,8 +19,6 @@ from tests.workers import small_run
 
 PLENTY = 10**6
 
-pytestmark = pytest.mark.long
-
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:

@@ -304,6 +304,9 @@ def test_ranks_share_weights_and_their_states(tmp_path: Path) -> None:
     (["train.ulysses=16"], 0,
      "train.ulysses = 16: does not divide the 40 heads and 6240 tokens of this model and video size",
      "1, 2, 4, 8 would do with 16 ranks"),
+    (["rollout.ulysses=3"], 0,
+     "rollout.ulysses = 3: does not divide the 40 heads and 6240 tokens of this model and video size",
+     "1 would do with 3 ranks"),
 ])  # fmt: skip
 def test_ranks_that_cannot_be(sets: list[str], ranks: int, problem: str, hint: str, tmp_path: Path) -> None:
     run = config_run(tmp_path / "run", "wan22-a14b", write_configs(tmp_path / "model", "A14B", boundary_ratio=0.875))

@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from shards.pool import Pool
@@ -31,6 +33,11 @@ def parent() -> None:
         print(pool.of(1, "").submit(os.getpid).result(), flush=True)
 
 
+def only(pool: Pool) -> list[BaseProcess]:
+    """The processes of its executors."""
+    return [process for executor in pool.executors.values() for process in executor._processes.values()]
+
+
 def test_a_process_begins_once_and_is_kept_until_it_is_discarded() -> None:
     pool = Pool(begin)
     first = pool.of(1, "one").submit(begun).result()
@@ -40,6 +47,23 @@ def test_a_process_begins_once_and_is_kept_until_it_is_discarded() -> None:
     pool.discard()
     assert (first[1], second[1]) == ("one", "two")
     assert first[0] != second[0]
+
+
+def test_a_process_that_is_at_work_or_dead_is_no_obstacle() -> None:
+    pool = Pool(begin)
+    first = pool.of(1, "").submit(os.getpid).result()
+    (process,) = only(pool)
+    pool.of(1, "").submit(time.sleep, 1e6)
+    pool.discard()
+    process.join(PATIENCE)
+    assert process.exitcode == -signal.SIGTERM
+    second = pool.of(1, "").submit(os.getpid).result()
+    (process,) = only(pool)
+    process.kill()
+    process.join(PATIENCE)
+    third = pool.of(1, "").submit(os.getpid).result()
+    pool.discard()
+    assert len({first, second, third}) == 3
 
 
 def test_the_parent_ends_it_and_no_signal_but_its_own() -> None:

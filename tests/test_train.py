@@ -332,11 +332,12 @@ def test_the_next_unit_and_no_other_is_read_in_the_meantime(rolled: Run) -> None
         seen.append((unit, threading.current_thread() is threading.main_thread()))
         return read_step(rollouts, unit)
 
-    units = rollouts.units()[:5]
+    units, deadline = rollouts.units()[:5], time.monotonic() + 60
     with contextlib.closing(Ahead(read)) as ahead:
         for unit, following in itertools.pairwise(units):
             assert torch.equal(ahead.take(unit, following).latents, read_step(rollouts, unit).latents)
             while len(seen) < 1 + units.index(following):
+                assert time.monotonic() < deadline, "nothing is read ahead"
                 time.sleep(0.001)  # it comes without being asked for
         assert seen == [(unit, number == 0) for number, unit in enumerate(units)]
         assert ahead.take(units[0]).unit == units[0]  # another one than was announced

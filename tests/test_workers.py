@@ -116,6 +116,20 @@ def test_a_late_worker_says_so(
                 cli.app([stage, path, "--iteration", "0"], standalone_mode=False)
 
 
+@pytest.mark.parametrize(
+    ("tasks", "step", "parts"), [((3, 7), 4, [0, 1]), ((0, 2, 4), 2, [0, 1, 2]), ((1, 2, 9), 1, [0, 1, 2])]
+)
+def test_an_array_may_have_gaps(
+    tasks: tuple[int, ...], step: int, parts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_ARRAY_TASK_MIN", str(tasks[0]))
+    monkeypatch.setenv("SLURM_ARRAY_TASK_STEP", str(step))
+    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", str(len(tasks)))
+    for task, part in zip(tasks, parts, strict=True):
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(task))
+        assert Share.of("", False).part == (part, len(tasks))
+
+
 def test_ranks_are_workers_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also those of an array task; they wait for each other, and none of them fails for being late."""
     for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():

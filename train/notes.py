@@ -32,6 +32,9 @@ def notes(
     for expert, names in unmoved.items():
         mine = [record for record in records if record["expert"] == EXPERT_NAMES[expert]]
         sentences += [f"{EXPERT_NAMES[expert]}: {text}" for text in guard_unmoved(mine, names)]
+    if settings.ratio_norm and settings.clip_range > 1e-5:
+        small = "clips nothing of the small ratios of ratio_norm; GRPO-Guard has 2e-6 to 4e-6"
+        sentences.append(f"clip_range {settings.clip_range:g} {small}")
     sentences += guard_history(run, rollouts.stage.iteration, records)
     on_policy = settings.clip_range / 10 if lag == 0 and settings.objective == "grpo" else float("inf")
     clips = settings.objective == "grpo"
