@@ -188,7 +188,7 @@ def section(arguments: list[str], rows: str, again: tuple[float, float] | None, 
     ]
     if again:
         lines += [
-            f"`rushes score --advantages-only` with other weights for {samples:,} samples in one iteration: "
+            f"`rushes score RUN --advantages-only` with other weights for {samples:,} samples in one iteration: "
             f"{again[0]:.1f} s by the clock, {again[1]:.1f} s of the processor, the start of Python included.",
             "",
         ]
