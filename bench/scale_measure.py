@@ -86,7 +86,7 @@ def make_run(path: Path, size: Size, objective: str) -> Run:
     sets = {
         "rollout.prompts_per_iteration": size.prompts, "rollout.group_size": size.group,
         "rollout.batch_size": size.group, "rollout.groups_per_shard": 1,
-        "rollout.high_steps": size.high, "rollout.low_steps": size.low,
+        "rollout.high_steps": size.high, "rollout.low_steps": size.low, "rollout.workers": 1,  # no helper unseen
         "train.objective": f'"{objective}"', "train.updates_per_rollout": size.updates,
     }  # fmt: skip
     values = apply_sets(read_preset("words"), [f"{name}={value}" for name, value in sets.items()])
