@@ -57,12 +57,9 @@ def rollout(
 
 def _hand_out(run: Run, stage: Stage, parts: list[Part]) -> list[Future[int]]:
     """Give each helper its part. When one has ended since the last stage, new ones take the place of all."""
+    executor = _start(len(parts))
     job = (str(run.path), run.sets, stage.kind, stage.iteration)
-    try:
-        return [_start(len(parts)).submit(_sample, *job, part) for part in parts]
-    except BrokenProcessPool:
-        helpers.discard()
-        return [_start(len(parts)).submit(_sample, *job, part) for part in parts]
+    return [executor.submit(_sample, *job, part) for part in parts]
 
 
 def _start(count: int) -> ProcessPoolExecutor:

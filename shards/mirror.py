@@ -87,10 +87,15 @@ def look(path: Path) -> bool:
     entry = store.head(url) if url else None
     if url is None or entry is None:
         return False
+    _fetch_one(url, path, entry)
+    return True
+
+
+def _fetch_one(url: str, path: Path, entry: store.Entry) -> None:
+    """Fetch an object to `path`, and remember which version that is."""
     memos = Memos(path.parent)
     fetch_object(url, path, entry, memos)
     memos.write()
-    return True
 
 
 def exists(path: Path) -> bool:
@@ -194,9 +199,7 @@ def publish_new(temporary: Path, path: Path) -> bool:
         raise RunFailed(
             f"{url}: was there and is gone", "is somebody deleting this run? else run the same command again"
         )
-    memos = Memos(path.parent)
-    fetch_object(url, path, entry, memos)
-    memos.write()
+    _fetch_one(url, path, entry)
     # the same bytes: the store took ours, and only its answer was lost
     return size_of(path) == size_of(temporary) and store.md5(path) == store.md5(temporary)
 

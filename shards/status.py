@@ -186,9 +186,8 @@ def _training(run: Run, stage: Stage, plan: dict[str, Any], counter: _Counter) -
     experts = len(set(plan.get("sampler", {}).get("experts", [0])))
     total = done if stage.trained() else max(done, run.config.train.updates_per_rollout * experts)
     began, last = (_written(path) for path in (stage.train_dir / "plan.json", log))
-    # of a run at a URL one may be the store's time and the other one ours
-    timed = url_of(stage.path) is None and done and began and last and last > began
-    rate = 3600 * done / (last - began) if timed and began and last else None
+    here = url_of(stage.path) is None  # else one may be the store's time and the other one ours
+    rate = 3600 * done / (last - began) if here and done and began and last and last > began else None
     claimed = int(("train", 0) in counter.held and done < total)
     left = total - done
     seconds = left * 3600 / rate if rate and claimed else None
