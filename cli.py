@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from shards.progress import show
 from shards.share import ALL, Share
 from shards.signals import INTERRUPTED, check, stoppable
 from shards.urls import shown
-from shards.world import is_first, rank, world_size
+from shards.world import is_first, rank, run_to_end, world_size
 
 if TYPE_CHECKING:
     from rollout.generate import RolloutReport
@@ -565,5 +566,12 @@ def main() -> None:
         sys.exit(failed.exit_code)
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """What a shell starts: `main`, which as one of several ranks ends its process without taking Python apart."""
+    if "WORLD_SIZE" in os.environ:
+        run_to_end(main)
     main()
+
+
+if __name__ == "__main__":
+    start()

@@ -231,4 +231,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from shards.world import run_to_end
+
+    run_to_end(main) if "WORLD_SIZE" in os.environ else main()

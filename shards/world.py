@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from typing import NoReturn
 
 from shards.errors import UserError
 
@@ -25,6 +31,37 @@ def local_rank() -> int:
 def is_first() -> bool:
     """Whether this is the process that speaks and writes for all."""
     return rank() == 0
+
+
+def run_to_end(work: Callable[[], object]) -> NoReturn:
+    """Do the work of one of several ranks, then end its process, with the exit code that Python would give.
+
+    What is registered for the end runs and what is written is flushed, but the interpreter is not taken apart. gloo's
+    threads outlive `destroy_process_group` and may hold a tensor of the last collective; one that lets go of it while
+    the interpreter goes waits for a lock it can never have, and aborts the process (SIGABRT) after all work is done
+    (pytorch/pytorch issue 190489). Python's `multiprocessing` ends its children in the same way.
+    """
+    code = 1
+    try:
+        work()
+        code = 0
+    except SystemExit as end:
+        code = _code(end)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # nobody reads it any more, or it is closed
+                stream.flush()
+        os._exit(code)
+
+
+def _code(end: SystemExit) -> int:
+    if isinstance(end.code, str):
+        print(end.code, file=sys.stderr)
+        return 1
+    return end.code or 0
 
 
 def _number(name: str, default: int) -> int:
