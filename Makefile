@@ -6,7 +6,7 @@ DEMO ?= runs/demo
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup demo test lint types docs bench clean
+.PHONY: setup demo test lint types docs clean
 
 setup: .venv/.ready
 

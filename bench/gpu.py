@@ -183,7 +183,7 @@ def pipeline_seconds(folder: Path, run: Run, device: torch.device) -> float:
     """Seconds of WanPipeline.__call__ for the same prompts, number of videos, steps and guidance."""
     settings = run.config.rollout
     dtypes = {"default": DTYPES[run.config.model.dtype], "vae": torch.float32}
-    pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtypes, local_files_only=True).to(device)
+    pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtypes, local_files_only=True).to(device)
     pipe.set_progress_bar_config(disable=True)
     size = {"height": settings.height, "width": settings.width, "num_frames": settings.frames}
     fixed = {**size, "guidance_scale": 4.0, "max_sequence_length": run.config.model.text_length, "output_type": "np"}

@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
 
 from rollout.policy_folder import DTYPES, EXPERT_FOLDERS, Layout
 from rollout.policy_lora import ADAPTER, NAMES, WEIGHTS
@@ -25,8 +26,9 @@ def open_plain(folder: Path, dtype: str, *, whole: bool) -> Any:
     This is `from_pretrained` and nothing of ours, as a user would call it.
     """
     diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     absent = {} if whole else {"text_encoder": None, "tokenizer": None, "vae": None}
-    pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=DTYPES[dtype], local_files_only=True, **absent)
+    pipe = DiffusionPipeline.from_pretrained(folder, dtype=DTYPES[dtype], local_files_only=True, **absent)
     pipe.set_progress_bar_config(disable=True)
     for name in EXPERT_FOLDERS:
         settle(getattr(pipe, name))

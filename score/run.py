@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -42,12 +42,18 @@ class ScoreReport:
 
     def __str__(self) -> str:
         if self.nothing_done:
-            return f"nothing to do: {len(self.skipped)} shards are scored, advantages {self.advantages} are there"
-        words = [f"{len(self.done)} shards scored ({self.samples} samples, {self.missing} without a reward)"]
-        words += [f"{len(self.skipped)} were there"] if self.skipped else []
+            return f"nothing to do: {_shards(self.skipped)} scored already, advantages {self.advantages} there"
+        words = []
+        if self.done or not self.skipped:
+            words += [f"{_shards(self.done)} scored ({self.samples} samples, {self.missing} without a reward)"]
+        words += [f"{_shards(self.skipped)} there already"] if self.skipped else []
         words += [f"{len(self.pending)} are still to come"] if self.pending else []
         words += [f"advantages {self.advantages} written"] if self.advantages_written else []
         return f"{', '.join(words)}; {self.seconds:.1f} s"
+
+
+def _shards(numbers: Sequence[int]) -> str:
+    return f"{len(numbers)} shard{'s' * (len(numbers) != 1)}"
 
 
 def score(
@@ -71,7 +77,8 @@ def score(
     start, config = time.monotonic(), run.config.score
     plan = stage.plan()
     if plan is None:
-        raise UserError(f"{stage.path} has no plan.json, so there is nothing to score", "`rushes rollout` comes first")
+        hint = f"`rushes rollout {run.path} --iteration {stage.iteration}` comes first"
+        raise UserError(f"{stage.path} has no plan.json, so there is nothing to score", hint)
     selection = tables.select(config, rewards)
     ours = Worker(stage, "score", worker, run.config.workers.claim_seconds)
     scoring = Scoring(config, stage, plan, selection.scorers, ours, progress)

@@ -58,7 +58,7 @@ def end(path: Path) -> None:
 def gather(stage: Stage) -> None:
     """Copy what other machines claim into the stage's work folder, once a second at most, and drop copies that are
     over. What was claimed on this machine is left alone."""
-    url, folder = url_of(stage.path), stage.path / "work"
+    url, folder = _shown(stage.path), stage.path / "work"
     now = time.monotonic()
     if url is None or now - _looked.get(stage.path, -LOOK_AGAIN) < LOOK_AGAIN:
         return
@@ -74,8 +74,14 @@ def gather(stage: Stage) -> None:
 
 
 def _url(path: Path) -> str | None:
-    url = url_of(path.parent.parent)
+    url = _shown(path.parent.parent)
     return f"{url}/claims/{path.name}" if url else None
+
+
+def _shown(folder: Path) -> str | None:
+    """The URL of a stage; None where no claims are shown, as on the hub: each sign of life would be a commit."""
+    url = url_of(folder)
+    return None if url and store.in_commits(url) else url
 
 
 def _next(url: str) -> str:

@@ -23,7 +23,7 @@ def same(path: Path, entry: store.Entry | None, memos: Memos) -> bool:
                 return path.suffix == ".jsonl" and found.st_size > entry.size
             if memos.of(name) == [entry.version, found.st_size, found.st_mtime_ns]:
                 return True
-            if entry.md5 is None or store.md5(file) != entry.md5:
+            if entry.checksum is None or store.checksum(file, entry.checksum) != entry.checksum:
                 return False
             _set_time(file.fileno(), entry)
             memos.note(name, entry.version, os.fstat(file.fileno()))

@@ -7,6 +7,7 @@ for a path outside of the cache.
 
 from __future__ import annotations
 
+import filecmp
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from shards import store
+from shards import commits, store
 from shards.copies import fetch_object, same, size_of
 from shards.errors import RunFailed, UserError
 from shards.locks import name_new, waiting
@@ -201,7 +202,7 @@ def publish_new(temporary: Path, path: Path) -> bool:
         )
     _fetch_one(url, path, entry)
     # the same bytes: the store took ours, and only its answer was lost
-    return size_of(path) == size_of(temporary) and store.md5(path) == store.md5(temporary)
+    return size_of(path) == size_of(temporary) and filecmp.cmp(path, temporary, shallow=False)
 
 
 def agree(path: Path, *, put_back: bool = False) -> None:
@@ -221,19 +222,28 @@ def agree(path: Path, *, put_back: bool = False) -> None:
 
 
 def put(source: Path, path: Path) -> None:
-    """Put a file to the store under the URL of `path`; the last writer wins. Nothing happens for local runs."""
+    """Put a file to the store under the URL of `path`; the last writer wins. Nothing happens for local runs.
+
+    Where every put is a commit, a log that has grown (`source` is `path`) waits for the next `put_folder`, and weights
+    for that of their own folder, which always follows: what is written next to them makes them count.
+    """
     url = url_of(path)
-    if url:
+    if url and source == path and store.in_commits(url):
+        commits.wait(path)
+    elif url and not (path.suffix == ".safetensors" and store.in_commits(url)):
         store.put(source, url)
 
 
 def put_folder(folder: Path, last: str = "", wanted: Callable[[str], bool] = lambda name: True) -> None:
-    """Put the files of a folder that the store does not have, `last` after all others. Nothing for local runs."""
+    """Put the files of a folder that the store does not have, `last` after all others, or all in one commit. Nothing
+    happens for local runs."""
     url = url_of(folder)
     if url is None:
         return
     there, memos = store.listing(url), Memos(folder)
     missing = [name for name in _names(folder, wanted) if not same(folder / name, there.get(name), memos)]
+    if store.in_commits(url):
+        return commits.commit(folder, url, missing)
 
     def send(name: str) -> None:
         found = os.stat(folder / name)
@@ -252,6 +262,10 @@ def remove(folder: Path, keep: Iterable[str] = ()) -> None:
     """Delete what the store has in a folder, but for the folders inside it that are named. Nothing for local runs."""
     url, kept = url_of(folder), set(keep)
     names = [name for name in store.listing(url) if name.partition("/")[0] not in kept] if url else []
+    if url and store.in_commits(url):
+        if names:
+            store.change({}, [f"{url}/{name}" for name in names])
+        return
     # records that make a folder count go first
     _at_once(lambda name: store.remove(f"{url}/{name}"), [name for name in names if name.endswith(".json")])
     _at_once(lambda name: store.remove(f"{url}/{name}"), [name for name in names if not name.endswith(".json")])

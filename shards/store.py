@@ -8,7 +8,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from shards.errors import RunFailed, UserError
-from shards.store_errors import Missing, Short, Taken, bucket_of, passes, plain, status_of
+from shards.store_errors import WAITS, Missing, Short, Taken, bucket_of, passes, plain, status_of, wait_of
 
 T = TypeVar("T")
 
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub"}
-EXTRAS = {"s3": "s3", "gs": "gs"}  # hf:// comes with what rushes needs anyway
 PAUSES = (0.3, 1.0, 3.0)  # s, after the store's own client has given up
 RETRIES = {"mode": "standard", "total_max_attempts": 5}  # of botocore: throttling, 5xx, timeouts, lost connections
 TIMEOUTS = {"connect_timeout": 10, "read_timeout": 60}  # s; a read counts from one byte to the next
@@ -38,8 +37,9 @@ class Entry:
     size: int
     version: str
     """Changes whenever the content does."""
-    md5: str | None
-    """Of the content, where the store seems to tell it; S3 does for what was put in one piece and not encrypted."""
+    checksum: str | None
+    """Of the content, as `checksum` writes it, where the store seems to tell one; S3 does for what was put in one piece
+    and not encrypted, the hub always."""
     modified: float | None = None
     """When it was written, in seconds since 1970 on the clock of the store; None where that is not told."""
 
@@ -53,8 +53,9 @@ def put(local: Path, url: str) -> None:
 def put_new(local: Path, url: str, run_url: str) -> bool:
     """Put a file under `url` unless something is there; False when somebody was first.
 
-    One conditional put where the store has it. Where it has not (a probe below `run_url` tells), the name is looked up
-    first: two writers within the time of one put may then both believe that they won, and the last one's bytes stay.
+    One conditional put where the store has it, on the hub one commit on top of that which lacked the name. Where there
+    is neither (a probe below `run_url` tells), the name is looked up first: two writers within the time of one put may
+    then both believe that they won, and the last one's bytes stay.
     Raises as `get`.
     """
     store = _store(url)
@@ -83,8 +84,9 @@ def get(url: str, local: Path, entry: Entry) -> Entry:
         nonlocal entry
         store.get_file(_key(url), str(local))
         size = local.stat().st_size
-        found = md5(local) if entry.md5 and bucket_of(url) not in _untold else entry.md5
-        if (size, found) == (entry.size, entry.md5):
+        told = entry.checksum
+        found = checksum(local, told) if told and bucket_of(url) not in _untold else told
+        if (size, found) == (entry.size, told):
             return entry
         now = head(url)
         if now is not None and now.version != entry.version:
@@ -95,7 +97,7 @@ def get(url: str, local: Path, entry: Entry) -> Entry:
             raise Short(f"{size} bytes arrived of {entry.size}")
         if found not in refused:
             refused.add(found)
-            raise Short("the content is not that of its md5")
+            raise Short("the content is not that of its checksum")
         _untold.add(bucket_of(url))  # the same twice: no damage, but a tag that is no md5
         return entry
 
@@ -148,13 +150,39 @@ def head(url: str) -> Entry | None:
     return _entry(info) if info.get("type") == "file" else None
 
 
-def md5(file: Path | BufferedReader) -> str:
-    """Hexadecimal md5 of a file, the checksum that stores know; an open one is read from its beginning."""
+def checksum(file: Path | BufferedReader, like: str) -> str:
+    """Checksum of a file, `md5:…`, `sha256:…` or `git:…` (the name that git has for a content), of the kind that `like`
+    has; an open file is read from its beginning."""
     if isinstance(file, Path):
         with open(file, "rb") as opened:
-            return md5(opened)
+            return checksum(opened, like)
+    kind = like.partition(":")[0]
+    size = file.seek(0, os.SEEK_END)
     file.seek(0)
-    return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    begin = {
+        "md5": lambda: hashlib.md5(usedforsecurity=False),
+        "git": lambda: hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False),
+        "sha256": hashlib.sha256,
+    }[kind]
+    return f"{kind}:{hashlib.file_digest(file, begin).hexdigest()}"
+
+
+def in_commits(url: str) -> bool:
+    """Whether every change of the store is a commit to a repository: slow, counted, and kept for ever in its history.
+
+    What can go together should, and what only says that somebody lives should not go there.
+    """
+    return url.startswith("hf://")
+
+
+def change(add: Mapping[str, Path], remove: Sequence[str] = ()) -> None:
+    """Put files under their URLs and delete objects, all in one commit; for a store that is `in_commits`.
+
+    What is so already is left out. Raises as `get`.
+    """
+    url = next(iter([*add, *remove]))
+    store, files = _store(url), {_key(name): file for name, file in add.items()}
+    _patiently(url, lambda: store.change(files, [_key(name) for name in remove]))
 
 
 def remove(url: str) -> None:
@@ -172,9 +200,10 @@ def _patiently(url: str, ask: Callable[[], T]) -> T:
         try:
             return ask()
         except Exception as error:
-            if not passes(error) or pause is None:
+            told = wait_of(error)
+            if not passes(error) or pause is None or told > WAITS:
                 raise plain(url, error) from error
-            time.sleep(pause * random.uniform(0.7, 1.3))  # workers must not come back all at once
+            time.sleep(told + pause * random.uniform(0.7, 1.3))  # workers must not come back all at once
     raise AssertionError
 
 
@@ -182,8 +211,10 @@ def _patiently(url: str, ask: Callable[[], T]) -> T:
 def _keeps_the_first(run_url: str) -> bool:
     """Whether the store honours a conditional put: the same tiny object is put twice, the second must be refused.
 
-    Some S3 servers ignore the condition without a word. Asked once a process and run.
+    Some S3 servers ignore the condition without a word. Asked once a process and run; of the hub it is known.
     """
+    if in_commits(run_url):
+        return True
     store, url = _store(run_url), f"{run_url}/{PROBE}"
 
     def accepted() -> bool:
@@ -218,15 +249,22 @@ def _open(scheme: str, _: int) -> Any:
         }  # fmt: skip
         options["config_kwargs"] = {**defaults, **own}
     try:
-        store = fsspec.filesystem(scheme, **options)
+        store = _hub(options) if scheme == "hf" else fsspec.filesystem(scheme, **options)
     except ImportError as error:
-        package, extra = PACKAGES[scheme], EXTRAS.get(scheme)
-        hint = f"pip install 'rushes[{extra}]'" if extra else f"pip install {package}"
-        raise UserError(f"{scheme}:// needs the package {package}, which is not installed", hint) from error
+        package = PACKAGES[scheme]
+        old = scheme == "hf" and not isinstance(error, ModuleNotFoundError)  # it lacks a name that we import
+        what = "is too old" if old else "is not installed"
+        raise UserError(f"{scheme}:// needs the package {package}, which {what}", f"pip install -U {package}") from error
     except Exception as error:
         raise plain(f"{scheme}://", error) from error
     store.retries = 1  # of s3fs: botocore and _patiently repeat enough
     return store
+
+
+def _hub(options: dict[str, Any]) -> Any:
+    from shards.store_hub import Hub
+
+    return Hub(**options)
 
 
 def _key(url: str) -> str:
@@ -237,9 +275,11 @@ def _key(url: str) -> str:
 def _entry(info: dict[str, Any]) -> Entry:
     """An object from what its store's file system says of it."""
     tag = str(info.get("ETag") or info.get("etag") or "").strip('"')
-    content = tag if re.fullmatch(r"[0-9a-f]{32}", tag) else None
+    content = f"md5:{tag}" if re.fullmatch(r"[0-9a-f]{32}", tag) else None
     if isinstance(info.get("md5Hash"), str):
-        content = base64.b64decode(info["md5Hash"]).hex()
+        content = f"md5:{base64.b64decode(info['md5Hash']).hex()}"
+    if info.get("blob_id"):  # for large files that of a note about them
+        content = f"sha256:{info['lfs'].sha256}" if info.get("lfs") else f"git:{info['blob_id']}"
     names = ("generation", "blob_id", "xet_hash", "LastModified", "last_modified", "mtime", "created")
     version = tag or next((str(info[name]) for name in names if info.get(name)), "")
     return Entry(int(info["size"] or 0), version, content, _written(info))

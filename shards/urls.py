@@ -11,7 +11,10 @@ from shards.errors import UserError
 
 STORES = {"s3": "s3", "gs": "gs", "gcs": "gs", "hf": "hf"}  # scheme -> the name we know it by
 CACHE = "RUSHES_CACHE"
-ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "FSSPEC_S3_ENDPOINT_URL")
+ENDPOINTS = {
+    "s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "FSSPEC_S3_ENDPOINT_URL"),
+    "hf": ("HF_ENDPOINT",),
+}
 _URL = re.compile(r"([a-z][a-z0-9+.-]+):/+(.*)", re.DOTALL)  # Path("s3://a/b") is "s3:/a/b"
 # this machine's own: the spool and its claims, frames of a sample that was looked at, what is written aside
 _STAYS = re.compile(r"/iter-\d{4,}/work(/|$)|/frames/(eval/)?i\d{6}-p\d{6}-s\d{2,3}/|/\.")
@@ -79,8 +82,8 @@ def _resolved(cache_folder: str) -> str:
 
 
 def _folder(store: str) -> str:
-    """One folder a store; S3 servers of one's own are told apart, for their buckets may have the same names."""
-    found = [os.environ[name] for name in ENDPOINTS if os.environ.get(name)] if store == "s3" else []
+    """One folder a store; servers of one's own are told apart, for their buckets may have the same names."""
+    found = [os.environ[name] for name in ENDPOINTS.get(store, ()) if os.environ.get(name)]
     if not found:
         return store
     return f"{store}@{re.sub(r'[^a-z0-9.:-]', '_', found[0].partition('//')[2].strip('/'))}"

@@ -121,7 +121,7 @@ def test_a_second_call_does_nothing_and_says_so(tmp_path: Path) -> None:
     before, calls = files(stage), len(Sample.calls)
     second = score(run, stage)
     assert second.nothing_done
-    assert str(second).startswith("nothing to do: 2 shards are scored")
+    assert str(second).startswith("nothing to do: 2 shards scored already, advantages ")
     assert second.summary == first.summary
     assert files(stage) == before
     assert len(Sample.calls) == calls
@@ -154,6 +154,7 @@ def test_other_weights_need_no_model_and_no_video(tmp_path: Path) -> None:
     for shard in stage.shards():  # the videos could not even be read
         stage.shard_path(shard).write_bytes(b"")
     report = score(run, stage, {OWN: -1.0, f"{OWN}.half": 0.0}, advantages_only=True)
+    assert str(report).startswith(f"2 shards there already, advantages {report.advantages} written; ")
     assert not Sample.calls
     assert report.advantages != first.advantages
     left, right = (sidecar.read_advantages(stage, one.advantages)["advantage"] for one in (first, report))

@@ -49,7 +49,7 @@ def test_a_run_at_google(machine: Machine) -> None:
     assert beacons.begin(claim, b"mine\n")
     entry = store.head(f"{URL}/model.json")
     assert entry
-    assert entry.md5
+    assert entry.checksum
     assert entry.modified
     assert abs(entry.modified - time.time()) < 60
 

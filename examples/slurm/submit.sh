@@ -1,5 +1,5 @@
 #!/bin/bash
-# submit.sh RUN FIRST LAST: queue these iterations, each behind the one before; more options of sbatch in SAMPLE and TRAIN
+# submit.sh RUN FIRST LAST: queue these iterations, each behind the one before; SAMPLE, TRAIN: more options of sbatch
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 run=$1 first=$2 last=$3
