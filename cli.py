@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from shards.run import Run, Stage
 
 UNLIKELY = 2.0  # seconds after which torchrun has ended all ranks, if the first one failed
+LONGEST_PAUSE = 1e9  # seconds; the system's sleep takes no number much larger
+Misuse: type[Exception] = typer.BadParameter.__mro__[1]  # the usage error of whichever click this typer was built on
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -39,7 +41,7 @@ app = typer.Typer(
 
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="the run directory", show_default=False)]
 Iteration = Annotated[int | None, typer.Option(min=0, help="iteration to work on; the first unfinished one if absent")]
-Sets = Annotated[list[str], typer.Option("--set", metavar="SECTION.KEY=VALUE", help="change a value of run.toml")]
+Sets = Annotated[list[str], typer.Option("--set", metavar="SECTION.KEY=VALUE", help="another value than run.toml has")]
 WorkerOf = Annotated[
     str,
     typer.Option(
@@ -71,6 +73,7 @@ def version(wanted: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[bool, typer.Option("--version", callback=version, is_eager=True, help="print it")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error; anywhere")] = False,
 ) -> None:
     """Options before the command."""
 
@@ -88,12 +91,15 @@ def init(
 ) -> None:
     """Make a run directory with its run.toml, from a preset."""
     from shards.config import apply_sets, parse_config, read_preset
+    from shards.places import in_full
     from shards.run import Run
 
-    values = apply_sets(read_preset(preset), sets)
+    values, said = in_full(apply_sets(read_preset(preset), sets))
     created = Run.create(run, parse_config(values, f"preset {preset}"))
     done = f"written from preset {preset}" if created.is_new else "is there already, with the same values"
     say(f"{created.config_path}: {done}; read it, change what you like")
+    for sentence in said:
+        say(sentence)
     say(f"next: rushes loop {run} --iterations 10")
 
 
@@ -192,7 +198,7 @@ def evaluate(
     run: RunPath,
     iteration: Annotated[
         list[int],
-        typer.Option(min=0, help="policies to evaluate: 0 is the base, K the one after K iterations; first and last"),
+        typer.Option(min=0, help="0 is the base, K the policy after K iterations; first and last if absent"),
     ] = [],  # noqa: B006
     wait: Wait = False,
     sets: Sets = [],  # noqa: B006
@@ -239,7 +245,7 @@ def judge(
         print(json.dumps(record, ensure_ascii=False), flush=True)
         missing += sum(verdict["status"] != "ok" for verdict in record["rewards"])
     if missing:
-        raise RunFailed(f"{missing} scores are missing", "`status` on their lines says why")
+        raise RunFailed(f"{missing} score{'s are' if missing > 1 else ' is'} missing", "`status` in the lines says why")
 
 
 @app.command(
@@ -248,7 +254,7 @@ def judge(
     "rushes inspect runs/signs i000003-p000017-s05",
 )
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="a run directory", show_default=False)],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="a run, a stage or one shard", show_default=False)],
     key: Annotated[str, typer.Argument(metavar="[KEY]", help="one sample in full, its frames as PNG files")] = "",
     iteration: Annotated[int | None, typer.Option(min=0, help="only this iteration")] = None,
     evaluation: Annotated[bool, typer.Option("--eval", help="the evaluations instead of the rollouts")] = False,
@@ -268,9 +274,11 @@ def inspect(
             raise UserError(
                 f"{key} is one sample, not a table", "with KEY there are --eval, --frames and --format json"
             )
-        text = sample.show(path, key, format, evaluation)
-        written = sample.write_frames(path, key, frames, evaluation)
-        print(text, end="")
+        print(sample.show(path, key, format, evaluation), end="", flush=True)
+        try:
+            written = sample.write_frames(path, key, frames, evaluation)
+        except RunFailed as error:  # a run that may only be read, above all
+            raise RunFailed(error.problem, "--frames FOLDER writes them elsewhere") from error
         say(f"{written[0].parent}: {len(written)} frames")
         return
     if frames:
@@ -296,11 +304,13 @@ def status(
     from shards.status import render
     from shards.status import status as look
 
+    if not 0 <= watch <= LONGEST_PAUSE:  # nor a NaN
+        raise UserError(f"--watch {watch:g}: no pause in seconds", "for example --watch 10; 0 looks once")
     opened = open_run(run, [])
     while True:
         found = look(opened, iteration, quick)
         print(json.dumps(found.as_dict()) if as_json else render(found), flush=True)
-        if not 0 < watch < 1e6:  # nor a NaN
+        if not watch:
             return
         time.sleep(watch)
 
@@ -337,11 +347,14 @@ def report(
 )
 def verify(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="a run, a stage or one shard", show_default=False)],
-    replay: Annotated[bool, typer.Option(help="also prove that the policy gives the stored log-probs")] = False,
+    replay: Annotated[
+        bool, typer.Option(help="of a run: also prove that its policies give the stored log-probs")
+    ] = False,
 ) -> None:
     """Check every published file; with --replay prove the shards against the policy that made them."""
     from shards.verify import verify as verify_files
 
+    run = open_run(path, []) if replay else None
     problems = verify_files(path)
     for problem in problems:
         print(problem)
@@ -352,8 +365,8 @@ def verify(
             "delete what is damaged and run its stage again",
         )
     say(f"{path}: everything published is whole")
-    if replay:
-        prove(path)
+    if run is not None:
+        prove(run)
 
 
 @app.command(
@@ -363,7 +376,9 @@ def verify(
 def export(
     run: RunPath,
     out: Annotated[Path, typer.Option(help="folder to be made, with a model card in it", show_default=False)],
-    iteration: Annotated[int | None, typer.Option(min=0, help="iteration whose policy to export; the last")] = None,
+    iteration: Annotated[
+        int | None, typer.Option(min=0, help="iteration that trained it, from 0; the last one")
+    ] = None,
     average: Annotated[bool, typer.Option(help="the averaged weights, where training kept them")] = True,
     fuse: Annotated[bool, typer.Option(help="whole weights as a plain pipeline folder, instead of LoRA")] = False,
 ) -> None:
@@ -431,7 +446,7 @@ def do_rollout(run: Run, stage: Stage, policy: Policy | None, share: Share = ALL
     say(f"{stage.name} rollout: {result}")
     if result.busy:
         raise StillBusy(
-            f"{stage.name}: other workers still hold {result.busy} shards", "nothing is left to claim; --wait waits"
+            f"{stage.name}: other workers still hold {_shards(result.busy)}", "nothing is left to claim; --wait waits"
         )
     return result
 
@@ -458,7 +473,7 @@ def do_score(
     say(f"{stage.name} score: {result}")
     if result.pending:
         raise StillBusy(
-            f"{stage.name}: {len(result.pending)} shards are not sampled or not scored yet", "run it again later"
+            f"{stage.name}: {_shards(len(result.pending))} not sampled or not scored yet", "run it again later"
         )
     return result
 
@@ -473,6 +488,10 @@ def do_train(run: Run, iteration: int, policy: Policy | None, advantage: str = "
     with show(f"iter-{iteration:04d} train") as report:
         result = run_train(run, iteration, policy, report, advantage)
     say(f"iter-{iteration:04d} train: {result}")
+
+
+def _shards(count: int) -> str:
+    return f"{count} shard{'s' if count > 1 else ''}"
 
 
 def reward_settings(rewards: list[str]) -> list[str]:
@@ -516,11 +535,10 @@ def print_evaluation(rows: list[dict[str, Any]]) -> None:
         print(f"{row['iteration']:>9}  {row['samples']:>6}  {numbers}")
 
 
-def prove(path: Path) -> None:
+def prove(run: Run) -> None:
     """Replay every finished iteration of a run with the policy that made it; raises RunFailed where one differs."""
     from train.replay import prove_iteration
 
-    run = open_run(path, [])
     policy = load_policy(run)
     for k in run.iterations():
         with show(f"iter-{k:04d} replay") as report:
@@ -536,12 +554,19 @@ def tell(error: UserError) -> None:
     print(f"rushes: rank {rank()} of {world_size()}: {error}", file=sys.stderr, flush=True)
 
 
+def misused(error: Any) -> UserError:
+    """A command line that cannot be read, in one sentence like every other error."""
+    text = " ".join(error.format_message().split()).rstrip(".")
+    command = error.ctx.command_path if error.ctx else "rushes"
+    return UserError(text[0].lower() + text[1:], f"`{command} --help` shows what there is")
+
+
 def main() -> None:
     """Run the command line; one line and an exit code for everything that goes wrong."""
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:
-        app()
+        sys.exit(app(prog_name="rushes", standalone_mode=False))
     except UserError as error:
         if debug:
             raise
@@ -549,6 +574,12 @@ def main() -> None:
             tell(error)
         gc.freeze()  # else Python looks through all of torch once more, for seconds that a batch system may not give
         sys.exit(error.exit_code)
+    except Misuse as error:
+        if not sys.argv[1:]:  # no command: the help itself
+            cast(Any, error).show()
+        else:
+            tell(misused(error))
+        sys.exit(UserError.exit_code)
     except SystemExit as end:
         if end.code == INTERRUPTED:
             say("rushes: interrupted (hint: run the same command again; what was finished is kept)")

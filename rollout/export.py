@@ -70,9 +70,7 @@ def export(run: Run, iteration: int, out: str | Path, *, average: bool = True, f
     mirror.fetch(out)
     stage = run.iteration(iteration)
     if not stage.trained():
-        raise UserError(
-            f"{stage.policy_dir} holds no finished policy", f"rushes train {run.path} --iteration {iteration}"
-        )
+        raise UserError(f"{stage.policy_dir} holds no finished policy", run.way_to_policy(iteration))
     source = _source(stage, average)
     wanted = {
         "schema": SCHEMA,

@@ -34,7 +34,7 @@ def policy_source(run: Run, stage: Stage) -> Path | None:
         raise UserError(
             f"{folder / 'policy.json'} does not exist: iteration {stage.iteration} samples with the policy that "
             f"iteration {before} trains",
-            f"rushes train {run.path} --iteration {before}",
+            run.way_to_policy(before),
         )
     average = run.iteration(before).fetched_policy() / "ema"
     return average if stage.kind == "eval" and run.config.eval.ema and average.is_dir() else folder

@@ -93,10 +93,11 @@ def find_folder(path: str, *, weights: bool = True) -> Path:
         folder = words_folder() / "model"
     else:
         folder = Path(path).expanduser()
-    if not folder.exists() and path.count("/") == 1 and not path.startswith((".", "~")):
+    if not folder.exists() and path.count("/") == 1 and not path.startswith((".", "~", "/")):
         folder = _download(path, FINGERPRINTED if weights else (".json",))
     if not folder.is_dir():
         hint = "model.path is a folder in WanPipeline layout, a hub id, or `words`"
+        hint += "" if folder.is_absolute() else f"; relative, it counts from {Path.cwd()}"
         raise UserError(f"{path}: no such model folder", hint)
     return folder
 

@@ -14,10 +14,10 @@ from typing import Any
 
 from shards.errors import UserError
 from shards.mirror import fetch_file
+from shards.quotes import quoted
 from shards.urls import is_url, url_of, working_copy
 
 LARGEST = 100_000  # bytes of a prompt
-QUOTES = {'"': '"', "“": "”", "”": "”", "„": "“”", "«": "»", "»": "«", "＂": "＂"}  # opening: what may close it
 FIELDS = ("target", "image", "negative", "tags")
 
 
@@ -58,11 +58,17 @@ def load_prompts(path: str | Path, need_target: bool) -> list[Prompt]:
     if reader is None:
         raise UserError(f"{file}: prompts of an unknown format", f"the suffix is one of {', '.join(_READERS)}")
     if not file.is_file():
-        raise UserError(f"{file}: no such file", "name a prompts file in rollout.prompts or eval.prompts")
+        raise UserError(f"{file}: no such file", _hint(file))
     prompts = [_prompt(file, *row, need_target) for row in reader(file)]
     if not prompts:
         raise UserError(f"{file}: holds no prompt", "write one prompt a line")
     return prompts
+
+
+def _hint(file: Path) -> str:
+    if file.is_absolute():
+        return "name a prompts file in rollout.prompts or eval.prompts"
+    return f"a relative path counts from where the command is given, here from {Path.cwd()}"
 
 
 def prompts_of_iteration(prompts: Sequence[Prompt], count: int, seed: int, iteration: int) -> list[Prompt]:
@@ -103,24 +109,6 @@ def split(prompts: Sequence[Prompt], holdout: float) -> tuple[list[Prompt], list
         return int.from_bytes(number) < holdout * 2**64
 
     return [prompt for prompt in prompts if not held(prompt)], [prompt for prompt in prompts if held(prompt)]
-
-
-def quoted_text(text: str) -> str:
-    """All spans between quotation marks (" “ ” „ « » ＂), joined by a space; "" when there is none.
-
-    Raises ValueError for a mark without its partner.
-    """
-    spans, position = [], 0
-    while position < len(text):
-        closers = QUOTES.get(text[position])
-        if closers:
-            ends = [end for end in (text.find(closer, position + 1) for closer in closers) if end >= 0]
-            if not ends:
-                raise ValueError(f"the quotation mark {text[position]} at character {position + 1} has no partner")
-            spans.append(text[position + 1 : min(ends)].strip())
-            position = min(ends)
-        position += 1
-    return " ".join(span for span in spans if span)
 
 
 def _shuffled(prompts: Sequence[Prompt], seed: int, number: int) -> list[Prompt]:
@@ -185,7 +173,7 @@ def _check_text(text: str, where: str) -> None:
 
 def _target(text: str, where: str, needed: bool) -> str | None:
     try:
-        target = quoted_text(text)
+        target = " ".join(span for span in quoted(text) if span)
     except ValueError as error:
         if not needed:
             return None

@@ -9,6 +9,7 @@ from typing import Any
 
 from score import work
 from score.reward import Chosen, Reward, Scored, Video, choose, known
+from score.text import NoTarget, target_of
 from shards.errors import UserError
 
 EXAMPLE = "for example ocr or ocr:mode=flow_grpo_video,interval=2"
@@ -20,12 +21,13 @@ def judge(
 ) -> Iterator[dict[str, Any]]:
     """One record a video, in order, as soon as it is scored: plain JSON values.
 
-    A record has `file`, `prompt`, `target`, `fps` (of the container), `frames` (how many it has) and `rewards`, a list
-    with, for each reward: `reward` (name), `scorer` (name and fingerprint), `status` ("ok" or why there is no score),
-    `value` (its first component), `components` (all, raw and normalised), `frames_used` (numbers of the frames looked
-    at), and `text` (frame, text, confidence) when it reads. Every video is judged alone: what a reward makes of a group
-    is not in it. `prompts` and `targets` hold one for all or one for each. Raises UserError, for wrong names, options
-    and counts and for missing files before anything is loaded.
+    A record has `file`, `prompt`, `target` (the one given, else what the prompt quotes, as in a run; null without),
+    `fps` (of the container), `frames` (how many it has) and `rewards`, a list with, for each reward: `reward` (name),
+    `scorer` (name and fingerprint), `status` ("ok" or why there is no score), `value` (its first component),
+    `components` (all, raw and normalised), `frames_used` (numbers of the frames looked at), and `text` (frame, text,
+    confidence) when it reads. Every video is judged alone: what a reward makes of a group is not in it. `prompts` and
+    `targets` hold one for all or one for each. Raises UserError, for wrong names, options and counts and for missing
+    files before anything is loaded.
     """
     chosen = [parse_reward(reward) for reward in rewards]
     if not chosen:
@@ -47,15 +49,23 @@ def _records(
     for path, prompt, target in zip(videos, prompts, targets, strict=True):
         frames, fps = load_video(path)
         built = built or [(one, one.build()) for one in chosen]
-        video = Video(str(path), frames, prompt, target or None, fps)
+        video = Video(str(path), frames, prompt, _target(prompt, target), fps)
         yield {
             "file": str(path),
             "prompt": prompt,
-            "target": target or None,
+            "target": video.target,
             "fps": fps,
             "frames": len(frames),
             "rewards": [_verdict(one, reward, video) for one, reward in built],
         }
+
+
+def _target(prompt: str, given: str) -> str | None:
+    """What a reward is told to look for: as in a run, the quoted text of the prompt where nothing else is given."""
+    try:
+        return target_of(prompt, given)
+    except NoTarget:
+        return given or None
 
 
 def _verdict(chosen: Chosen, reward: Reward, video: Video) -> dict[str, Any]:

@@ -192,7 +192,11 @@ def _class_of(name: str, target: str) -> Any:
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise UserError(f"reward {name!r}: cannot import {module_name}: {error}", "is it installed here?") from error
+        hint = "install it, or give the command in the folder where it lies"
+        raise UserError(f"reward {name!r}: cannot import {module_name}: {error}", hint) from error
+    except Exception as error:  # whatever stands in a file of the user's
+        problem = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"reward {name!r}: cannot import {module_name}: {problem}", "--debug says where") from error
     if not hasattr(module, class_name):
         raise UserError(f"reward {name!r}: module {module_name} has no {class_name!r}", "write it as `module:Class`")
     return getattr(module, class_name)

@@ -96,7 +96,7 @@ def score(
         summary, written = _advantages(stage, selection, config.max_missing)
     return ScoreReport(
         done=scoring.outcome.done,
-        skipped=scoring.outcome.skipped,
+        skipped=list(everything) if advantages_only else scoring.outcome.skipped,
         pending=pending,
         samples=scoring.outcome.samples,
         missing=scoring.outcome.missing,

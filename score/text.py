@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-QUOTES = re.compile('["\u201c\u201d\u201e\u201f\u00ab\u00bb\uff02]')
+from shards.quotes import quoted
+
 _PUNCTUATION = str.maketrans({"\u2018": "'", "\u2019": "'", "\u2013": "-", "\u2014": "-", "\u2044": "/"})
 _CONFUSABLES = str.maketrans({"0": "o", "1": "l", "i": "l", "5": "s"})
 
@@ -16,21 +16,17 @@ class NoTarget(ValueError):
     """The prompt does not say which text should be drawn; the message says why."""
 
 
-def quoted(prompt: str) -> list[str]:
-    """The texts between quotation marks of a prompt, blank ones left out.
-
-    Marks are the ASCII double quote and its typographic forms; they must come in pairs, so that the inch mark of
-    `a 12" screen` does not shift every pair after it. Raises NoTarget.
-    """
-    parts = QUOTES.split(prompt)
-    if len(parts) == 1:
+def quotations(prompt: str) -> list[str]:
+    """The texts between quotation marks of a prompt, blank ones left out (shards.quotes.quoted). Raises NoTarget."""
+    try:
+        spans = quoted(prompt)
+    except ValueError as error:
+        raise NoTarget(f"in the prompt, {error}") from None
+    if not spans:
         raise NoTarget("the prompt has no quoted text")
-    if len(parts) % 2 == 0:
-        raise NoTarget("the prompt has an odd number of quotation marks")
-    texts = [part for part in parts[1::2] if part.strip()]
-    if not texts:
+    if not any(spans):
         raise NoTarget("the quoted text of the prompt is empty")
-    return texts
+    return [span for span in spans if span]
 
 
 def target_of(prompt: str, target: str | None = None) -> str:
@@ -38,7 +34,7 @@ def target_of(prompt: str, target: str | None = None) -> str:
 
     Raises NoTarget when there is none, or nothing of it is left after normalisation.
     """
-    wanted = target if target is not None and target.strip() else " ".join(quoted(prompt))
+    wanted = target if target is not None and target.strip() else " ".join(quotations(prompt))
     if not normaliser(wanted)(wanted):
         raise NoTarget("the target text has no visible character")
     return wanted

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from shards import board_clips, report_data
-from shards.errors import UserError
+from shards.errors import RunFailed, UserError
 from shards.files import publish_replace
 from shards.report_data import Facts
 from shards.run import Run
@@ -45,7 +45,8 @@ def send_wandb(run: Run, project: str = "rushes") -> str:
     """Log curves and clips to Weights & Biases as one run named after the folder; returns where it went.
 
     Its own variables say how, WANDB_MODE=offline among them; nothing is sent unless this is called. The same folder is
-    always the same run there, so a later call goes on where the last one ended. Raises UserError without the package.
+    always the same run there, so a later call goes on where the last one ended. Raises UserError without the package,
+    RunFailed for what the package itself refuses, as when nobody is logged in.
     """
     try:
         import wandb
@@ -61,10 +62,14 @@ def send_wandb(run: Run, project: str = "rushes") -> str:
     folder = run.path / "report"
     folder.mkdir(parents=True, exist_ok=True)
     name = run.path.resolve().name
-    with wandb.init(project=project, id=name, name=name, resume="allow", dir=folder) as session:
-        for iteration in sorted(steps):
-            session.log(steps[iteration], step=iteration)
-        return str(session.url or session.dir)
+    try:
+        with wandb.init(project=project, id=name, name=name, resume="allow", dir=folder) as session:
+            for iteration in sorted(steps):
+                session.log(steps[iteration], step=iteration)
+            return str(session.url or session.dir)
+    except wandb.errors.Error as error:
+        text = " ".join(str(error).split()).rstrip(".")
+        raise RunFailed(f"Weights & Biases: {text}", "WANDB_MODE=offline keeps it all on this machine") from error
 
 
 def scalars(facts: Facts) -> list[tuple[str, int, float]]:

@@ -113,9 +113,16 @@ class ScoreConfig(Section):
     min_spread: float = Field(
         1e-4, ge=0, description="groups with a smaller standard deviation are dropped and counted"
     )
-    best_of_n: int = Field(0, ge=0, description="keep the n/2 best and n/2 worst of a group; 0 keeps all")
+    best_of_n: int = Field(
+        0, ge=0, multiple_of=2, description="keep the n/2 best and n/2 worst of a group; 0 keeps all"
+    )
     max_missing: float = Field(0.2, ge=0, le=1, description="share of missing rewards above which the stage stops")
     workers: int = Field(1, ge=1, description="processes that score at once, one torch thread each")
+
+    def specification(self) -> dict[str, Any]:
+        """How advantages follow from scores, as `summary.json` of a specification of advantages says it."""
+        names = ("combine", "spread", "min_spread", "best_of_n")
+        return {"weights": dict(self.rewards), **{name: getattr(self, name) for name in names}}
 
     @field_validator("rewards", mode="before")
     @classmethod
@@ -235,7 +242,8 @@ def load_config(path: Path, sets: Iterable[str] = ()) -> RunConfig:
     found = values.get("schema", SCHEMA)
     if found != SCHEMA:
         raise UserError(f"{path}: schema {found}, but this program writes schema {SCHEMA}", "make a new run directory")
-    return parse_config(apply_sets(values, sets), str(path))
+    changed = apply_sets(values, sets)
+    return parse_config(changed, f"{path} with --set" if changed != values else str(path))
 
 
 def read_preset(name: str) -> dict[str, Any]:

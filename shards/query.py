@@ -6,6 +6,7 @@ import difflib
 import os
 import re
 import shutil
+import stat
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -63,8 +64,9 @@ def select(
 
 
 def emit(frame: pandas.DataFrame, format: str, out: Path | None, stdout: TextIO, *, fit: bool = True) -> None:
-    """Write the table to `out`, whole or not at all, or else to `stdout`; with `fit`, a terminal gets the columns that
-    it can show side by side. Raises UserError for an unknown format.
+    """Write the table to the file `out`, whole or not at all, or else to `stdout`.
+
+    With `fit`, a terminal gets the columns that it can show side by side. Raises UserError for an unknown format.
     """
     if format not in FORMATS:
         raise UserError(f"--format {format}: no such format", _nearest(format, FORMATS))
@@ -77,13 +79,22 @@ def emit(frame: pandas.DataFrame, format: str, out: Path | None, stdout: TextIO,
     empty = frame.empty and format == "table"
     data = ("  ".join(frame.columns) + "\n").encode() if empty else write(frame, format)
     if out is not None:
-        publish_replace(out, data)
+        _put(out, data)
         return
     try:
         stdout.write(data.decode())
         stdout.flush()
     except BrokenPipeError:  # `| head` has seen enough; Python must not complain again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
+
+
+def _put(out: Path, data: bytes) -> None:
+    """Replace a file as a whole; a device, a pipe or a link (/dev/stdout) is written to, and stays what it is."""
+    if os.path.lexists(out) and not stat.S_ISREG(os.lstat(out).st_mode):
+        with open(out, "wb") as file:
+            file.write(data)
+    else:
+        publish_replace(out, data)
 
 
 def _where(frame: pandas.DataFrame, where: str) -> pandas.DataFrame:

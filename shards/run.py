@@ -59,9 +59,10 @@ class Run:
         run = cls(path, sets)
         mirror.pull(run.path)
         if not run.config_path.is_file():
+            above = next((folder for folder in run.path.parents if (folder / "run.toml").is_file()), None)
+            make = f"`rushes init {shown(str(run.path))} --preset words` makes one"
             raise UserError(
-                f"{shown(str(run.path))} is not a run: it has no run.toml",
-                f"`rushes init {shown(str(run.path))} --preset words` makes one",
+                f"{shown(str(run.path))} is not a run: it has no run.toml", f"the run is {above}" if above else make
             )
         return run
 
@@ -77,7 +78,10 @@ class Run:
             mirror.agree(run.config_path)  # else a run that was deleted in the store would still be there for us
         run.is_new = publish_new(run.config_path, dump_config(config).encode())
         if not run.is_new and run.config != config:
-            raise UserError(f"{run.config_path} exists already", "choose another folder, or edit that file")
+            names = ", ".join(_differences(config.model_dump(), run.config.model_dump())[:8])
+            raise UserError(
+                f"{run.config_path} exists already, with another {names}", "choose another folder, or edit that file"
+            )
         return run
 
     @property
@@ -110,6 +114,12 @@ class Run:
         while self.iteration(number).trained():
             number += 1
         return number
+
+    def way_to_policy(self, iteration: int) -> str:
+        """For hints: the command that trains an iteration, or where its rollouts are missing, all up to it."""
+        if self.iteration(iteration).is_complete():
+            return f"rushes train {self.path} --iteration {iteration}"
+        return f"rushes loop {self.path} --iterations {iteration + 1}"
 
     def evaluations(self) -> list[int]:
         """Numbers of the evaluations that have a directory, ascending."""

@@ -253,8 +253,8 @@ def _open(scheme: str, _: int) -> Any:
     except ImportError as error:
         package = PACKAGES[scheme]
         old = scheme == "hf" and not isinstance(error, ModuleNotFoundError)  # it lacks a name that we import
-        what = "is too old" if old else "is not installed"
-        raise UserError(f"{scheme}:// needs the package {package}, which {what}", f"pip install -U {package}") from error
+        problem = f"{scheme}:// needs the package {package}, which is {'too old' if old else 'not installed'}"
+        raise UserError(problem, f"pip install -U {package}") from error
     except Exception as error:
         raise plain(f"{scheme}://", error) from error
     store.retries = 1  # of s3fs: botocore and _patiently repeat enough

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from shards import index
 from shards.errors import UserError
+from shards.files import read_json
 from shards.locate import Place, locate
-from shards.run import Stage
+from shards.run import Run, Stage
 from shards.sidecar import read_table, scorers, specifications
 
 if TYPE_CHECKING:
@@ -27,8 +28,9 @@ def samples(path: str | Path, iteration: int | None = None) -> pandas.DataFrame:
     """One row per committed sample of a run, stage or shard, scores and advantages joined to it.
 
     Columns: kind, key, iteration, prompt_id, group, sample, prompt, target, seed, noise_seed, reward (the combined one
-    where advantages exist, else that of the only scorer), advantage, weight, reason, status ("ok", "not scored", or why
-    not), per scorer NAME.reward, NAME.<component> and NAME.text, window, log_prob (lists), bytes, seconds, host, shard.
+    where advantages exist, of several the one that was trained on; else that of the only scorer), advantage, weight,
+    reason, status ("ok", "not scored", or why not), per scorer NAME.reward, NAME.<component> and NAME.text, window,
+    log_prob (lists), bytes, seconds, host, shard.
     What is not there yet is NaN. Raises UserError when `path` holds nothing to show, Damaged for a broken table.
     """
     import pandas
@@ -141,7 +143,7 @@ def _judgement(stage: Stage, hashes: dict[int, str], scores: dict[str, pandas.Da
     import pandas
 
     columns = ["reward", "advantage", "weight", "reason"]
-    specification = _latest(stage)
+    specification = _meant(stage)
     table = _tables(stage.advantage_dir(specification), hashes) if specification else None
     if table is not None:
         return table[columns]
@@ -161,9 +163,27 @@ def _status(own: Any, keys: Any, tables: list[pandas.DataFrame]) -> Any:
     return status if tables else status.where(status != "ok", NOT_SCORED)
 
 
-def _latest(stage: Stage) -> str | None:
-    """The specification whose folder was written to last. Only what is shown depends on this clock."""
-    return max(specifications(stage), key=lambda name: stage.advantage_dir(name).stat().st_mtime_ns, default=None)
+def _meant(stage: Stage) -> str | None:
+    """Of several specifications the one that was trained on, or that an evaluation has by the run's [score].
+
+    Else the one whose folder was written to last; only what is shown depends on this clock.
+    """
+    found = specifications(stage)
+    if len(found) < 2:
+        return found[0] if found else None
+    frozen = stage.train_dir / "plan.json"
+    if frozen.exists() and (trained := read_json(frozen).get("advantage")) in found:
+        return str(trained)
+    meant = [name for name in found if stage.kind == "eval" and _is_of_run(stage, name)]
+    return max(meant or found, key=lambda name: stage.advantage_dir(name).stat().st_mtime_ns)
+
+
+def _is_of_run(stage: Stage, specification: str) -> bool:
+    """Whether advantages were made as [score] in run.toml says. False without that file."""
+    run, summary = Run(stage.run_path), stage.advantage_dir(specification) / "summary.json"
+    if not run.config_path.exists() or not summary.exists():
+        return False
+    return bool(read_json(summary).get("specification") == run.config.score.specification())
 
 
 def _scorer_names(folders: list[str]) -> dict[str, str]:

@@ -243,6 +243,6 @@ def test_training_without_rollouts_makes_no_folder(tiny_t2v2: Path, tmp_path: Pa
     before = sorted(run.path.rglob("*"))
     with pytest.raises(UserError) as caught:
         train(run, 0)
-    hint = "run `rushes rollout --iteration 0` first"
+    hint = f"run `rushes rollout {run.path} --iteration 0` first"
     assert (caught.value.problem, caught.value.hint) == (f"{run.path}/iter-0000 has no rollouts", hint)
     assert sorted(run.path.rglob("*")) == before

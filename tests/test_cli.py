@@ -141,6 +141,15 @@ def test_inspect_gives_csv_on_stdout(small: Path) -> None:
     assert rewards == sorted(rewards, reverse=True)
 
 
+def test_a_sample_is_shown_though_its_frames_cannot_be_written(small: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()  # the tests may run as root, who may write anywhere but below a file
+    key = rushes("inspect", small, "--columns", "key", "--format", "csv").stdout.split()[1]
+    result = rushes("inspect", small, key, "--frames", tmp_path / "file" / "folder")
+    assert result.returncode == 1
+    assert key in result.stdout
+    assert result.stderr.endswith("(hint: --frames FOLDER writes them elsewhere)\n")
+
+
 def test_verify_finds_nothing_in_a_whole_run_and_replays_it(small: Path) -> None:
     result = rushes("verify", small, "--replay")
     assert result.returncode == 0, result.stderr
@@ -168,11 +177,74 @@ def test_init_says_what_it_found(tmp_path: Path) -> None:
     assert "run.toml: written from preset words" in first.stderr
     assert "run.toml: is there already, with the same values" in second.stderr
     other = refused("init", tmp_path / "run", "--set", "rollout.seed=1")
-    assert other == f"{tmp_path}/run/run.toml exists already (hint: choose another folder, or edit that file)"
+    assert other == (
+        f"{tmp_path}/run/run.toml exists already, with another rollout.seed"
+        " (hint: choose another folder, or edit that file)"
+    )
     (tmp_path / "file").touch()
     assert refused("init", tmp_path / "file") == f"{tmp_path}/file is a file (hint: choose another folder)"
     presets = {path.stem for path in (ROOT / "shards" / "presets").glob("*.toml")}
     assert presets <= set(rushes("init", "--help").stdout.replace(",", " ").split())
+
+
+def test_relative_paths_hold_from_another_directory(
+    tiny_t2v2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copytree(tiny_t2v2, here / "model")
+    (here / "prompts.txt").write_text('"FILM" on blue\n"REEL" on red\n', encoding="utf-8")
+    monkeypatch.chdir(here)
+    made = make(Path("run"), Path("model"), Path("prompts.txt"), "eval.prompts=later.txt")
+    assert made.returncode == 0
+    assert f"model.path: {here}/model, written in full" in made.stderr
+    assert f"rollout.prompts: {here}/prompts.txt, written in full" in made.stderr
+    assert f"eval.prompts: there is no later.txt in {here}; a relative path counts from where" in made.stderr
+    assert (
+        "is there already, with the same values"
+        in make(Path("run"), Path("model"), Path("prompts.txt"), "eval.prompts=later.txt").stderr
+    )
+    monkeypatch.chdir(elsewhere)
+    assert rushes("rollout", "../here/run", "--dry-run").returncode == 0
+    message = refused("eval", "../here/run")
+    assert message == (
+        f"later.txt: no such file (hint: a relative path counts from where the command is given, here from {elsewhere})"
+    )
+    (elsewhere / "later.txt").write_text('"REEL" on green\n', encoding="utf-8")
+    assert "no such file" not in rushes("eval", "../here/run", "--set", "eval.steps=1").stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["rollot"], "no such command 'rollot'. Did you mean 'rollout'? (hint: `rushes --help` shows what there is)"),
+        (["rollout"], "missing argument 'RUN' (hint: `rushes rollout --help` shows what there is)"),
+        (["export", "run"], "missing option '--out' (hint: `rushes export --help` shows what there is)"),
+    ],
+)
+def test_a_command_line_that_cannot_be_read_is_one_line(arguments: list[str], message: str) -> None:
+    result = rushes(*arguments)
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", f"rushes: {message}\n")
+
+
+def test_without_a_command_there_is_help() -> None:
+    result = rushes()
+    assert result.returncode == 2
+    assert result.stderr.startswith("Usage: rushes [OPTIONS] COMMAND")
+    assert "--debug" in result.stderr
+    assert "plan-memory" in result.stderr
+
+
+def test_hints_can_be_followed_to_the_letter(small: Path) -> None:
+    """Each names a command that is complete, and that there is something to do for."""
+    assert f"(hint: run `rushes rollout {small} --iteration 4` first)" in refused("train", small, "--iteration", "4")
+    assert f"(hint: `rushes rollout {small} --iteration 1` comes first)" in refused("score", small)
+    loop = f"(hint: rushes loop {small} --iterations 4)"
+    assert refused("eval", small, "--iteration", "4").endswith(loop)
+    assert refused("rollout", small, "--iteration", "4").endswith(loop)
+    assert refused("export", small, "--iteration", "3", "--out", small / "export").endswith(loop)
+    assert refused("verify", small / "iter-0000", "--replay").endswith(f"(hint: the run is {small})")
+    assert rushes("verify", small / "iter-0000").returncode == 0
 
 
 def test_bad_input_is_named(tiny_t2v2: Path, tmp_path: Path) -> None:
@@ -267,7 +339,7 @@ def test_a_file_that_may_not_be_touched_is_one_line(
     """Whatever library met it: the tests may run as root, who may touch everything, so the error is raised here."""
     import cli
 
-    def forbidden() -> None:
+    def forbidden(**_: object) -> None:
         raise PermissionError(13, "Permission denied", "runs/a/iter-0000/plan.json")
 
     monkeypatch.setattr(cli, "app", forbidden)

@@ -63,6 +63,11 @@ def test_every_key_says_what_it_is() -> None:
             " (hint: seed: run seed; every noise tensor is derived from it)",
         ),
         (
+            "score.best_of_n=3",
+            "run.toml: [score] best_of_n: input should be a multiple of 2, but it is 3"
+            " (hint: best_of_n: keep the n/2 best and n/2 worst of a group; 0 keeps all)",
+        ),
+        (
             "rollout.group_size=1001",
             "run.toml: [rollout] group_size: input should be less than or equal to 1000, but it is 1001"
             " (hint: group_size: videos of one prompt; advantages are taken among them (8 or more))",
@@ -100,6 +105,18 @@ def test_a_run_toml_that_is_no_toml_is_refused(tmp_path: Path) -> None:
     path.mkdir()
     with pytest.raises(UserError, match=r"run.toml: cannot be read: Is a directory \(hint: it must be a file"):
         load_config(path)
+
+
+def test_a_wrong_setting_of_a_call_is_not_blamed_on_the_file_alone(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("schema = 1\n[rollout]\nsteps = 7\n", encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        load_config(path, ["rollout.steps=many"])
+    assert str(caught.value).startswith(f"{path} with --set: [rollout] steps: ")
+    path.write_text("[rollout]\nsteps = 1\n", encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        load_config(path)
+    assert str(caught.value).startswith(f"{path}: [rollout] steps: ")
 
 
 def test_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:

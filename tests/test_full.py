@@ -134,6 +134,17 @@ def test_lora_and_full_do_not_mix_within_a_run(rolled: Run, trained: Run, policy
         train(other, 0, started)
 
 
+def test_masters_go_on_from_what_bfloat16_cannot_hold() -> None:
+    weight = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    masters, stored = Masters({"w": weight}), torch.full((4,), 1.001)
+    masters.take({"w": stored}, "there")
+    assert torch.equal(masters.parameters["w"], stored)
+    assert weight.tolist() == [1.0] * 4
+    with pytest.raises(UserError, match="there: its weights are not those of the policy, first w"):
+        masters.take({"w": stored + 1.0}, "there")
+    masters.close()
+
+
 def test_masters_add_gradients_up_in_fp32_and_keep_small_updates() -> None:
     weight = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
     masters = Masters({"w": weight})

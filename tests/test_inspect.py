@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import pytest
 from PIL import Image
 
 from shards import query, sample, sidecar, table
+from shards.config import ScoreConfig
 from shards.errors import UserError
 from shards.reader import open_shard
+from shards.run import Stage
 from shards.video import decode_mp4
 from tests.shard_fixtures import advantage_frame, committed_stage, score_frame
 
@@ -44,6 +47,59 @@ def test_rollouts_and_evaluations_are_told_apart(run: Path) -> None:
     assert len(query.of_kind(both, True)) == 6
     with pytest.raises(UserError, match="no evaluations"):
         query.of_kind(both[both["kind"] == "rollout"], True)
+
+
+def test_a_pipe_or_a_link_is_written_to_and_stays_what_it_is(run: Path, tmp_path: Path) -> None:
+    """A rename would put a plain file in place of /dev/stdout."""
+    frame = query.select(table.samples(run), columns="key")
+    pipe, link, file = tmp_path / "pipe", tmp_path / "link", tmp_path / "file"
+    os.mkfifo(pipe)
+    end = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    query.emit(frame, "csv", pipe, io.StringIO())
+    assert os.read(end, 2**16).decode() == frame.to_csv(index=False)
+    os.close(end)
+    assert pipe.is_fifo()
+    link.symlink_to(file)
+    query.emit(frame, "csv", link, io.StringIO())
+    assert link.is_symlink()
+    assert file.read_text() == frame.to_csv(index=False)
+
+
+def add_advantages(stage: Stage, specification: str, advantage: float, weights: dict[str, float], hour: int) -> None:
+    """Advantages that are all `advantage`, written at an hour of 1970."""
+    for shard in stage.shards():
+        frame = advantage_frame(stage, shard).assign(advantage=advantage)
+        sidecar.write_advantages(stage, shard, specification, frame, {})
+    folder, settings = stage.advantage_dir(specification), ScoreConfig(rewards=weights).specification()
+    (folder / "summary.json").write_text(json.dumps({"specification": settings}), encoding="utf-8")
+    os.utime(folder, (3600 * hour,) * 2)
+
+
+def test_of_several_advantages_those_that_were_trained_on_are_shown(tmp_path: Path) -> None:
+    """Scoring a finished iteration again must not change what its report says it learned from."""
+    stage = committed_stage(tmp_path, 0)
+    add_advantages(stage, "aaaaaaaa", 1.0, {"ocr": 1.0}, 1)
+    add_advantages(stage, "bbbbbbbb", 2.0, {"ocr": 0.5}, 3)
+    add_advantages(stage, "cccccccc", 3.0, {"motion": 1.0}, 2)
+    (tmp_path / "run.toml").write_text("schema = 1\n[score]\nrewards = { ocr = 1.0 }\n", encoding="utf-8")
+    assert set(table.samples(tmp_path)["advantage"]) == {2.0}  # not trained: the newest, which was just asked for
+    stage.train_dir.mkdir()
+    (stage.train_dir / "plan.json").write_text('{"advantage": "aaaaaaaa"}', encoding="utf-8")
+    assert set(table.samples(tmp_path)["advantage"]) == {1.0}
+    (stage.train_dir / "plan.json").write_text('{"advantage": "dddddddd"}', encoding="utf-8")  # deleted since
+    assert set(table.samples(tmp_path)["advantage"]) == {2.0}
+
+
+def test_of_several_advantages_of_an_evaluation_those_of_the_run_are_shown(tmp_path: Path) -> None:
+    """Else a curve over iterations could mix two rewards."""
+    stage = committed_stage(tmp_path, 0, evaluation=True)
+    add_advantages(stage, "aaaaaaaa", 1.0, {"ocr": 1.0}, 1)
+    add_advantages(stage, "bbbbbbbb", 2.0, {"ocr": 0.5}, 2)
+    assert set(table.samples(tmp_path)["advantage"]) == {2.0}  # no run.toml to tell
+    (tmp_path / "run.toml").write_text("schema = 1\n[score]\nrewards = { ocr = 1.0 }\n", encoding="utf-8")
+    assert set(table.samples(tmp_path)["advantage"]) == {1.0}
+    (tmp_path / "run.toml").write_text("schema = 1\n[score]\nrewards = { clip = 1.0 }\n", encoding="utf-8")
+    assert set(table.samples(tmp_path)["advantage"]) == {2.0}
 
 
 def test_where_keeps_what_the_condition_says(frame: pandas.DataFrame) -> None:

@@ -97,6 +97,37 @@ def test_ocr_prints_the_text_of_each_frame_with_its_confidence(rushes: Judge, tm
     assert verdict["value"] == verdict["components"]["similarity"]
 
 
+class Wanted:
+    """Scores the length of the target it was given, and none without."""
+
+    name, version, components = "wanted", "1", ("length",)
+
+    def __call__(self, videos: Sequence[Video]) -> list[Scored]:
+        return [Scored({"length": float(len(v.target))}) if v.target else Scored(reason="none") for v in videos]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "given", "target"),
+    [
+        ('a sign "FILM"', [], "FILM"),
+        ('a sign "FILM" over a "REEL"', [], "FILM REEL"),
+        ('a sign "FILM"', ["--target", "OPEN"], "OPEN"),
+        ("a cat", ["--target", "OPEN"], "OPEN"),
+        ("a cat", [], None),
+        ('a 12" screen', [], None),
+    ],
+)
+def test_the_target_that_is_used_is_printed(
+    rushes: Judge, tmp_path: Path, prompt: str, given: list[str], target: str | None
+) -> None:
+    options = ("--prompt", prompt, *given, "--reward", f"{__name__}:Wanted")
+    code, lines, talk = rushes(write(tmp_path / "a.mp4"), *options)
+    assert lines[0]["target"] == target
+    assert lines[0]["rewards"][0]["value"] == (len(target) if target else None)
+    assert code == (0 if target else 1)
+    assert ("1 score is missing" in talk) == (not target)
+
+
 def test_several_videos_prompts_and_rewards(rushes: Judge, tmp_path: Path) -> None:
     first, second = write(tmp_path / "a.mp4", 5, 12), write(tmp_path / "b.mp4", 7, 24)
     options = ("--reward", OWN, "--reward", f"{OWN}:scale=2,note=a,b:c", "--reward", "guards")
@@ -175,6 +206,29 @@ def test_bad_input_is_named(rushes: Judge, tmp_path: Path, arguments: list[str],
     assert not lines
     assert words in talk
     assert "Traceback" not in talk
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "import nothing_of_that_name",
+            "No module named 'nothing_of_that_name' (hint: install it, or give the command",
+        ),
+        ("def f(:", "SyntaxError: invalid syntax"),
+        ("1 / 0", "ZeroDivisionError: division by zero (hint: --debug says where)"),
+    ],
+)
+def test_a_reward_that_cannot_be_imported_is_one_line(
+    rushes: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, message: str
+) -> None:
+    name = f"own_reward_{len(text)}"
+    (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    code, _, talk = rushes(write(tmp_path / "a.mp4"), "--prompt", "p", "--reward", f"{name}:Own")
+    assert code == 2
+    assert f"cannot import {name}: {message}" in talk
+    assert talk.count("\n") == 1
 
 
 def test_names_and_options_are_told_apart() -> None:

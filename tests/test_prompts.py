@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rollout import planning
-from rollout.prompts import Prompt, load_prompts, prompts_of_iteration, quoted_text, split
+from rollout.prompts import Prompt, load_prompts, prompts_of_iteration, split
 from shards.config import apply_sets, parse_config, read_preset
 from shards.errors import UserError
 from shards.run import Run
@@ -63,29 +63,6 @@ def test_json_lines_csv_and_parquet_agree(tmp_path: Path) -> None:
 def test_geneval_metadata(tmp_path: Path) -> None:
     path = write(tmp_path, "metadata.jsonl", '{"tag": "colors", "include": [{"class": "cow"}], "prompt": "a cow"}\n')
     assert load_prompts(path, False) == [Prompt(0, "a cow", tags=("colors",))]
-
-
-@pytest.mark.parametrize(
-    ("text", "target"),
-    [
-        ('a sign "OPEN" and a "DAILY" board', "OPEN DAILY"),
-        ("a poster “Hello World”", "Hello World"),
-        ("ein Schild „Bäckerei“", "Bäckerei"),
-        ("une affiche « Café »", "Café"),
-        ("看板＂开放＂", "开放"),
-        ("it's one man's sign", ""),
-        ('empty "" quotes', ""),
-        ('a «book "x" here»', 'book "x" here'),
-    ],
-)
-def test_quoted_text(text: str, target: str) -> None:
-    assert quoted_text(text) == target
-
-
-@given(st.lists(st.text(alphabet="ab cé中", min_size=1, max_size=5), max_size=4))
-def test_every_quoted_span_is_found(spans: list[str]) -> None:
-    text = "x".join(f' "{span}" ' for span in spans)
-    assert quoted_text(text) == " ".join(span.strip() for span in spans if span.strip())
 
 
 def test_errors_name_the_line(tmp_path: Path) -> None:

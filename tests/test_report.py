@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import subprocess
 import sys
 import time
 from html.parser import HTMLParser
@@ -324,6 +326,22 @@ def test_weights_and_biases_gets_the_same_curves_and_clips(run: Run, monkeypatch
         assert time.monotonic() < deadline, missing
         time.sleep(0.1)
     assert len(list(files.glob("media/videos/**/*.mp4"))) == 2 * len(("best", "worst", "held out 0", "held out 1"))
+
+
+def test_what_weights_and_biases_refuses_is_one_sentence(run: Run, tmp_path: Path) -> None:
+    """In a process of its own: the package remembers how it was used before."""
+    pytest.importorskip("wandb")
+    code = "import sys, cli\nsys.argv[0] = 'rushes'\ncli.main()\n"
+    strange = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc"), "WANDB_MODE": "online", "WANDB_SILENT": "true"}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")} | strange
+    command = [sys.executable, "-c", code, "report", str(run.path), "--wandb"]
+    root = Path(__file__).parents[1]
+    ended = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1, ended.stderr
+    last = ended.stderr.splitlines()[-1]
+    assert last.startswith("rushes: Weights & Biases: No API key")
+    assert last.endswith("(hint: WANDB_MODE=offline keeps it all on this machine)")
+    assert "Traceback" not in ended.stderr
 
 
 def test_without_the_package_nothing_is_sent(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

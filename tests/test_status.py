@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -192,8 +193,32 @@ def test_the_command_prints_a_table_or_json_and_loads_nothing_heavy(
     assert records[0]["workers_alive"] == 0
     assert sorted(stage.run_path.rglob("*")) == before
     assert loaded_by("status", path) == set()
-    with pytest.raises(UserError, match="is not a run"):
+    with pytest.raises(UserError, match=rf"is not a run: it has no run.toml \(hint: the run is {path}\)"):
         cli.app(["status", str(stage.path)], standalone_mode=False)
+
+
+@pytest.mark.parametrize("pause", ["-1", "nan", "inf", "1e10"])
+def test_a_pause_that_no_clock_can_wait_is_refused(
+    stage: Stage, capsys: pytest.CaptureFixture[str], pause: str
+) -> None:
+    with pytest.raises(UserError, match=r"^--watch .*: no pause in seconds \(hint: for example --watch 10"):
+        cli.app(["status", str(stage.run_path), "--watch", pause], standalone_mode=False)
+    assert not capsys.readouterr().out
+
+
+def test_a_very_long_pause_is_waited(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
+    def enough(*_: object) -> None:
+        raise Enough
+
+    before = signal.signal(signal.SIGALRM, enough)
+    signal.setitimer(signal.ITIMER_REAL, 1.0)
+    try:
+        with pytest.raises(Enough):
+            cli.app(["status", str(stage.run_path), "--watch", "1e9"], standalone_mode=False)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert "iter-0000" in capsys.readouterr().out
 
 
 def test_it_works_while_everything_runs(stage: Stage) -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from score.text import NoTarget, judge, levenshtein, normaliser, quoted, similarity, target_of
+from score.text import NoTarget, judge, levenshtein, normaliser, similarity, target_of
 
 patient = settings(deadline=None, max_examples=50)  # a busy machine is no failure
 SIGN = 'A sign that reads "OPEN NOW" in neon'
@@ -92,13 +92,17 @@ def test_confusable_characters_are_equal_only_on_request() -> None:
     assert judge(["5"], '"S"', mode="flow_grpo_video", fold_confusables=True).reward == 1.0
 
 
-def test_quotes_of_all_kinds() -> None:
-    assert quoted('\u201eA\u201d and \u00abB\u00bb and \uff02C\uff02 and "D"') == ["A", "B", "C", "D"]
+def test_the_target_of_a_prompt() -> None:
     assert target_of('"A" and "B"') == "A B"
-    with pytest.raises(NoTarget, match="odd number"):
-        quoted('12" and "A"')
-    with pytest.raises(NoTarget, match="visible"):
-        target_of("", "\u200b")
+    assert target_of('12" and "A"', "A") == "A"
+    for prompt, why in (
+        ('12" and "A"', "no partner"),
+        ("a cat", "no quoted"),
+        ('a " "', "empty"),
+        ('"\u200b"', "visible"),
+    ):
+        with pytest.raises(NoTarget, match=why):
+            target_of(prompt)
 
 
 @pytest.mark.parametrize(
