@@ -145,14 +145,16 @@ class World:
             yield
         except UserError as error:
             mine = error
-        found = self.gather(None if mine is None else (type(mine), mine.problem, mine.hint))
+        found = self.gather(None if mine is None else (type(mine), mine.problem, mine.hint, mine.exit_code))
         failed = [rank for rank, one in enumerate(found) if one is not None]
         if not failed:
             return
-        kind, problem, hint = next(one for one in found if one is not None)
+        kind, problem, hint, code = next(one for one in found if one is not None)
         if failed[0] > 0:
             problem = f"rank {failed[0]} of {self.size}: {problem}"
-        raise self.one_voice(kind(problem, hint)) from mine
+        told = kind(problem, hint)
+        told.exit_code = code  # of a stop, which signal it was
+        raise self.one_voice(told) from mine
 
     def one_voice(self, error: UserError) -> UserError:
         """An error that all ranks raise at the same place, after they have met there; all but rank 0 end quietly."""

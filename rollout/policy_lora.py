@@ -92,6 +92,7 @@ def load_adapter(module: nn.Module, folder: Path) -> None:
     except ValueError as error:  # none of its layers is there
         raise UserError(f"{path}: has no layer of this model", "an adapter of another model") from error
     _to_float(module)
+    module.eval()  # layers that peft adds are in training: the dropout of a foreign adapter would be on
     misfit = _misfit(state, get_peft_model_state_dict(module, adapter_name=ADAPTER))
     if misfit:
         remove_adapter(module)

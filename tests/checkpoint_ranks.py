@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from rollout.parallel import World
 from shards.errors import RunFailed, UserError
-from train import checkpoint
+from train import checkpoint, checkpoint_writer
 from train.checkpoint import Checkpoints, TrainerState
 
 
@@ -85,6 +85,7 @@ def one_rank(folder: Path, first: int, last: int, result: Path, fail: bool = Fal
     """
     distributed.init_process_group("gloo")
     torch.manual_seed(100 + distributed.get_rank())
+    checkpoint_writer.FILE_BYTES = 200  # several files of each rank
     seen: dict[str, object] = {"losses": go_on(folder, first, last)[0]}
     state = make()[1]
     checkpoint.load(folder / f"update-{last:06d}", state)
@@ -93,39 +94,48 @@ def one_rank(folder: Path, first: int, last: int, result: Path, fail: bool = Fal
     seen["again"] = gather(torch.rand(3))
     if fail:
         seen["full"] = gather(save_on_a_full_disk(folder, state))
-        seen["damaged"] = gather(load_damaged(folder / f"update-{last:06d}", state))
+        seen["misfit"] = gather(load_another(folder / f"update-{last:06d}"))
+        files = sorted((folder / f"update-{last:06d}").glob("*.safetensors"))
+        seen["damaged"] = {file.name: gather(load_damaged(file, state)) for file in files}
     if distributed.get_rank() == 0:
         torch.save(seen, result)
     World.joined().close()
 
 
 def save_on_a_full_disk(folder: Path, state: TrainerState) -> str:
-    """The disk of rank 1 alone is full; what each rank says."""
+    """The disk of rank 1 alone is full; what a rank says, or keeps to itself, in brackets."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     if distributed.get_rank() == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
     try:
         checkpoint.save(folder, state, 99)
     except RunFailed as error:
-        return error.problem
+        return f"({error.problem})" if error.told else error.problem
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     return ""
 
 
-def load_damaged(path: Path, state: TrainerState) -> str:
-    """A bit of a file that rank 2 looks at is wrong; what a rank says of it, or keeps to itself, in brackets.
+def load_another(path: Path) -> str:
+    """A trainer without averages meets a checkpoint with them; what a rank says, or keeps to itself, in brackets."""
+    state = make()[1]
+    state.ema = {}
+    try:
+        checkpoint.load(path, state)
+    except UserError as error:
+        return f"({error.problem})" if error.told else error.problem
+    return ""
 
-    The file is mended afterwards.
-    """
-    file = sorted(path.glob("*.safetensors"))[2]
+
+def load_damaged(file: Path, state: TrainerState) -> str:
+    """A bit of a file is wrong; what a rank says of it, or keeps to itself, in brackets. It is mended afterwards."""
     good = file.read_bytes()
     distributed.barrier()
     if distributed.get_rank() == 0:
         file.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
     distributed.barrier()
     try:
-        checkpoint.load(path, state)
+        checkpoint.load(file.parent, state)
     except UserError as error:
         return f"({error.problem})" if error.told else error.problem
     finally:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from signal import SIGINT
 from typing import Any
 
 import torch
@@ -14,8 +16,9 @@ from rollout import meet
 from rollout.parallel import World, local
 from shards.errors import RunFailed, UserError
 from shards.run import Run
-from train import losses, replay
-from train.data import Stored
+from shards.signals import stopped
+from train import losses, ranks, replay
+from train.data import Inputs, Stored
 from train.order import Unit
 from train.run import train
 from train.update import ExpertTrainer
@@ -55,9 +58,9 @@ def train_case(case: Case, rank: int) -> dict[str, Any]:
         used.append([self.state.updates, counts, *unit])
         return backward(self, unit, *args, counts=counts, **names)
 
-    def noting_meetings(path: Path, ranks: World) -> None:
+    def noting_meetings(path: Path, all_ranks: World) -> None:
         met.append(path)
-        compare(path, ranks)
+        compare(path, all_ranks)
 
     path = case.get("others", case["run"]) if rank else case["run"]
     run = Run.open(Path(path), case.get("sets", []) if rank else [])
@@ -133,11 +136,32 @@ def odd_file(case: Case, rank: int) -> dict[str, Any]:
         return train_case(case, rank)
 
 
+def odd_advantages(case: Case, rank: int) -> dict[str, Any]:
+    """The last rank reads other advantages."""
+    before = ranks.freeze
+
+    def other(*args: Any) -> Inputs:
+        inputs = before(*args)
+        more = float(rank == World.joined().size - 1)
+        return replace(inputs, advantages={key: (one + more, two) for key, (one, two) in inputs.advantages.items()})
+
+    with changed(ranks, "freeze", other):
+        return train_case(case, rank)
+
+
 def odd_software(case: Case, rank: int) -> dict[str, Any]:
     """The last rank has another version of everything."""
     number = 1 + (rank == World.joined().size - 1)
     with changed(meet, "version_of", lambda name: f"{number}.0"):
         return train_case(case, rank)
+
+
+def interrupted(case: Case, rank: int) -> dict[str, Any]:
+    """Ctrl-C reaches the last rank while each works for itself."""
+    with World.joined().together():
+        if rank == World.joined().size - 1:
+            raise stopped(SIGINT, "while it waited")
+    return {}
 
 
 def recomputed(case: Case, rank: int) -> dict[str, Any]:
@@ -156,20 +180,23 @@ ACTIONS: dict[str, Callable[[Case, int], dict[str, Any]]] = {
     "odd log-probs": odd_log_probs,
     "odd weights": odd_weights,
     "odd file": odd_file,
+    "odd advantages": odd_advantages,
     "odd software": odd_software,
     "recomputed": recomputed,
+    "interrupted": interrupted,
 }
 
 
 def main(path: Path) -> None:
     """Run the cases of a file; each rank writes what came out of each."""
     torch.set_num_threads(1)
-    ranks = World.joined()
+    joined = World.joined()
     found = {}
     for case in json.loads(path.read_text()):
         try:
-            found[case["name"]] = ACTIONS[case["action"]](case, ranks.rank)
+            found[case["name"]] = ACTIONS[case["action"]](case, joined.rank)
         except UserError as error:
             found[case["name"]] = {"kind": type(error).__name__, "error": str(error), "told": error.told}
-        path.with_name(f"rank-{ranks.rank}.json").write_text(json.dumps(found))
-    ranks.close()
+            found[case["name"]]["code"] = error.exit_code
+        path.with_name(f"rank-{joined.rank}.json").write_text(json.dumps(found))
+    joined.close()

@@ -165,6 +165,27 @@ def test_large_states_are_cut_into_files(tmp_path: Path, monkeypatch: pytest.Mon
     assert same(state, other)
 
 
+def test_all_is_on_the_disk_before_the_name_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def noted_fsync(handle: int) -> None:
+        fsync(handle)
+        done.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+
+    def noted_rename(old: Path, new: Path) -> None:
+        rename(old, new)
+        done.append(f"{old.name} -> {new.name}")
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "rename", noted_rename)
+    path = checkpoint.save(tmp_path, make_state(), 1)
+    tensors = sorted(file.name for file in path.glob("*.safetensors"))
+    assert sorted(done[: len(tensors)]) == tensors
+    aside = done[-2].partition(" -> ")[0]
+    assert done[len(tensors) :] == ["commit.json", aside, f"{aside} -> {path.name}", tmp_path.name]
+
+
 class Held:
     """Holds the writing thread back until it is let go; counts the writes at work."""
 

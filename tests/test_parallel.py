@@ -23,7 +23,7 @@ from train.run import train
 CALM = {"epsilon": 1e-4}  # AdamW divides rounding noise by the gradient; the default lets it through at any size
 SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"ratio_norm": True},
-    "nft": {"objective": "nft", "ema": 0.0},
+    "nft": {"objective": "nft", "ema": 0.0, "max_grad_norm": 3e-3},  # every gradient is larger
     "full": {"full": True, "learning_rate": 1e-4, "updates_per_rollout": 5},  # more than there are units: two epochs
     "full-once": {"full": True, "learning_rate": 1e-4, "updates_per_rollout": 1},
     "full-nft": {"full": True, "learning_rate": 1e-4, "objective": "nft"},
@@ -43,6 +43,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "lora dp ulysses": (4, {"ulysses": 2}),
     "lora hsdp checkpointing": (4, {"replicate": 2, "gradient_checkpointing": True}),
     "full-once dp ulysses": (4, {"ulysses": 2}),
+    "nft dp ulysses": (4, {"ulysses": 2}),
 }
 Results = dict[str, list[dict[str, Any]]]
 Found = tuple[Path, Results]
@@ -129,6 +130,8 @@ def mishaps(ground: Run, folder: Path, ranks: int) -> list[dict[str, Any]]:
         case_of(ground, folder, "odd log-probs", "odd log-probs"),
         case_of(ground, folder, "odd file", "odd file"),
         case_of(ground, folder, "odd software", "odd software"),
+        case_of(ground, folder, "odd advantages", "odd advantages"),
+        case_of(ground, folder, "interrupted", "interrupted"),
         case_of(ground, folder, "recomputed", "recomputed", recompute_log_probs=True),
     ]
 
@@ -255,6 +258,14 @@ def test_what_is_wrong_on_one_rank_ends_all_with_one_sentence(name: str, request
     assert not (folder / name / "iter-0000" / "policy" / "policy.json").exists()
 
 
+def test_ranks_with_different_advantages_train_nothing(on_two: Found) -> None:
+    found = on_two[1]["odd advantages"]
+    name = training.SPECIFICATION
+    said = rf"rank 1 has another set of advantages than rank 0: {name} \w{{64}} instead of {name} \w{{64}} \(hint"
+    assert all(re.match(said, one["error"]) for one in found), found
+    assert [one["told"] for one in found] == [False, True]
+
+
 def test_a_rank_whose_log_probs_differ_fails_the_gate_of_all(on_two: Found) -> None:
     folder, results = on_two
     found = results["odd log-probs"]
@@ -263,6 +274,15 @@ def test_a_rank_whose_log_probs_differ_fails_the_gate_of_all(on_two: Found) -> N
     assert found[0]["error"].startswith("replay failed: |log-ratio| 0.25 is above 0 for i000000-")
     assert [one["told"] for one in found] == [False, True]
     assert not (folder / "odd log-probs" / "iter-0000" / "policy").exists()
+
+
+def test_a_signal_on_one_rank_gives_all_its_exit_code(on_two: Found) -> None:
+    found = on_two[1]["interrupted"]
+    assert [(one["kind"], one["code"], one["told"]) for one in found] == [
+        ("Stopped", 130, False),
+        ("Stopped", 130, True),
+    ]
+    assert found[0]["error"].startswith("rank 1 of 2: stopped by SIGINT while it waited")
 
 
 def test_ranks_share_the_log_probs_they_recompute(on_two: Found) -> None:

@@ -205,6 +205,23 @@ def test_saving_twice_gives_equal_files_and_the_fingerprint_follows(folders: dic
     assert policy.fingerprint(tmp_path / "c")["base"] == base["base"]
 
 
+def test_the_dropout_of_a_foreign_adapter_is_off(folders: dict[str, Path], tmp_path: Path) -> None:
+    policy = load(folders["t2v"])
+    policy.add_lora(rank=2, alpha=4, seed=0)
+    policy.module(0).peft_config["policy"].lora_dropout = 0.5  # type: ignore[index]
+    for name, value in policy.trainable(0):
+        value.data.fill_(0.1 if ".lora_B." in name else 0.02)
+    policy.save_lora(tmp_path)
+    policy.load_lora(tmp_path)
+    assert 0.5 in {part.p for part in policy.module(0).modules() if isinstance(part, torch.nn.Dropout)}
+    x, embeds = torch.ones(1, *policy.latent_shape(32, 32, 9)), torch.ones(1, TEXT_LENGTH, 16)
+    with torch.no_grad():
+        one, other = (policy.velocity(0, x, 500.0, embeds, None, 1.0) for _ in range(2))
+        with policy.reference():
+            assert not torch.equal(one, policy.velocity(0, x, 500.0, embeds, None, 1.0))
+    assert torch.equal(one, other)
+
+
 def test_the_reference_is_the_base_model_and_leaves_gradients_alone(folders: dict[str, Path]) -> None:
     policy = load(folders["t2v"])
     x = torch.randn(1, *policy.latent_shape(32, 32, 5), generator=torch.Generator().manual_seed(1))
@@ -302,6 +319,7 @@ def test_foreign_folders_are_refused_word_by_word(folders: dict[str, Path], tmp_
 
     missing = tmp_path / "missing"
     assert message(missing) == f"{missing}: no such model folder"
+    assert message(Path("/missing")) == "/missing: no such model folder"  # and no hub is asked for it
     empty = tmp_path / "empty"
     empty.mkdir()
     assert message(empty) == f"{empty}/model_index.json: no such file"

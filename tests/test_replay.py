@@ -80,6 +80,19 @@ def test_the_gate_names_value_sample_step_expert_and_shard(run: Run, policy: Pol
     assert caught.value.exit_code == 1
 
 
+def test_a_log_prob_that_is_no_number_fails_the_gate(run: Run, policy: Policy) -> None:
+    parameter = policy.module(1).proj_out.bias  # type: ignore[union-attr]
+    before = parameter.detach().clone()
+    with torch.no_grad():
+        parameter.fill_(torch.nan)
+    try:
+        with pytest.raises(RunFailed, match=r"\|log-ratio\| nan is above 0\.1 for"):
+            prove(policy, Rollouts.open(run.iteration(0)), samples=4, limit=0.1)
+    finally:
+        with torch.no_grad():
+            parameter.copy_(before)
+
+
 def test_a_wrong_batch_shape_is_what_the_chunks_avoid(run: Run, policy: Policy) -> None:
     """The gate's log-probs are those of the stored chunk, row by row."""
     rollouts = Rollouts.open(run.iteration(0))

@@ -22,7 +22,7 @@ from shards.run import Run
 from shards.signals import check, stoppable, stopping
 from tests import forks, training
 from tests.test_score_run import make
-from train import signals
+from train import checkpoint_writer, signals
 from train.run import train
 
 UPDATES = 3
@@ -241,3 +241,17 @@ def test_ranks_stop_together_and_outlive_no_killed_one(
     ours, theirs = training.weights(run, 0), training.weights(undisturbed, 0)
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, rtol=0, atol=1e-5)
+
+
+def test_a_rank_that_dies_while_it_writes_is_not_taken_for_a_full_disk(rolled: Run, tmp_path: Path) -> None:
+    run = training.fork(rolled, tmp_path / "run", async_checkpoints=False)
+
+    def work() -> None:
+        if os.environ["RANK"] == "1":
+            checkpoint_writer.Writer.write_data = training.kill_self  # type: ignore[assignment]
+        forks.rushes("train", run.path, "--iteration", 0)()
+
+    one, other = forks.ranks(tmp_path / "ranks", work, work)
+    assert (one.wait(), other.wait()) == (1, -signal.SIGKILL)
+    assert "rank 0: another rank has ended or cannot be reached" in one.said
+    assert "could not be written" not in one.said

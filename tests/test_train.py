@@ -21,6 +21,8 @@ import torch
 from rollout.planning import stage_plan
 from rollout.policy import Policy
 from rollout.sampler import Sampler
+from rollout.schedule import step_std
+from rollout.transitions import noise, noise_seed
 from shards.claims import claim
 from shards.errors import RunFailed, StillBusy, UserError
 from shards.reader import open_shard
@@ -28,9 +30,11 @@ from shards.run import Run
 from shards.signals import stoppable
 from shards.writer import seal, write_group, write_sample
 from tests import training
+from train import run as train_run
 from train.ahead import Ahead
 from train.data import Inputs, Rollouts, Stored, keys_of, read_chunk, read_step
 from train.freeze import check_policy, freeze
+from train.objectives import nft_loss
 from train.order import Slot, Unit
 from train.replay import log_probs
 from train.run import train
@@ -85,6 +89,45 @@ def test_a_training_whose_claim_was_taken_over_publishes_nothing(rolled: Run, po
         train(run, 0, policy, take_over)
     assert not run.iteration(0).trained()
     assert not train(run, 0, policy).skipped  # and whoever has the work goes on
+
+
+def test_a_training_that_was_taken_over_touches_nothing_of_the_one_in_its_place(
+    rolled: Run, trained: Run, policy: Policy, tmp_path: Path
+) -> None:
+    run, then = training.fork(rolled, tmp_path / "run"), {}
+
+    def take_over(done: int, total: int, unit: str, note: str = "") -> None:
+        if unit == "updates" and not then:
+            for path in (run.iteration(0).path / "work").glob("*.train.claim-*"):
+                path.unlink()
+            train(run, 0, Policy.of(run.config.model))
+            then.update(contents(run.iteration(0).policy_dir))
+
+    with pytest.raises(RunFailed, match="was taken over"):
+        train(run, 0, policy, take_over)
+    assert contents(run.iteration(0).policy_dir) == then
+    assert len(metrics(run)) == len(metrics(trained))
+
+
+def test_what_was_published_between_the_first_look_and_the_claim_is_left_alone(
+    rolled: Run, policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, meet, then = training.fork(rolled, tmp_path / "run"), train_run.meet, {}
+
+    def slow(*arguments: Any) -> Any:
+        monkeypatch.undo()
+        train(run, 0, Policy.of(run.config.model))
+        then.update(contents(run.iteration(0).policy_dir))
+        return meet(*arguments)
+
+    monkeypatch.setattr(train_run, "meet", slow)
+    assert train(run, 0, policy).skipped
+    assert contents(run.iteration(0).policy_dir) == then
+
+
+def contents(folder: Path) -> dict[Path, tuple[int, int]]:
+    """When every file below a folder was written, and which file it is."""
+    return {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in folder.rglob("*") if path.is_file()}
 
 
 # --- What training does ----------------------------------------------------------------------------------------------
@@ -151,6 +194,19 @@ def test_the_next_iteration_continues_the_optimizer(trained: Run, policy: Policy
     assert not training.equal(training.weights(run, 1), training.weights(run, 0))
 
 
+def test_an_optimizer_of_other_weights_is_refused(trained: Run, policy: Policy, tmp_path: Path) -> None:
+    """The newest checkpoint of the iteration before is lost; the one before it is of an earlier policy."""
+    run = training.fork(trained, tmp_path / "run")
+    training.advise(training.roll(run, 1, policy))
+    folder = run.iteration(0).policy_dir / "trainer"
+    shutil.rmtree(folder / "low_noise" / "update-000002")
+    with pytest.raises(UserError, match=r"low_noise/update-000001: its weights are not those of the policy"):
+        train(run, 1, policy)
+    shutil.rmtree(folder)  # as the hint says
+    train(run, 1, policy)
+    assert [record["total_updates"] for record in metrics(run, 1) if record["expert"] == "low_noise"] == [1, 2]
+
+
 # --- What does not move ----------------------------------------------------------------------------------------------
 
 
@@ -188,6 +244,15 @@ def test_all_groups_dropped_publishes_the_same_policy(rolled: Run, policy: Polic
     report = train(run, 0, policy)
     assert report.updates == {"high_noise": 0, "low_noise": 0}
     assert training.equal(training.weights(run, 0), initial(run, policy, tmp_path / "start"))
+
+
+def test_an_iteration_without_updates_hands_the_optimizer_on(trained: Run, policy: Policy, tmp_path: Path) -> None:
+    run = training.fork(trained, tmp_path / "run")
+    for iteration in (1, 2):
+        training.advise(training.roll(run, iteration, policy), lambda key, last=iteration - 1: (1.0, float(last)))
+        train(run, iteration, policy)
+    assert metrics(run, 1) == []
+    assert [record["total_updates"] for record in metrics(run, 2)] == [3, 4, 3, 4]
 
 
 # --- The gradient ----------------------------------------------------------------------------------------------------
@@ -252,11 +317,73 @@ def test_the_gradient_is_cut_to_its_norm_over_all_weights(rolled: Run, policy: P
     policy.become(None)
     policy.add_lora(2, 4.0, 0)
     units = [unit for unit in inputs.units() if unit.expert == 1]
+    whole = gradient(policy, inputs, run, 1)
     with contextlib.closing(ExpertTrainer(policy, inputs, run.config.train, 1)) as trainer:
-        assert trainer.update(units, [Slot(unit, True) for unit in units])["gradient_norm"] > 2e-3
+        trainer.backward(units[0], 1.0)  # what an earlier chunk left is not of this update
+        norm = trainer.update(units, [Slot(unit, True) for unit in units])["gradient_norm"]
         moments = [state["exp_avg"].flatten() for state in trainer.state.optimizer.state.values()]
+    assert norm == pytest.approx(torch.cat([value.flatten() for value in whole.values()]).norm().item(), rel=1e-4)
+    assert norm > 2e-3
     cut = torch.cat(moments).norm().item() / (1.0 - run.config.train.beta1)
     assert cut == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_a_gradient_that_is_no_number_moves_nothing(rolled: Run, policy: Policy, tmp_path: Path) -> None:
+    run = training.fork(rolled, tmp_path / "run")
+    inputs = freeze(run, run.iteration(0))
+    policy.become(None)
+    policy.add_lora(2, 4.0, 0)
+    units = [unit for unit in inputs.units() if unit.expert == 1]
+    with contextlib.closing(ExpertTrainer(policy, inputs, run.config.train, 1)) as trainer:
+        first, *others = trainer.state.parameters.values()
+        first.data.fill_(torch.nan)
+        before = [value.detach().clone() for value in others]
+        with pytest.raises(RunFailed, match="low_noise expert, update 1: the gradient norm is nan"):
+            trainer.update(units, [Slot(unit, True) for unit in units])
+        assert all(torch.equal(now, then) for now, then in zip(others, before, strict=True))
+        assert trainer.state.updates == 0
+
+
+@pytest.mark.parametrize("objective", ["grpo", "nft"])
+def test_the_loss_is_the_sum_of_its_parts(objective: str, rolled: Run, policy: Policy, tmp_path: Path) -> None:
+    """After a move of the weights: clipped advantages, step weights, KL and the old policy, from the formulas."""
+    run = training.fork(
+        rolled, tmp_path / "run", objective=objective, kl_beta=0.3, step_weight="std", advantage_clip=2.0
+    )
+    training.advise(run.iteration(0), lambda key: (9.0 if key.endswith("s01") else training.advantage_of(key)[0], 1.0))
+    inputs, base = freeze(run, run.iteration(0)), Policy.of(run.config.model)
+    schedule, plan = inputs.rollouts.schedule, inputs.rollouts.plan
+    stds = {step: step_std(schedule, step) for step in inputs.rollouts.steps(1)}
+    policy.become(None)
+    policy.add_lora(2, 4.0, 0)
+    with contextlib.closing(ExpertTrainer(policy, inputs, run.config.train, 1)) as trainer:
+        for number, weight in enumerate(trainer.state.parameters.values()):
+            weight.data += 0.05 * noise(tuple(weight.shape), seed=number)
+        for unit in (unit for unit in inputs.units() if unit.expert == 1):
+            found, chunk = trainer.backward(unit, 1.0), trainer.losses.read(unit)
+            advantage = torch.tensor([inputs.advantages[key][0] for key in chunk.keys]).clamp(-2.0, 2.0)
+            inner = (chunk.prompt, chunk.negative, schedule.guidance[unit.step])
+            x, sigma, t = chunk.x, schedule.sigmas[unit.step], schedule.timesteps[unit.step]
+            if objective == "nft":
+                prompt = inputs.rollouts.groups[unit.group]["prompt_id"]
+                fresh = trainer.losses._fresh_noise(chunk)
+                for number, step in itertools.product(range(unit.size), range(schedule.steps + 1)):
+                    seed = noise_seed(plan["seed"], plan["iteration"], prompt, unit.first + number, step)
+                    assert not torch.equal(fresh[number], noise(x.shape[1:], seed=seed))  # none of the rollout's own
+                x = (1.0 - sigma) * x + sigma * fresh
+            with torch.no_grad():
+                new, old = (one.velocity(1, x, t, *inner) for one in (policy, base))
+                moved = (new - old).square().flatten(1).mean(1)
+                if objective == "nft":
+                    error = nft_loss(new, old, x, chunk.x, sigma, advantage / 4.0 + 0.5, run.config.train.nft_beta)
+                    expected = 2.0 * error + 0.3 * moved
+                else:
+                    ratio = (log_probs(policy, inputs.rollouts, chunk) - chunk.log_prob).exp()
+                    limited = ratio.clamp(1.0 - run.config.train.clip_range, 1.0 + run.config.train.clip_range)
+                    part = torch.maximum(-advantage * ratio, -advantage * limited)
+                    expected = stds[unit.step] * len(stds) / sum(stds.values()) * part + 0.3 * moved
+            assert (moved > 1e-4).all()
+            torch.testing.assert_close(found["loss"], expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("settings", [
@@ -271,6 +398,13 @@ def test_every_variant_trains(settings: dict[str, Any], rolled: Run, policy: Pol
     assert report.updates == {"high_noise": 2, "low_noise": 2}
     assert not training.equal(training.weights(run, 0), initial(run, policy, tmp_path / "start"))
     assert all(record["ratio_max"] == 1.0 for record in metrics(run) if record["update"] == 1)
+
+
+def test_diffusion_nft_needs_no_log_probs_to_recompute(tiny_t2v2: Path, policy: Policy, tmp_path: Path) -> None:
+    settings = {"objective": "nft", "recompute_log_probs": True}
+    run = training.make_run(tmp_path / "run", tiny_t2v2, settings, law="ode", high_steps=0, low_steps=0)
+    training.advise(training.roll(run, 0, policy))
+    assert train(run, 0, policy).updates == {"high_noise": 2, "low_noise": 2}
 
 
 def test_recomputed_log_probs_are_the_stored_ones(rolled: Run, trained: Run, policy: Policy, tmp_path: Path) -> None:

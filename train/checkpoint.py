@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import warnings
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -27,6 +28,7 @@ from shards import mirror
 from shards.errors import RunFailed, UserError
 from shards.files import sha256_file
 from train.checkpoint_writer import COMMIT, Writer, found
+from train.signals import is_lost
 
 KEEP = 2
 PATIENCE = timedelta(minutes=30)  # for the slowest rank to write its part
@@ -62,11 +64,10 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        try:
-            self.wait()
-        except RunFailed:
-            if error is None:
-                raise  # else the first error is the one to tell
+        if error is None:
+            return self.wait()
+        with suppress(RunFailed, RuntimeError):  # the first error is the one to tell
+            self._settle()
 
     def save(self, directory: Path, state: TrainerState, update: int) -> Path:
         """Copy the state after `update` updates of this iteration and begin to write it; the copy is made on return.
@@ -91,7 +92,16 @@ class Checkpoints:
         return final
 
     def wait(self) -> None:
-        """Until no checkpoint is being written. RunFailed when the last one could not be."""
+        """Until no checkpoint is being written. RunFailed, from rank 0, when the last one could not be."""
+        try:
+            self._settle()
+        except RunFailed as error:
+            if isinstance(error.__cause__, CheckpointException):  # torch told all ranks, so that all come here
+                World.joined().one_voice(error)
+            raise
+
+    def _settle(self) -> None:
+        """Wait, and say what came of it on this rank; RuntimeError when another rank is gone."""
         if self._flying is None:
             return
         (future, writer), self._flying = self._flying, None
@@ -99,6 +109,8 @@ class Checkpoints:
             future.result()
         except (Exception, CheckpointException) as error:
             writer.discard()
+            if is_lost(error):
+                raise
             raise _failure(writer.final, error) from error
 
 
@@ -192,10 +204,9 @@ def _check_same(path: Path, commit: dict[str, Any], tensors: dict[str, Tensor]) 
     wanted = {name: tuple(value.shape) for name, value in tensors.items() if not _is_generator(name)}
     different = sorted(name for name in stored.keys() | wanted.keys() if stored.get(name) != wanted.get(name))
     if different:
-        raise UserError(
-            f"{path}: the checkpoint does not fit this model: {len(different)} tensors differ, first {different[0]}",
-            "train with the model.path, lora_rank and ema the run began with, or start a new run",
-        )
+        problem = f"{path} does not fit this model: {len(different)} tensors differ, first {different[0]}"
+        hint = "train with the model.path, lora_rank and ema the run began with, or start a new run"
+        raise World.joined().one_voice(UserError(problem, hint))
 
 
 def _check_sums(path: Path, sums: dict[str, str]) -> None:

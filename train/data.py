@@ -35,18 +35,16 @@ class Rollouts:
     @classmethod
     def open(cls, stage: Stage, *, partial: bool = False) -> Rollouts:
         """Open every shard of a stage. UserError when the plan or, unless `partial`, a shard is missing."""
-        plan = stage.plan()
+        plan, again = stage.plan(), f"rushes rollout {stage.run_path} --iteration {stage.iteration}"
         if plan is None:
-            raise UserError(
-                f"{stage.path} has no rollouts", f"run `rushes rollout --iteration {stage.iteration}` first"
-            )
+            raise UserError(f"{stage.path} has no rollouts", f"run `{again}` first")
         present = stage.shards()
         missing = sorted(set(range(stage.expected())) - set(present))
         if missing and not partial:
             names = ", ".join(stage.shard_path(number).name for number in missing[:8])
             raise UserError(
                 f"{stage.path} lacks {len(missing)} of {stage.expected()} shards: {names}",
-                f"run `rushes rollout --iteration {stage.iteration}`; it makes only what is missing",
+                f"run `{again}`; it makes only what is missing",
             )
         groups = {group["key"]: group for group in plan["groups"]}
         opened = {number: open_shard(stage, number) for number in present}

@@ -58,10 +58,7 @@ def choose_specification(stage: Stage, config: RunConfig) -> str:
         raise UserError(f"{stage.path} has no advantages", f"run `rushes score --iteration {stage.iteration}` first")
     if len(found) == 1:
         return found[0]
-    score = config.score
-    wanted = {"weights": dict(score.rewards)} | {
-        name: getattr(score, name) for name in ("combine", "spread", "min_spread", "best_of_n")
-    }
+    wanted = config.score.specification()
     matching = [name for name in found if _summary(stage, name).get("specification") == wanted]
     if len(matching) != 1:
         raise UserError(

@@ -43,7 +43,8 @@ class Masters:
             if not torch.equal(stored, local(weight).to(self.dtypes[name])):
                 raise UserError(
                     f"{where}: its weights are not those of the policy, first {name}",
-                    "restore the policy folder of the iteration before as training left it",
+                    "restore the policy folder of the iteration before as training left it; without its trainer/ a new "
+                    "optimizer begins",
                 )
         for name, master in self.parameters.items():
             if self.dtypes[name] != torch.float32:

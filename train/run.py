@@ -60,6 +60,15 @@ class Work:
     """None on all ranks but the first."""
     checkpoints: Checkpoints
     progress: Progress | None
+    held: Claim | None
+    """The claim on the training, on the rank that holds it."""
+
+    def require_claim(self) -> None:
+        """Raise RunFailed on all ranks when another process trains in our place, as after a sleep of this machine: what
+        that one writes, or has published, must not be touched."""
+        with self.world.together():
+            if self.held:
+                self.held.require()
 
 
 @dataclass(frozen=True)
@@ -106,20 +115,29 @@ def train(
     ranks = World.joined()
     stage = run.iteration(iteration)
     with signals.lost_ranks():
-        record = ranks.broadcast(policy_record(stage) if ranks.is_first else None)
-        if record is not None:
-            return TrainReport(skipped=True, fingerprint=record["fingerprint"])
+        done = _published(ranks, stage)
+        if done:
+            return done
         with ranks.together():
             _check_settings(run.config)
             if stage.plan() is None:  # told before the claim, which would make the folder of the iteration
                 problem = f"{stage.path} has no rollouts"
-                raise UserError(problem, f"run `rushes rollout --iteration {stage.iteration}` first")
+                raise UserError(problem, f"run `rushes rollout {run.path} --iteration {iteration}` first")
             device = policy.device if policy else Policy.device_of(run.config.model)
         world = meet(run, device)
         with claimed(world, stage, run.config.workers.claim_seconds) as held:
-            report = _train(run, stage, policy, world, progress if world.is_first else None, advantage, held)
+            # looked at again: who held the claim before may have published in the meantime
+            report = _published(world, stage) or _train(
+                run, stage, policy, world, progress if world.is_first else None, advantage, held
+            )
             world.barrier()
             return report
+
+
+def _published(ranks: World, stage: Stage) -> TrainReport | None:
+    """What there is to say of an iteration whose policy is there; the same answer on all ranks."""
+    record = ranks.broadcast(policy_record(stage) if ranks.is_first else None)
+    return None if record is None else TrainReport(skipped=True, fingerprint=record["fingerprint"])
 
 
 def _train(
@@ -147,15 +165,13 @@ def _train(
     log = MetricsLog(stage.policy_dir, covered) if world.is_first else None
     try:
         with Checkpoints(config.train.keep_checkpoints, config.train.async_checkpoints) as checkpoints:
-            work = Work(policy, inputs, config, world, start, log, checkpoints, progress)
+            work = Work(policy, inputs, config, world, start, log, checkpoints, progress, held)
             trained = {expert: _train_expert(work, expert) for expert in policy.expert_ids}
     finally:
         if log:
             log.close()
     averages = {expert: one.averages for expert, one in trained.items()}
-    with world.together():  # a process that slept for long may come back when another one trains in its place
-        if held:
-            held.require()
+    work.require_claim()
     fingerprint = publish(policy, stage, averages, world, config.train.ema > 0)
     records = log.records if log else []
     updates = {name: sum(record["expert"] == name for record in records) for name in EXPERT_NAMES}
@@ -203,7 +219,7 @@ def _train_expert(work: Work, expert: int) -> Trained:
         updates=settings.updates_per_rollout,
     )
     with closing(trainer):
-        if settings.recompute_log_probs and done < len(plan.batches):
+        if settings.objective == "grpo" and settings.recompute_log_probs and done < len(plan.batches):
             trainer.recompute_log_probs([unit for unit in inputs.units() if unit.expert == expert])
         _update_all(work, trainer, plan, done)
     return Trained(trainer.averages(), trainer.unmoved())
@@ -217,6 +233,7 @@ def _update_all(work: Work, trainer: ExpertTrainer, plan: RankPlan, done: int) -
         _end_if_asked(work.checkpoints, folder, trainer, number)
         following = plan.of_rank(number + 1, rank)[0].unit if number + 1 < total else None
         metrics = trainer.update(plan.batches[number], plan.of_rank(number, rank), following)
+        work.require_claim()
         names = {"iteration": stage.iteration, "expert": trainer.name, "update": number + 1}
         if work.log:
             work.log.add(names | {"total_updates": trainer.state.updates} | metrics)
@@ -253,8 +270,7 @@ def _restore(trainer: ExpertTrainer, folder: Path, start: Path | None) -> int:
     if before is not None:
         masters = checkpoint.load(before[1], trainer.state, weights=False)
         with trainer.world.together():
-            if trainer.policy.is_full:
-                trainer.masters.take(masters, before[1])
+            trainer.masters.take(masters, before[1])
     return 0
 
 

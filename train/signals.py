@@ -46,13 +46,18 @@ def lost_ranks() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not (_many() and LOST.search(str(error))):
+        if not is_lost(error):
             raise
         first = str(error).strip().splitlines()[0]
         raise RunFailed(
             f"rank {distributed.get_rank()}: another rank has ended or cannot be reached ({first[:160]})",
             "the rank that ended first says why; run the same command again, it goes on from the last checkpoint",
         ) from error
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an error says that the other end of a collective is gone."""
+    return isinstance(error, RuntimeError) and _many() and bool(LOST.search(str(error)))
 
 
 def _many() -> bool:
