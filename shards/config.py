@@ -176,7 +176,9 @@ class TrainConfig(Section):
     recompute_log_probs: bool = Field(
         False, description="take old log-probs from this machine, for shards of other hardware"
     )
-    max_policy_lag: int = Field(0, ge=0, description="oldest shards accepted, in policies")
+    max_policy_lag: int = Field(
+        0, ge=0, description="oldest shards accepted, in policies; old to DiffusionNFT is the one training starts from"
+    )
     save_every: int = Field(1, ge=1, description="updates between trainer checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="trainer checkpoints kept of each expert and iteration")
     async_checkpoints: bool = Field(True, description="write them beside training; takes a copy of the state in memory")
