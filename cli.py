@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from shards.errors import RunFailed, StillBusy, UserError
-from shards.progress import show
+from shards.progress import counted, show
 from shards.share import ALL, Share
 from shards.signals import INTERRUPTED, check, stoppable
 from shards.urls import shown
@@ -91,7 +91,7 @@ def init(
 ) -> None:
     """Make a run directory with its run.toml, from a preset."""
     from shards.config import apply_sets, parse_config, read_preset
-    from shards.places import in_full
+    from shards.full_paths import in_full
     from shards.run import Run
 
     values, said = in_full(apply_sets(read_preset(preset), sets))
@@ -361,7 +361,7 @@ def verify(
     damaged = sum(problem.kind == "damaged" for problem in problems)
     if damaged:
         raise RunFailed(
-            f"{path}: {damaged} damaged file{'s' if damaged > 1 else ''}",
+            f"{path}: {counted(damaged, 'damaged file')}",
             "delete what is damaged and run its stage again",
         )
     say(f"{path}: everything published is whole")
@@ -445,9 +445,8 @@ def do_rollout(run: Run, stage: Stage, policy: Policy | None, share: Share = ALL
         result = run_rollout(run, stage, policy, report, share.part, share.wait)
     say(f"{stage.name} rollout: {result}")
     if result.busy:
-        raise StillBusy(
-            f"{stage.name}: other workers still hold {_shards(result.busy)}", "nothing is left to claim; --wait waits"
-        )
+        problem = f"{stage.name}: other workers still hold {counted(result.busy, 'shard')}"
+        raise StillBusy(problem, "nothing is left to claim; --wait waits")
     return result
 
 
@@ -473,7 +472,7 @@ def do_score(
     say(f"{stage.name} score: {result}")
     if result.pending:
         raise StillBusy(
-            f"{stage.name}: {_shards(len(result.pending))} not sampled or not scored yet", "run it again later"
+            f"{stage.name}: {counted(len(result.pending), 'shard')} not sampled or not scored yet", "run it again later"
         )
     return result
 
@@ -488,10 +487,6 @@ def do_train(run: Run, iteration: int, policy: Policy | None, advantage: str = "
     with show(f"iter-{iteration:04d} train") as report:
         result = run_train(run, iteration, policy, report, advantage)
     say(f"iter-{iteration:04d} train: {result}")
-
-
-def _shards(count: int) -> str:
-    return f"{count} shard{'s' if count > 1 else ''}"
 
 
 def reward_settings(rewards: list[str]) -> list[str]:

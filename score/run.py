@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from score.scoring import Scoring, named
 from shards import sidecar
 from shards.errors import StillBusy, UserError
 from shards.files import read_json
+from shards.progress import counted
 from shards.run import Run, Stage
 from shards.worker import Part, Worker, order
 
@@ -42,18 +43,16 @@ class ScoreReport:
 
     def __str__(self) -> str:
         if self.nothing_done:
-            return f"nothing to do: {_shards(self.skipped)} scored already, advantages {self.advantages} there"
+            there = f"{counted(len(self.skipped), 'shard')} scored already, advantages {self.advantages} there"
+            return f"nothing to do: {there}"
         words = []
         if self.done or not self.skipped:
-            words += [f"{_shards(self.done)} scored ({self.samples} samples, {self.missing} without a reward)"]
-        words += [f"{_shards(self.skipped)} there already"] if self.skipped else []
+            done = counted(len(self.done), "shard")
+            words += [f"{done} scored ({self.samples} samples, {self.missing} without a reward)"]
+        words += [f"{counted(len(self.skipped), 'shard')} there already"] if self.skipped else []
         words += [f"{len(self.pending)} are still to come"] if self.pending else []
         words += [f"advantages {self.advantages} written"] if self.advantages_written else []
         return f"{', '.join(words)}; {self.seconds:.1f} s"
-
-
-def _shards(numbers: Sequence[int]) -> str:
-    return f"{len(numbers)} shard{'s' * (len(numbers) != 1)}"
 
 
 def score(

@@ -67,3 +67,8 @@ class Lines:
         left = f", {(total - done) / rate:.0f} s left" if rate > 0 and done < total else ""
         text = f"{self.label}: {done}/{total} {unit}{speed}{left}{'; ' + note if note else ''}"
         print(text, file=sys.stderr, flush=True)
+
+
+def counted(count: int, name: str) -> str:
+    """A number with its noun: `1 shard`, `2 shards`."""
+    return f"{count} {name}{'s' * (count != 1)}"

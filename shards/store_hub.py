@@ -42,7 +42,7 @@ warnings.filterwarnings("ignore", message="It seems that you are about to commit
 
 
 @dataclass(frozen=True)
-class Place:
+class HubPath:
     """A file or folder of a repository; `kind` is model, dataset or space, no revision is the branch main."""
 
     kind: str
@@ -160,7 +160,7 @@ class Hub:
             problem = f"hf://{place.id}: its .gitignore keeps {left_out[0]} out of the repository"
             raise UserError(problem, "take the line that matches it out of .gitignore")
 
-    def _there(self, place: Place, names: Sequence[str]) -> list[str]:
+    def _there(self, place: HubPath, names: Sequence[str]) -> list[str]:
         """Those of the names that a repository has."""
         found: list[str] = []
         for first in range(0, len(names), NAMES):
@@ -169,7 +169,7 @@ class Hub:
             found += [one.path for one in looked]
         return found
 
-    def _newest(self, place: Place) -> str | None:
+    def _newest(self, place: HubPath) -> str | None:
         """The commit that a branch is at."""
         # without `expand` the answer has all names of the repository
         found = self._ask().repo_info(place.id, revision=place.revision, repo_type=place.kind, expand=["sha"])  # type: ignore[arg-type]
@@ -197,13 +197,13 @@ class _Silent(tqdm):
         super().__init__(*arguments, **{**options, "disable": True})
 
 
-def _place(path: str) -> Place:
+def _place(path: str) -> HubPath:
     """The parts of a path on the hub. Raises UserError for what is no path of a repository."""
     match = PATH.fullmatch(path.strip("/"))
     if match is None:
         hint = "hf://OWNER/NAME is a model repository, hf://datasets/OWNER/NAME a dataset; both may end in @BRANCH"
         raise UserError(f"hf://{path}: not a place in a repository of the hub", hint)
-    return Place((match["kind"] or "models").removesuffix("s"), match["id"], match["revision"], match["path"] or "")
+    return HubPath((match["kind"] or "models").removesuffix("s"), match["id"], match["revision"], match["path"] or "")
 
 
 def _info(name: str, found: RepoFile | RepoFolder) -> dict[str, Any]:

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
-import torch
 from huggingface_hub import HfFileSystem, constants
 
 from rollout.generate import rollout
 from rollout.policy import Policy
 from score.run import score
-from shards import claims, mirror, sidecar, store
+from shards import claims, mirror, store
 from shards.errors import RunFailed, UserError
-from shards.files import publish_new, publish_replace, read_json, read_json_lines
+from shards.files import publish_new, publish_replace, read_json_lines
 from shards.reader import open_shard
 from shards.run import Run
 from shards.urls import url_of, working_copy
@@ -30,10 +26,10 @@ from shards.verify import verify
 from shards.writer import seal
 from tests.hub_server import Fault, Hub, served
 from tests.shard_fixtures import committed_stage, fill, planned_stage
+from tests.store_machines import SETTINGS, assert_same, die_in_second_update, look, take_over
 from tests.test_store import Machine, machine_of
-from tests.training import equal, kill_self, killed, make_run, weights
+from tests.training import make_run
 from train.run import train
-from train.update import ExpertTrainer
 
 ROOT = Path(__file__).parents[1]
 REPO = "me/run"
@@ -89,13 +85,9 @@ def content(hub: Hub, path: str, repo: str = REPO) -> bytes:
 
 
 def test_an_iteration_on_two_machines_equals_a_local_run(
-    hub: Hub, tiny_t2v2: Path, tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+    hub: Hub, tiny_t2v2: Path, tmp_path: Path, machine: Machine
 ) -> None:
-    settings: dict[str, Any] = {
-        "train": {"updates_per_rollout": 2, "async_checkpoints": False},
-        "score": {"rewards": {"contrast": 1.0}, "min_spread": 0.0},
-    }
-    local = make_run(tmp_path / "local", tiny_t2v2, **settings)
+    local = make_run(tmp_path / "local", tiny_t2v2, **SETTINGS)
     policy = Policy.of(local.config.model)
     rollout(local, local.iteration(0), policy)
     score(local, local.iteration(0))
@@ -112,57 +104,25 @@ def test_an_iteration_on_two_machines_equals_a_local_run(
     rollout(created, created.iteration(0), policy)
     score(created, created.iteration(0))
     assert all(fault.seen == 1 for fault in hub.faults)
-    update = ExpertTrainer.update
-
-    def dying(self: ExpertTrainer, *arguments: Any) -> Any:
-        return kill_self() if self.state.updates == 1 else update(self, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ExpertTrainer, "update", dying)
-        killed(lambda: train(created, 0, policy))
+    die_in_second_update(created, policy)
 
     machine("second")
     run = Run.open(URL)
     policy = Policy.of(run.config.model)
-    updates: list[int] = []
-    with monkeypatch.context() as patch:
-        patch.setattr(ExpertTrainer, "update", lambda self, *a: updates.append(self.state.updates) or update(self, *a))
-        train(run, 0, policy)
-    assert updates == [1, 0, 1]  # the first update of the first expert was not done again
+    take_over(run, policy)
     ours, theirs = run.iteration(0), local.iteration(0)
     lines = [(line["expert"], line["update"]) for line in read_json_lines(ours.policy_dir / "metrics.jsonl")]
     assert lines == [(expert, number) for expert in ("high_noise", "low_noise") for number in (1, 2)]
     path = "runs/a/iter-0000/policy/metrics.jsonl"
     assert content(hub, path) == (ours.policy_dir / "metrics.jsonl").read_bytes()
-    assert equal(weights(run, 0), weights(local, 0))
-    assert equal(weights(run, 0, "ema"), weights(local, 0, "ema"))
-    fingerprints = {read_json(one.policy_dir / "policy.json")["fingerprint"] for one in (ours, theirs)}
-    assert len(fingerprints) == 1
-    for scorer in sidecar.scorers(theirs):
-        assert sidecar.read_scores(ours, scorer).equals(sidecar.read_scores(theirs, scorer))
+    assert_same(run, local, 0)
     keys = [key for shard in theirs.shards() for key in theirs.keys(shard)]
-    for shard in theirs.shards():
-        with open_shard(ours, shard) as one, open_shard(theirs, shard) as other:
-            assert one.keys == other.keys
-            for key in one.keys:
-                assert torch.equal(one.trajectory(key)["latents"], other.trajectory(key)["latents"])
-                assert one.video(key) == other.video(key)
 
     # as many as docs/stores.md says, though two machines worked; run.toml and model.json are made once
     assert len(hub.commits(REPO)) == 22 + 2
 
     machine("third")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    code = "import sys, atexit, cli; atexit.register(lambda: print('torch' in sys.modules)); cli.main()"
-    command = [sys.executable, "-c", code, "inspect", URL, "--format", "jsonl", "--columns", "key,reward"]
-    seen = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    *rows, has_torch = seen.stdout.splitlines()
-    assert [json.loads(row)["key"] for row in rows] == keys
-    assert has_torch == "False"
-    assert seen.stderr == ""
-    command = [sys.executable, "cli.py", "verify", URL]
-    proven = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    assert proven.stderr == f"{URL}: everything published is whole\n"
+    assert look(URL, keys, OMP_NUM_THREADS="1") == ""
 
 
 def test_a_model_folder_with_many_pages_and_large_files(hub: Hub, machine: Machine) -> None:

@@ -15,6 +15,7 @@ from rollout.parallel import World
 from rollout.policy import Policy
 from rollout.schedule import EXPERT_NAMES
 from shards.errors import UserError
+from shards.progress import counted
 from shards.run import Stage
 from shards.signals import stopped
 from train import checkpoint, signals
@@ -93,7 +94,7 @@ class TrainReport:
         if self.skipped:
             return f"nothing to do: policy {self.fingerprint[:12]} is there"
         proof = "" if self.replay is None else f", largest |log-ratio| of the replay {self.replay:.3g}"
-        steps = ", ".join(f"{count} update{'s' * (count != 1)} of {name}" for name, count in self.updates.items())
+        steps = ", ".join(f"{counted(count, 'update')} of {name}" for name, count in self.updates.items())
         words = "".join(f"\n  note: {sentence}" for sentence in self.warnings)
         done = f"{steps} on advantages {self.advantages}{proof}"
         return f"{done}; policy {self.fingerprint[:12]}; {self.seconds:.1f} s{words}"
