@@ -431,6 +431,8 @@ def test_more_shards_than_files_may_be_open_are_read(tmp_path: Path, monkeypatch
     shards[0].close()
     with pytest.raises(ValueError, match="was closed"):
         shards[0].trajectory(shards[0].keys[0])
+    # which two were last in the threads is chance; now shards[1] is not open
+    assert all(one.trajectory(one.keys[0]) for one in shards[2:4])
     shards[1].path.unlink()
     with pytest.raises(UserError, match=r"shard-000001\.tar: cannot be opened as a plain file"):
         shards[1].trajectory(shards[1].keys[0])
