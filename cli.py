@@ -6,6 +6,7 @@ import gc
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -149,7 +150,7 @@ def train(
     run: RunPath,
     iteration: Iteration = None,
     advantage: Annotated[
-        str, typer.Option(metavar="SPEC8", help="a folder in iter-*/advantage, when there are several")
+        str, typer.Option(metavar="NAME", help="a folder in iter-*/advantage, when there are several")
     ] = "",
     sets: Sets = [],  # noqa: B006
 ) -> None:
@@ -236,13 +237,12 @@ def judge(
     ] = [],  # noqa: B006
 ) -> None:
     """Score video files outside a run: one JSON line a video on stdout, with all a reward says of it."""
-    import json
-
+    from score.judge import json_line
     from score.judge import judge as judge_files
 
     missing = 0
     for record in judge_files(videos, prompt, reward, target):
-        print(json.dumps(record, ensure_ascii=False), flush=True)
+        print(json_line(record, sys.stdout.encoding), flush=True)
         missing += sum(verdict["status"] != "ok" for verdict in record["rewards"])
     if missing:
         raise RunFailed(f"{missing} score{'s are' if missing > 1 else ' is'} missing", "`status` in the lines says why")
@@ -357,13 +357,10 @@ def verify(
     run = open_run(path, []) if replay else None
     problems = verify_files(path)
     for problem in problems:
-        print(problem)
+        print(problem, flush=True)  # before what is said on stderr, wherever the two come together
     damaged = sum(problem.kind == "damaged" for problem in problems)
     if damaged:
-        raise RunFailed(
-            f"{path}: {counted(damaged, 'damaged file')}",
-            "delete what is damaged and run its stage again",
-        )
+        raise RunFailed(f"{path}: {counted(damaged, 'fault')}", "each line says what to do about it")
     say(f"{path}: everything published is whole")
     if run is not None:
         prove(run)
@@ -564,7 +561,7 @@ def main() -> None:
         sys.exit(app(prog_name="rushes", standalone_mode=False))
     except UserError as error:
         if debug:
-            raise
+            traceback.print_exc()
         if not error.told:
             tell(error)
         gc.freeze()  # else Python looks through all of torch once more, for seconds that a batch system may not give

@@ -91,13 +91,13 @@ def report(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> str:
         f"{arguments.iterations} --jobs {arguments.jobs}`: OCR reward on {rows[0]['videos']} held-out videos, "
         "deterministic sampler.",
         "",
-        "| run seed | advantages | before | after | gain | standard error after |",
-        "|-|-|-|-|-|-|",
+        "| run seed | advantages | before | after | gain | standard error after | minutes |",
+        "|-|-|-|-|-|-|-|",
     ]
     for row in rows:
         kind = "shuffled" if row["control"] else "true"
         numbers = f"{row['before']:.3f} | {row['after']:.3f} | {row['gain']:+.3f} | {row['error']:.3f}"
-        lines.append(f"| {row['seed']} | {kind} | {numbers} |")
+        lines.append(f"| {row['seed']} | {kind} | {numbers} | {row['seconds'] / 60:.1f} |")
     reached = int((runs["gain"] >= GAIN).sum())
     lines += ["", f"{reached} of {len(runs)} runs gained {GAIN} or more; mean gain {runs['gain'].mean():+.3f}."]
     if len(controls):

@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.gpu_models import MODELS
 from bench.scale_simulation import Units
 from rollout import policy_sizes
-from rollout.memory import state_bytes, tokens, weight_bytes
+from rollout.memory import state_bytes, weight_bytes
+from rollout.policy_folder import tokens
 from rollout.policy_lora import add_adapter
 from rollout.policy_sizes import Pass, Shape, expert_size, extrapolate, fused_attention, working_bytes
 

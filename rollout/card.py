@@ -126,7 +126,7 @@ def _measures(run: Run, iteration: int) -> Iterator[tuple[int, _Measure | None, 
 def _measure(config: RunConfig, stage: Stage) -> _Measure | None:
     """The mean reward of a stage by the weights of run.toml; None when there is none."""
     for name in specifications(stage):
-        path = stage.advantage_dir(name) / "summary.json"
+        path = stage.summary_path(name)
         summary = read_json(path) if path.is_file() else {}
         known = summary.get("specification", {}).get("weights") == dict(config.score.rewards)
         if known and summary.get("mean_reward") is not None:

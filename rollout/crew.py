@@ -56,10 +56,17 @@ def rollout(
 
 
 def _hand_out(run: Run, stage: Stage, parts: list[Part]) -> list[Future[int]]:
-    """Give each helper its part. When one has ended since the last stage, new ones take the place of all."""
+    """Give each helper its part. When one has ended since the last stage, new ones take the place of all.
+
+    When one ends while this gives out work, nobody gets any: new helpers start with the next stage.
+    """
     executor = _start(len(parts))
     job = (str(run.path), run.sets, stage.kind, stage.iteration)
-    return [executor.submit(_sample, *job, part) for part in parts]
+    try:
+        return [executor.submit(_sample, *job, part) for part in parts]
+    except BrokenProcessPool:
+        helpers.discard()
+        return []
 
 
 def _start(count: int) -> ProcessPoolExecutor:

@@ -16,17 +16,16 @@ import torch
 from torch import Tensor
 
 from rollout.card import Base, base_name, model_card, reward_curve
-from rollout.planning import take_policy
+from rollout.planning import averaged, check_committed, take_policy
 from rollout.policy import Policy
 from rollout.policy_folder import EXPERT_FOLDERS, Layout
 from rollout.policy_full import is_full
-from rollout.policy_lora import NAMES
 from rollout.policy_plain import merge, open_plain, probe, round_adapter, sample, save_expert, wear
 from shards import mirror
 from shards.errors import RunFailed, StillBusy, UserError
 from shards.files import TEMPORARY, publish_new, read_json, sha256_file, sync, to_json
 from shards.locks import locked
-from shards.run import Run, Stage
+from shards.run import EXPERT_NAMES, Run, Stage
 from shards.urls import working_copy
 
 SCHEMA = 1
@@ -93,8 +92,8 @@ def export(run: Run, iteration: int, out: str | Path, *, average: bool = True, f
 
 
 def _source(stage: Stage, average: bool) -> Path:
-    folder = stage.fetched_policy() / "ema"
-    return folder if average and folder.is_dir() else stage.policy_dir
+    folder = stage.fetched_policy()
+    return (averaged(folder) if average else None) or folder
 
 
 def _same(out: Path, wanted: dict[str, Any]) -> bool:
@@ -112,6 +111,7 @@ def _write(run: Run, stage: Stage, source: Path, aside: Path, wanted: dict[str, 
     policy = Policy.load(model.path, dtype=model.dtype, device="cpu", text_length=model.text_length)
     identity = take_policy(run, run.iteration(stage.iteration + 1), policy)
     if wanted["average"]:
+        check_committed(source, policy.fingerprint(source))
         policy.become(source)
     layout, difference = policy.layout, None
     if wanted["fused"]:
@@ -127,7 +127,7 @@ def _write(run: Run, stage: Stage, source: Path, aside: Path, wanted: dict[str, 
     checked = "loaded back by plain diffusers, every expert's output equal bit for bit" + (
         ", and one call of the whole pipeline" if whole else ""
     )
-    experts = [NAMES[expert] for expert in layout.expert_ids]
+    experts = [EXPERT_NAMES[expert] for expert in layout.expert_ids]
     record = {
         **wanted,
         "base": identity["base"],
@@ -199,7 +199,7 @@ def prove(
         wear(pipe, folder, layout.expert_ids)
     for expert, answer in answers.items():
         found = probe(getattr(pipe, EXPERT_FOLDERS[expert]), layout)
-        _equal(found, answer, f"{folder}: the {NAMES[expert]} expert")
+        _equal(found, answer, f"{folder}: the {EXPERT_NAMES[expert]} expert")
     if not modules:
         return
     theirs = sample(pipe, layout, text_length)

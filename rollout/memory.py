@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import Any
 
 from rollout.planning import batch_size
-from rollout.policy_folder import DTYPES, EXPERT_FOLDERS, Layout, find_folder, read_layout
+from rollout.policy_folder import DTYPES, EXPERT_FOLDERS, Layout, find_folder, read_config, read_layout
 from rollout.policy_sizes import ExpertSize, Pass, expert_size, text_parameters, vae_parameters
 from shards.config import RunConfig
-from shards.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -58,11 +55,6 @@ class Model:
         )
 
 
-def tokens(shape: tuple[int, int, int, int], patch: tuple[int, int, int]) -> int:
-    """Tokens of latents (C, F, H, W) cut into patches (frames, height, width)."""
-    return prod(size // unit for size, unit in zip(shape[1:], patch, strict=True))
-
-
 def weight_bytes(parameters: int, dtype: str, kept: int = 0) -> int:
     """Bytes of weights in `dtype`, `kept` of them in fp32."""
     return (parameters - kept) * DTYPES[dtype].itemsize + 4 * kept
@@ -106,7 +98,8 @@ def read_model(config: RunConfig) -> Model:
     """Read the configurations of the model of a run; its weights need not be there."""
     layout = read_layout(find_folder(config.model.path, weights=False), weights=False)
     layout.check_shape(config.rollout.height, config.rollout.width, config.rollout.frames)
-    transformer, text, vae = (_config(layout.folder / part) for part in (EXPERT_FOLDERS[0], "text_encoder", "vae"))
+    parts, hint = (EXPERT_FOLDERS[0], "text_encoder", "vae"), "copy or fetch the whole model folder"
+    transformer, text, vae = (read_config(layout.folder / part / "config.json", hint) for part in parts)
     size = expert_size(transformer, config.train.lora_rank)
     return Model(
         config=config,
@@ -124,12 +117,3 @@ def batch_of(config: RunConfig, layout: Layout | None = None) -> int:
     """Videos in the largest forward pass of a run."""
     layout = layout or read_layout(find_folder(config.model.path, weights=False), weights=False)
     return min(batch_size(config.rollout, layout), config.rollout.group_size)
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable: {error}", "copy or fetch the whole model folder") from None
-    return values

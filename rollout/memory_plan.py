@@ -12,10 +12,10 @@ from rollout.memory import (
     lora_state,
     read_model,
     state_bytes,
-    tokens,
     weight_bytes,
 )
 from rollout.parallel import World, check_degrees
+from rollout.policy_folder import tokens
 from rollout.policy_parallel import check_ulysses
 from rollout.policy_sizes import decode_bytes, meta_expert, working_bytes
 from shards.errors import UserError

@@ -6,18 +6,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from rollout.policy import Policy
-from rollout.policy_folder import Layout, find_folder, read_layout
+from rollout.policy_folder import DTYPES, Layout, find_folder, read_layout
 from rollout.policy_inputs import find_device, open_image
 from rollout.prompts import Prompt, load_prompts, prompts_of_iteration, split, words_folder
-from rollout.schedule import Plan, make_plan
+from rollout.schedule import Plan, make_plan, step_std
 from rollout.window import choose_window
 from shards.errors import RunFailed, UserError
 from shards.files import publish_new, read_json, to_json
 from shards.run import SCHEMA, Run, Stage, group_key
+from shards.verify_policy import ANEW
 
 if TYPE_CHECKING:
-    from shards.config import RolloutConfig, RunConfig
+    from shards.config import Dtype, RolloutConfig, RunConfig
+
+AVERAGE = "ema"  # folder of the averaged weights, in that of the policy
 
 
 def policy_source(run: Run, stage: Stage) -> Path | None:
@@ -36,8 +41,27 @@ def policy_source(run: Run, stage: Stage) -> Path | None:
             f"iteration {before} trains",
             run.way_to_policy(before),
         )
-    average = run.iteration(before).fetched_policy() / "ema"
-    return average if stage.kind == "eval" and run.config.eval.ema and average.is_dir() else folder
+    run.iteration(before).fetched_policy()
+    return (averaged(folder) if stage.kind == "eval" and run.config.eval.ema else None) or folder
+
+
+def averaged(folder: Path) -> Path | None:
+    """Folder of the averaged weights of a trained policy; None where training kept none. RunFailed: they are gone."""
+    average = folder / AVERAGE
+    if not average.is_dir() and "average" in read_json(folder / "policy.json"):
+        raise RunFailed(f"{average} is missing, but policy.json names it", ANEW)
+    return average if average.is_dir() else None
+
+
+def check_committed(source: Path, identity: dict[str, Any]) -> None:
+    """RunFailed unless weights, or averaged ones, have the identity that training wrote down in policy.json."""
+    path = (source.parent if source.name == AVERAGE else source) / "policy.json"
+    if not path.is_file():
+        return
+    record = read_json(path)
+    known = record.get("average", identity) if source.name == AVERAGE else record  # once averages were not named
+    if known.get("fingerprint") != identity["fingerprint"]:
+        raise RunFailed(f"{source}: its files are not those its policy.json names", ANEW)
 
 
 def take_policy(run: Run, stage: Stage, policy: Policy) -> dict[str, Any]:
@@ -49,10 +73,8 @@ def take_policy(run: Run, stage: Stage, policy: Policy) -> dict[str, Any]:
     _check_model(run, policy)
     source = policy_source(run, stage)
     identity = policy.fingerprint(source)
-    if source is not None and (source / "policy.json").is_file():
-        committed = read_json(source / "policy.json")
-        if committed.get("fingerprint") != identity["fingerprint"]:
-            raise RunFailed(f"{source}: its files are not those its policy.json names", "restore them, or train again")
+    if source is not None:
+        check_committed(source, identity)
     policy.become(source)
     return identity
 
@@ -81,7 +103,9 @@ def stage_plan(run: Run, stage: Stage, layout: Layout, identity: dict[str, Any])
         rollout, boundary=layout.boundary, scheduler_config=layout.scheduler_config, evaluation=evaluation
     )
     prompts = _prompts(run, stage)
-    _check_images(prompts, layout, rollout.height, rollout.width)
+    _check_images(prompts, layout, rollout.height, rollout.width, rollout.frames)
+    groups = [_group(run, stage, sampler, prompt) for prompt in prompts]
+    _check_noise(sampler, groups, rollout.storage_dtype)
     size = evaluation.videos_per_prompt if evaluation else rollout.group_size
     # an evaluation has small groups: as many videos a shard as in a rollout
     per_shard = max(1, rollout.groups_per_shard * rollout.group_size // size)
@@ -104,7 +128,7 @@ def stage_plan(run: Run, stage: Stage, layout: Layout, identity: dict[str, Any])
         "group_size": size,
         "batch_size": batch_size(rollout, layout),
         "negative_prompt": rollout.negative_prompt,
-        "groups": [_group(run, stage, sampler, prompt) for prompt in prompts],
+        "groups": groups,
         "shards": [keys[start : start + per_shard] for start in range(0, len(keys), per_shard)],
         "same_initial_noise": rollout.same_initial_noise and evaluation is None,
     }
@@ -173,7 +197,16 @@ def _split(config: RunConfig, need_target: bool) -> tuple[list[Prompt], list[Pro
     return train, test
 
 
-def _check_images(prompts: Sequence[Prompt], layout: Layout, height: int, width: int) -> None:
+def _check_noise(sampler: Plan, groups: Sequence[dict[str, Any]], storage: Dtype) -> None:
+    """UserError for noise so small that stored states do not hold it: a log-prob would be that of rounding errors."""
+    steps = {step: step_std(sampler, step) for group in groups for step in group["window"]}
+    weakest = min(steps, key=steps.__getitem__, default=None)
+    if weakest is not None and steps[weakest] < torch.finfo(DTYPES[storage]).eps:
+        problem = f"rollout.eta = {sampler.eta:g}: step {weakest} adds noise of {steps[weakest]:.2g}"
+        raise UserError(f"{problem}, which latents stored as {storage} cannot hold", "take a larger rollout.eta")
+
+
+def _check_images(prompts: Sequence[Prompt], layout: Layout, height: int, width: int, frames: int) -> None:
     """UserError when a prompt lacks the image its model starts from, or has one that the model cannot take.
 
     Every image is opened here, before anything is sampled, and must have the size of the video: silently scaled it
@@ -190,6 +223,11 @@ def _check_images(prompts: Sequence[Prompt], layout: Layout, height: int, width:
             raise UserError(
                 f"prompt {prompt.id} ({prompt.text[:60]!r}) has an image, but the model is text-to-video",
                 "remove the `image`, or take an image-to-video model",
+            )
+        if prompt.image is not None and takes == "may" and layout.latent_shape(height, width, frames)[1] == 1:
+            raise UserError(
+                f"prompt {prompt.id} ({prompt.text[:60]!r}) has an image, which is all of a video of one frame",
+                f"take rollout.frames >= {1 + layout.temporal_scale}, or remove the `image`",
             )
         if prompt.image is not None and (size := open_image(prompt.image).size) != (width, height):
             raise UserError(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -30,8 +29,7 @@ class Policy(ExpertWeights, Media):
 
     def __init__(self, layout: Layout, dtype: str, device: torch.device, text_length: int) -> None:
         super().__init__(layout, dtype, device)
-        self.text_length, self.boundary = text_length, layout.boundary
-        self.scheduler_config: Mapping[str, Any] = layout.scheduler_config
+        self.text_length = text_length
 
     @classmethod
     def of(cls, model: ModelConfig) -> Policy:

@@ -16,7 +16,6 @@ from rollout.parallel import World, full
 from rollout.policy_folder import EXPERT_FOLDERS, Layout, fingerprint_folder, load_transformer
 from rollout.policy_full import copy_base, full_hashes, is_full, load_full, save_full
 from rollout.policy_lora import (
-    NAMES,
     adapter_hashes,
     add_adapter,
     canonical_sha256,
@@ -30,6 +29,7 @@ from rollout.policy_parallel import Experts, check_ulysses, distribute
 from rollout.policy_place import Places
 from shards.errors import UserError
 from shards.files import read_json
+from shards.run import EXPERT_NAMES
 
 
 class ExpertWeights(Places):
@@ -132,7 +132,7 @@ class ExpertWeights(Places):
     def save_lora(self, folder: str | Path) -> None:
         """Write FOLDER/high_noise (and low_noise) as diffusers does."""
         for expert, module in self._experts.items():
-            save_adapter(module, Path(folder) / NAMES[expert])
+            save_adapter(module, Path(folder) / EXPERT_NAMES[expert])
 
     def train_all(self) -> None:
         """Let every weight of every expert take gradients. The base model stays beside them in host memory, frozen.
@@ -166,9 +166,9 @@ class ExpertWeights(Places):
 
     def _write(self, module: nn.Module, folder: Path, expert: int, state: Mapping[str, Tensor] | None) -> None:
         if self.is_full:
-            save_full(module, folder / NAMES[expert], self.layout.folder / EXPERT_FOLDERS[expert], state)
+            save_full(module, folder / EXPERT_NAMES[expert], self.layout.folder / EXPERT_FOLDERS[expert], state)
         else:
-            save_adapter(module, folder / NAMES[expert], state)
+            save_adapter(module, folder / EXPERT_NAMES[expert], state)
 
     def become(self, folder: Path | None) -> None:
         """Take on the adapters or the transformers of a policy folder; which, its files tell.
@@ -196,7 +196,7 @@ class ExpertWeights(Places):
 
     def _check_base(self, folder: Path) -> None:
         """UserError for a policy of two experts on one, and for one that says that it was trained on another base."""
-        if len(self.expert_ids) == 1 and (folder / NAMES[1]).is_dir():
+        if len(self.expert_ids) == 1 and (folder / EXPERT_NAMES[1]).is_dir():
             raise UserError(
                 f"model.lora: {folder} holds adapters of two experts, but {self.layout.folder} has one",
                 "name the model it was trained on in model.path, or the folder of one adapter in model.lora",

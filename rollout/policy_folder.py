@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -51,6 +51,7 @@ class Layout:
 
     @property
     def expert_ids(self) -> tuple[int, ...]:
+        """Numbers of the experts: 0, and with two of them 1, the low-noise one."""
         return (0,) if self.boundary is None else (0, 1)
 
     def latent_shape(self, height: int, width: int, frames: int) -> tuple[int, int, int, int]:
@@ -60,8 +61,7 @@ class Layout:
 
     def tokens(self, height: int, width: int, frames: int) -> int:
         """Tokens of a video of that size: its latents cut into patches."""
-        sizes = zip(self.latent_shape(height, width, frames)[1:], self.patch, strict=True)
-        return prod(size // patch for size, patch in sizes)
+        return tokens(self.latent_shape(height, width, frames), self.patch)
 
     def check_shape(self, height: int, width: int, frames: int) -> None:
         """Raise UserError for a size the model cannot make, naming the nearest it can."""
@@ -76,6 +76,11 @@ class Layout:
         sizes = zip(self.latent_shape(height, width, frames)[1:], self.patch, strict=True)
         if max(size // patch for size, patch in sizes) > self.rope_length:
             raise UserError(f"{height}x{width}, {frames} frames: beyond the model's positions", "make it smaller")
+
+
+def tokens(latents: tuple[int, int, int, int], patch: Sequence[int]) -> int:
+    """Tokens of latents (C, F, H, W) cut into patches (frames, height, width)."""
+    return prod(size // unit for size, unit in zip(latents[1:], patch, strict=True))
 
 
 def find_folder(path: str, *, weights: bool = True) -> Path:
@@ -107,7 +112,7 @@ def read_layout(folder: Path, *, weights: bool = True) -> Layout:
 
     Raises UserError for a folder that holds no Wan pipeline, or one of a layout this program cannot sample.
     """
-    index = _read_config(folder / "model_index.json", "a Wan model folder is made by WanPipeline.save_pretrained")
+    index = read_config(folder / "model_index.json", "a Wan model folder is made by WanPipeline.save_pretrained")
     kind = index.get("_class_name")
     if kind not in PIPELINES:
         known = " and ".join(PIPELINES)
@@ -121,8 +126,8 @@ def read_layout(folder: Path, *, weights: bool = True) -> Layout:
             _check_weights(folder / name)
     if "image_encoder" in parts:
         raise UserError(f"{folder}: has an image encoder (Wan2.1 image-to-video)", "Wan2.2 image-to-video needs none")
-    transformer = _read_config(folder / "transformer" / "config.json", "save the transformer with save_pretrained")
-    vae = _read_config(folder / "vae" / "config.json", "save the VAE with save_pretrained")
+    transformer = read_config(folder / "transformer" / "config.json", "save the transformer with save_pretrained")
+    vae = read_config(folder / "vae" / "config.json", "save the VAE with save_pretrained")
     return Layout(
         folder=folder,
         parts=parts,
@@ -134,7 +139,7 @@ def read_layout(folder: Path, *, weights: bool = True) -> Layout:
         rope_length=int(transformer.get("rope_max_seq_len", 1024)),
         temporal_scale=int(vae.get("scale_factor_temporal", 4)),
         spatial_scale=int(vae.get("scale_factor_spatial", 8)),
-        scheduler_config=_read_config(folder / "scheduler" / "scheduler_config.json", "save the scheduler too"),
+        scheduler_config=read_config(folder / "scheduler" / "scheduler_config.json", "save the scheduler too"),
     )
 
 
@@ -234,7 +239,7 @@ def _load(kind: Any, folder: Path, **options: Any) -> Any:
         raise UserError(problem, "the folder is damaged or foreign") from error
 
 
-def _read_config(path: Path, hint: str) -> dict[str, Any]:
+def read_config(path: Path, hint: str) -> dict[str, Any]:
     """One configuration file; UserError when it is missing or no JSON object."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -257,7 +262,7 @@ def _check_weights(folder: Path) -> None:
     if not indexes and not any(folder.glob("*.safetensors")):
         raise UserError(f"{folder}: holds no weights", hint)
     for index in indexes:
-        for name in sorted(set(_read_config(index, hint).get("weight_map", {}).values())):
+        for name in sorted(set(read_config(index, hint).get("weight_map", {}).values())):
             if not (folder / name).is_file():
                 raise UserError(f"{folder / name}: no such file, but {index.name} names it", hint)
     for path in sorted(folder.glob("*.safetensors")):

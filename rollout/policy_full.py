@@ -12,17 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from rollout.policy_folder import EXPERT_FOLDERS, Layout, load_transformer
-from rollout.policy_lora import NAMES, WEIGHTS
+from rollout.policy_lora import WEIGHTS
 from rollout.policy_parallel import plain_copy
 from shards.errors import RunFailed, UserError
 from shards.files import sha256_file, sync
+from shards.run import EXPERT_NAMES
 
 CONFIG = "config.json"
 
 
 def is_full(folder: Path) -> bool:
     """Whether a policy folder holds whole transformers rather than adapters."""
-    return (folder / NAMES[0] / CONFIG).is_file() and not (folder / NAMES[0] / WEIGHTS).is_file()
+    return (folder / EXPERT_NAMES[0] / CONFIG).is_file() and not (folder / EXPERT_NAMES[0] / WEIGHTS).is_file()
 
 
 def save_full(module: nn.Module, folder: Path, base: Path, state: Mapping[str, Tensor] | None = None) -> None:
@@ -59,7 +60,7 @@ def load_full(layout: Layout, folder: Path, dtype: str, device: torch.device) ->
     """
     found = {}
     for expert in layout.expert_ids:
-        place = folder / NAMES[expert]
+        place = folder / EXPERT_NAMES[expert]
         if not (place / CONFIG).is_file():
             raise UserError(
                 f"{place / CONFIG}: no such file", "the policy folder is incomplete: train that iteration again"
@@ -76,9 +77,10 @@ def full_hashes(folder: Path, experts: tuple[int, ...]) -> dict[str, str]:
     """sha256 of every file of the experts of a policy folder, by its path inside. UserError where one is missing."""
     hashes: dict[str, str] = {}
     for expert in experts:
-        files = sorted(path for path in (folder / NAMES[expert]).glob("*") if path.suffix in (".json", ".safetensors"))
+        place = folder / EXPERT_NAMES[expert]
+        files = sorted(path for path in place.glob("*") if path.suffix in (".json", ".safetensors"))
         if not {CONFIG} < {path.name for path in files}:
-            problem = f"{folder / NAMES[expert]}: lacks {CONFIG} or its weights"
+            problem = f"{place}: lacks {CONFIG} or its weights"
             raise UserError(problem, "the policy folder is incomplete: train that iteration again")
         hashes |= {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
     return hashes

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from shards.errors import UserError
 from shards.files import publish_replace, sha256_file
+from shards.run import EXPERT_NAMES
 
 ADAPTER = "policy"
-NAMES = ("high_noise", "low_noise")
 WEIGHTS = "pytorch_lora_weights.safetensors"
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 PREFIX = "transformer."  # diffusers uses it in the files of both experts
@@ -112,7 +112,7 @@ def _misfit(state: dict[str, Tensor], own: dict[str, Tensor]) -> str:
 
 def expert_folder(folder: Path, expert: int, experts: int) -> Path:
     """Where the adapter of an expert lies: FOLDER/high_noise, or, for a plain adapter of one expert, FOLDER itself."""
-    inner = folder / NAMES[expert]
+    inner = folder / EXPERT_NAMES[expert]
     return folder if experts == 1 and not inner.is_dir() and (folder / WEIGHTS).is_file() else inner
 
 

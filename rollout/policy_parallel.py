@@ -6,7 +6,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from math import gcd, prod
+from math import gcd
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,8 +17,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from rollout.policy_lora import NAMES
+from rollout.policy_folder import tokens
 from shards.errors import UserError
+from shards.run import EXPERT_NAMES
 
 if TYPE_CHECKING:
     from rollout.parallel import World
@@ -35,11 +36,11 @@ class Experts(nn.Module):
 
     def __init__(self, members: Mapping[int, nn.Module]) -> None:
         super().__init__()
-        self.members = nn.ModuleDict({NAMES[expert]: module for expert, module in members.items()})
+        self.members = nn.ModuleDict({EXPERT_NAMES[expert]: module for expert, module in members.items()})
 
     def forward(self, expert: int, *inputs: Tensor) -> Tensor:
         """What the expert's transformer returns for latents, timesteps and embeddings."""
-        out: Tensor = self.members[NAMES[expert]](*inputs, return_dict=False)[0]
+        out: Tensor = self.members[EXPERT_NAMES[expert]](*inputs, return_dict=False)[0]
         return out
 
 
@@ -69,12 +70,12 @@ def check_ulysses(
     """UserError when the degree does not divide the heads or the tokens of latents (C, F, H, W); it says which do."""
     config: Any = module.config
     heads = config.num_attention_heads
-    tokens = prod(size // patch for size, patch in zip(latents[1:], config.patch_size, strict=True))
-    if heads % world.ulysses == 0 and tokens % world.ulysses == 0:
+    count = tokens(latents, config.patch_size)
+    if heads % world.ulysses == 0 and count % world.ulysses == 0:
         return
-    fitting = [n for n in range(1, world.size + 1) if gcd(gcd(heads, tokens), world.size) % n == 0]
+    fitting = [n for n in range(1, world.size + 1) if gcd(heads, count, world.size) % n == 0]
     raise UserError(
-        f"{setting} = {world.ulysses}: does not divide the {heads} heads and {tokens} tokens of this model and "
+        f"{setting} = {world.ulysses}: does not divide the {heads} heads and {count} tokens of this model and "
         "video size",
         f"{', '.join(str(n) for n in fitting)} would do with {world.size} ranks",
     )

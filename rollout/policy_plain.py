@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from rollout.policy_folder import DTYPES, EXPERT_FOLDERS, Layout
-from rollout.policy_lora import ADAPTER, NAMES, WEIGHTS
+from rollout.policy_lora import ADAPTER, WEIGHTS
 from shards.errors import RunFailed
+from shards.run import EXPERT_NAMES
 
 PROBE_TIMESTEPS = (950.0, 400.0)
 SAMPLE_STEPS = 4
@@ -41,7 +42,7 @@ def wear(pipe: Any, folder: Path, experts: tuple[int, ...]) -> None:
     Raises RunFailed when diffusers loaded nothing into an expert, which it only logs.
     """
     for expert in experts:
-        name, second = NAMES[expert], expert == 1
+        name, second = EXPERT_NAMES[expert], expert == 1
         options = {"weight_name": WEIGHTS, "adapter_name": name, "load_into_transformer_2": second}
         pipe.load_lora_weights(str(folder / name), **options)
         module = getattr(pipe, EXPERT_FOLDERS[expert])

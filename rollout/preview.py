@@ -7,8 +7,8 @@ from typing import Any
 
 from rollout.planning import stage_plan
 from rollout.policy_folder import DTYPES, Layout, find_folder, read_layout
-from rollout.schedule import EXPERT_NAMES, Plan, describe, step_scale
-from shards.run import Run, Stage
+from rollout.schedule import Plan, describe, step_scale
+from shards.run import EXPERT_NAMES, Run, Stage
 
 COLUMNS = ("step", "sigma", "t", "expert", "guidance", "law", "std", "trained", "gradient share")
 
@@ -27,7 +27,7 @@ def preview(run: Run, stage: Stage) -> str:
     lines += _too_noisy(plan)
     shares = ", ".join(f"{name} {share:.3f}" for name, share in gradient_shares(plan).items())
     lines.append(f"share of the gradient over all windows: {shares or 'none is trained'}")
-    lines += [f"{name}: {value}" for name, value in _amounts(plan, layout, run).items()]
+    lines += [f"{name}: {value}" for name, value in _amounts(plan, layout).items()]
     return "\n".join(lines)
 
 
@@ -92,7 +92,7 @@ def _table(sampler: Plan, window: list[int]) -> list[str]:
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
 
 
-def _amounts(plan: dict[str, Any], layout: Layout, run: Run) -> dict[str, str]:
+def _amounts(plan: dict[str, Any], layout: Layout) -> dict[str, str]:
     """What the stage will hold. The size of an mp4 depends on the picture, so only its raw size is given."""
     video, groups, size = plan["video"], len(plan["groups"]), plan["group_size"]
     videos, shards = groups * size, len(plan["shards"])

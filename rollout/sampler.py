@@ -61,6 +61,17 @@ class State:
     """[B,C,F,H,W] fp32 by window step: the clean estimate of the step before"""
     seconds: float = 0.0
 
+    def blank_broken(self) -> list[bool]:
+        """Put zeros in the place of samples that are not finite, in all that is stored; which are whole, [B].
+
+        A NaN would make the log-probs and gradients of a whole batch NaN, and JSON has none.
+        """
+        parts = [self.x, *self.kept.values(), *self.log_prob.values(), *self.x0_prev.values()]
+        whole = torch.stack([torch.isfinite(part).reshape(len(part), -1).all(1) for part in parts]).all(0)
+        for part in parts:
+            part[~whole] = 0
+        return whole.tolist()
+
     def row(self, index: int) -> Tensors:
         """One sample of the chunk as named tensors, for the spool."""
         tensors = {"x": self.x[index], "seconds": torch.tensor(self.seconds, dtype=torch.float64)}
@@ -156,13 +167,19 @@ class Sampler:
         state.seconds += time.monotonic() - began
 
     def finish(self, chunk: Chunk, state: State) -> list[Sample]:
-        """Decode a chunk that took all its steps, and put its samples together."""
+        """Decode a chunk that took all its steps, and put its samples together.
+
+        A sample that is not finite, as when numbers outgrow float16, is stored as zeros, with a status that says so.
+        """
         began = time.monotonic()
-        video = self.plan["video"]
+        video, whole = self.plan["video"], state.blank_broken()
         frames = self.policy.decode(state.x)
         videos = [encode_mp4(rows, video["fps"], video["crf"]) for rows in frames]
         seconds = round((state.seconds + time.monotonic() - began) / chunk.count, 3)
-        return [self._sample(chunk, state, index, videos[index], seconds) for index in range(chunk.count)]
+        samples = [self._sample(chunk, state, index, videos[index], seconds) for index in range(chunk.count)]
+        for sample, ok in zip(samples, whole, strict=True):
+            sample.meta["status"] = "ok" if ok else "its latents or log-probs are not finite"
+        return samples
 
     def _keep(self, chunk: Chunk, state: State, number: int) -> None:
         """Keep state `number` if it is stored: before and after every window step, and the last."""
@@ -205,7 +222,6 @@ class Sampler:
         if state.x0_prev:
             tensors["x0_prev"] = torch.stack([value[index] for _, value in sorted(state.x0_prev.items())])
         meta = self._meta(chunk, chunk.samples[index]) | {name: value.tolist() for name, value in steps.items()}
-        meta["status"] = "ok" if bool(torch.isfinite(state.x[index]).all()) else "latents are not finite"
         del meta["step_index"]  # the same as `window`
         return Sample(key, meta | {"seconds": seconds}, video, tensors)
 

@@ -16,12 +16,12 @@ from rollout.grids import grid
 from rollout.transitions import gradient_scale, kernel, resolve_form
 from shards.config import Form, Law, Solver
 from shards.errors import UserError
+from shards.run import EXPERT_NAMES
 
 if TYPE_CHECKING:
     from shards.config import EvalConfig, RolloutConfig
 
 HIGH_NOISE, LOW_NOISE = 0, 1
-EXPERT_NAMES = ("high_noise", "low_noise")
 
 
 @dataclass(frozen=True)

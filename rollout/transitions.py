@@ -178,7 +178,7 @@ def log_prob(x_next: torch.Tensor, mean: torch.Tensor, std: float, mask: torch.T
         raise ValueError(f"no log-prob at std {std}: the step is deterministic")
     scale = torch.tensor(std, dtype=torch.float32)
     density = -((x_next.float() - mean.float()) ** 2) / (2 * scale**2) - scale.log() - _HALF_LOG_2PI
-    return _average(density, mask)
+    return average(density, mask)
 
 
 def law_log_prob(
@@ -197,7 +197,20 @@ def cps_unnormalised_log_prob(
 
     It is not a density: it lacks the 1/(2 std^2) that weighs the steps, and a clip range means something else with it.
     """
-    return _average(-((x_next.float() - mean.float()) ** 2), mask)
+    return average(-((x_next.float() - mean.float()) ** 2), mask)
+
+
+def average(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Mean [B] of values [B, ...] over the latent elements that the mask keeps, for log-probs and losses alike.
+
+    Raises ValueError for a mask that leaves nothing.
+    """
+    if mask is None:
+        return values.flatten(1).mean(1)
+    keep = (mask != 0).to(values.device).expand_as(values).flatten(1)
+    if not bool(keep.any(1).all()):
+        raise ValueError("the mask leaves no latent element to average over")
+    return torch.where(keep, values.flatten(1), 0.0).sum(1) / keep.sum(1)
 
 
 def euler(x: torch.Tensor, velocity: torch.Tensor, sigma: float, sigma_next: float) -> torch.Tensor:
@@ -280,13 +293,3 @@ def _second_order(
     before, sigma_previous = previous
     weight = _second_order_weight(sigma, sigma_next, eta, sigma_previous)
     return weight * (clean_estimate(x, velocity, sigma) - before.detach().float())
-
-
-def _average(density: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Mean over all dimensions but the first, over the elements that the mask keeps."""
-    if mask is None:
-        return density.flatten(1).mean(1)
-    keep = (mask != 0).to(density.device).expand_as(density).flatten(1)
-    if not bool(keep.any(1).all()):
-        raise ValueError("the mask leaves no latent element to average over")
-    return torch.where(keep, density.flatten(1), 0.0).sum(1) / keep.sum(1)

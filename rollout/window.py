@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING
 
-from rollout.schedule import EXPERT_NAMES, LOW_NOISE, Plan
+from rollout.schedule import LOW_NOISE, Plan
 from shards.errors import UserError
+from shards.run import EXPERT_NAMES
 
 if TYPE_CHECKING:
     from shards.config import RolloutConfig

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from score.content import digest_folder
 from score.frames import FrameReward
+from score.options import device_named
 from shards.errors import UserError
 
 WEIGHTS = (".safetensors", ".bin")
@@ -102,16 +103,17 @@ def _unit(vectors: Tensor) -> Tensor:
 def load_embedder(model: str, processor: str, device: str = "auto") -> Embedder:
     """A CLIP model and processor from local folders, shared by the rewards of a process.
 
-    Raises UserError for a folder without one, and for weights that lack a tensor: it would be a random one.
+    Raises UserError for a folder without one, for weights that lack a tensor (it would be a random one), and for a
+    device that is not there.
     """
     from transformers import CLIPModel, CLIPProcessor
 
+    place = device_named(device)
     network, report = _load("model", model, lambda: CLIPModel.from_pretrained(
         model, local_files_only=True, output_loading_info=True, dtype=torch.float32
     ))  # fmt: skip
     if report["missing_keys"]:
         raise UserError(f"{model}: the weights lack {min(report['missing_keys'])}", "fetch or copy the model again")
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     words = _load("processor", processor, lambda: CLIPProcessor.from_pretrained(processor, local_files_only=True))
     return Embedder(network.eval().requires_grad_(False).to(place), words, place)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -77,13 +78,27 @@ def _verdict(chosen: Chosen, reward: Reward, video: Video) -> dict[str, Any]:
         "status": scored.reason or "ok",
         "value": None if scored.reason else float(scored.components[chosen.components[0]]),
         "components": _components(chosen, scored),
-        "frames_used": list(range(len(video.frames)) if scored.frames is None else scored.frames),
+        "frames_used": [int(n) for n in (range(len(video.frames)) if scored.frames is None else scored.frames)],
     }
     return verdict if scored.text is None else verdict | {"text": scored.readings()}
 
 
 def _components(chosen: Chosen, scored: Scored) -> Mapping[str, float | None]:
     return {name: None if scored.reason else float(scored.components[name]) for name in chosen.components}
+
+
+def json_line(record: Mapping[str, Any], encoding: str | None) -> str:
+    """A record as one line of JSON in characters as they are, or all escaped where one of them is in the way.
+
+    That is one which `encoding` cannot write, or one which ends a line for some readers (U+2028).
+    """
+    line = json.dumps(record, ensure_ascii=False)
+    try:
+        line.encode(encoding or "utf-8")
+        whole = len(line.splitlines()) == 1
+    except UnicodeEncodeError:
+        whole = False
+    return line if whole else json.dumps(record)
 
 
 def parse_reward(text: str) -> Chosen:

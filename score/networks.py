@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from score.detector import FastDetector
+from score.options import device_named
 from score.recogniser import FastRecogniser
 from shards.errors import UserError
+from shards.files import sha256_file
 
 WEIGHTS = {
     "craft_mlt_25k.pth": "4a5efbfb48b4081100544e75e1e2b57f8de3d84f213004b14b85fd4b3748db17",
@@ -52,8 +53,7 @@ def _load_weights(folder: Path, name: str) -> dict[str, Tensor]:
     path = folder / name
     if not path.is_file():
         raise UserError(f"{path}: the OCR reward needs this file", INSTALL)
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = sha256_file(path)
     if digest != WEIGHTS[name]:
         raise UserError(f"{path}: sha256 is {digest[:12]}…, expected {WEIGHTS[name][:12]}…", INSTALL)
     tensors = torch.load(path, map_location="cpu", weights_only=True)
@@ -87,7 +87,11 @@ class Networks:
 
 @functools.cache
 def load_networks(device: str = "cpu", detector_bf16: bool = False) -> Networks:
-    """Both networks in evaluation mode, loaded once per process. Raises UserError for missing or altered weights."""
+    """Both networks in evaluation mode, loaded once per process.
+
+    Raises UserError for missing or altered weights, and for a device that is not there.
+    """
+    place = device_named(device)
     _easyocr()
     from easyocr.config import recognition_models
     from easyocr.craft import CRAFT
@@ -101,11 +105,11 @@ def load_networks(device: str = "cpu", detector_bf16: bool = False) -> Networks:
         recogniser = Model(input_channel=1, output_channel=256, hidden_size=256, num_class=len(alphabet) + 1)
     detector.load_state_dict(_load_weights(folder, "craft_mlt_25k.pth"), assign=True)
     recogniser.load_state_dict(_load_weights(folder, "english_g2.pth"), assign=True)
-    detector = fuse_batch_norm(detector.eval().requires_grad_(False)).to(device, dtype)
-    recogniser = fuse_batch_norm(recogniser.eval().requires_grad_(False)).to(device)
-    if torch.device(device).type == "cpu" and not detector_bf16:
+    detector = fuse_batch_norm(detector.eval().requires_grad_(False)).to(place, dtype)
+    recogniser = fuse_batch_norm(recogniser.eval().requires_grad_(False)).to(place)
+    if place.type == "cpu" and not detector_bf16:
         detector = FastDetector(detector)
-    if torch.device(device).type == "cpu":
+    if place.type == "cpu":
         recogniser = FastRecogniser(recogniser)
     detector, recogniser = (network.to(memory_format=torch.channels_last) for network in (detector, recogniser))
-    return Networks(detector, recogniser, alphabet, torch.device(device), dtype)
+    return Networks(detector, recogniser, alphabet, place, dtype)

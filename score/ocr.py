@@ -46,8 +46,13 @@ class OCR:
         """
         if mode not in DEFINITIONS:
             raise UserError(f"reward 'ocr' has no mode {mode!r}", f"there are {', '.join(DEFINITIONS)}")
-        if interval < 1:
-            raise UserError(f"reward 'ocr': interval is {interval}", "it counts frames, so 1 or more")
+        least = {"interval": 1, "batch_pixels": 1, "max_frames": 0, "min_size": 0, "canvas_size": 32}
+        given = (interval, batch_pixels, max_frames, min_size, canvas_size)
+        for (option, lowest), value in zip(least.items(), given, strict=True):
+            if value < lowest:
+                raise UserError(f"reward 'ocr': {option} is {value}", f"give {lowest} or more")
+        if not 0.0 <= min_confidence < 1.0:
+            raise UserError(f"reward 'ocr': min_confidence is {min_confidence:g}", "give 0 or more and less than 1")
         self.mode, self.interval, self.max_frames = mode, interval, max_frames
         self.fold_confusables, self.min_confidence = fold_confusables, min_confidence
         self._reading: dict[str, Any] = {

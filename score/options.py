@@ -7,9 +7,12 @@ import inspect
 import math
 import types
 from collections.abc import Mapping
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 from shards.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 WANTED = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
 
@@ -37,6 +40,21 @@ def resolve(name: str, found: Any, options: Mapping[str, Any]) -> dict[str, Any]
         key: _converted(name, key, options[key], hints.get(key, Any)) if key in options else value.default
         for key, value in parameters.items()
     }
+
+
+def device_named(name: str) -> torch.device:
+    """The device that the option `device` of a reward names; `auto` is cuda when there is one. Raises UserError."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    try:
+        device = torch.device(("cuda" if cuda else "cpu") if name == "auto" else name)
+    except RuntimeError:
+        device = None
+    there = torch.cuda.device_count() if cuda else 0
+    if device is None or (device.type == "cuda" and (device.index or 0) >= there):
+        raise UserError(f"there is no device {name!r} here", "give the reward auto, cpu, cuda or cuda:N for `device`")
+    return device
 
 
 def _annotations(found: Any) -> dict[str, Any]:

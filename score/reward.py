@@ -72,7 +72,7 @@ class Scored:
             return None if self.text is None else list(self.text)
         numbers = range(len(self.text)) if self.frames is None else self.frames
         return [
-            {"frame": number, "text": text, "confidence": round(confidence, 4)}
+            {"frame": int(number), "text": text, "confidence": round(float(confidence), 4)}  # JSON takes no numpy
             for number, text, confidence in zip(numbers, self.text, self.confidence, strict=True)
         ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -134,7 +135,8 @@ def _pending(stage: Stage, shards: Iterable[int], selection: tables.Selection) -
 
 def _advantages(stage: Stage, selection: tables.Selection, max_missing: float) -> tuple[dict[str, Any], bool]:
     """The summary, and whether the advantages had to be written for it."""
-    path = stage.advantage_dir(selection.digest) / "summary.json"
+    path = stage.summary_path(selection.digest)
     if path.exists() and all(sidecar.advantaged(stage, shard, selection.digest) for shard in stage.shards()):
-        return read_json(path), False
+        with suppress(UserError):  # damaged: like a damaged table it is written again
+            return read_json(path), False
     return tables.write_advantages(stage, selection, max_missing), True

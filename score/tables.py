@@ -15,7 +15,7 @@ from score.reward import Chosen, Scored, choose, split_name
 from shards import sidecar
 from shards.errors import RunFailed, UserError
 from shards.files import publish_replace, to_json
-from shards.run import SAMPLE_KEY, Stage
+from shards.run import SAMPLE_KEY, Stage, group_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -64,11 +64,6 @@ def select(config: ScoreConfig, rewards: Mapping[str, float] | None = None) -> S
             raise UserError(f"the weight of reward {name!r} is {weight}", "weights are finite numbers")
     specification = Specification(weights, config.combine, config.spread, config.min_spread, config.best_of_n)
     return Selection(chosen, specification)
-
-
-def group_of(key: str) -> str:
-    """The group of a sample: its key without the sample number."""
-    return key.rpartition("-s")[0]
 
 
 def score_table(chosen: Chosen, keys: Sequence[str], scored: Sequence[Scored]) -> pd.DataFrame:
@@ -165,7 +160,7 @@ def write_advantages(stage: Stage, selection: Selection, max_missing: float) -> 
         part = table[rewards["shard"] == shard].reset_index(drop=True)
         sidecar.write_advantages(stage, int(shard), selection.digest, part, kv)
     summary = summarise(selection, scores, _read_guards(stage), rewards, table)
-    path = stage.advantage_dir(selection.digest) / "summary.json"
+    path = stage.summary_path(selection.digest)
     publish_replace(path, to_json(summary, path))
     return summary
 

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import torch
 
 from score.content import digest, digest_folder
+from score.options import device_named
 from score.reward import Scored, Video
 from score.videoalign_checkpoint import DIMENSIONS, find_checkpoint
 from score.videoalign_network import Network, Tokens, load_network, mode_named, pad
@@ -101,7 +102,7 @@ class VideoAlign:
         max_pixels: int | None = None,
     ) -> None:
         self.mode = mode_named(mode)
-        self.device = _device(device)
+        self.device = device_named(device)
         self.batch_size = _positive("batch_size", batch_size)
         self.checkpoint = find_checkpoint(checkpoint, _step(step))
         self.base_model = Path(base_model)
@@ -270,14 +271,3 @@ def _step(value: Any) -> int | None:
     if value is None or re.fullmatch(r"-1|\d+", str(value)):
         return None if value is None else int(value)
     raise UserError(f"videoalign: step is {value!r}, not the number of a checkpoint", "leave it out for the newest")
-
-
-def _device(name: str) -> torch.device:
-    """The device called `name`; `auto` is cuda when there is one."""
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-    except RuntimeError:
-        device = None
-    if device is None or (device.type == "cuda" and not torch.cuda.is_available()):
-        raise UserError(f"videoalign: there is no device {name!r} here", "give auto, cpu, cuda or cuda:N")
-    return device

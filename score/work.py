@@ -21,6 +21,7 @@ from shards.usage import peak_memory_bytes
 from shards.video import decode_mp4
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENCV_FOR_THREADS_NUM": "1"}
+LARGEST = 1e100  # of a component: the squares of larger ones overflow, and advantages would be 0 or not a number
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's mallopt
 
 
@@ -59,8 +60,10 @@ def score_job(job: Job) -> Judged:
 
 
 def _video(shard: Shard, key: str) -> Video | str:
-    """The decoded sample, or why it cannot be decoded."""
+    """The decoded sample, or why there is none to be scored."""
     meta, data = shard.meta(key), shard.video(key)
+    if (status := meta.get("status", "ok")) != "ok":
+        return str(status)
     try:
         frames = decode_mp4(data, key)
     except UserError as error:
@@ -93,22 +96,41 @@ def _judge_one(reward: Reward, video: Video, components: Sequence[str]) -> Score
     except UserError:
         raise
     except Exception as error:
-        return Scored(reason=f"{type(error).__name__}: {error}"[:500])
+        return Scored(reason=" ".join(f"{type(error).__name__}: {error}".split())[:500])
 
 
 def _checked(reward: Reward, videos: Sequence[Video], components: Sequence[str]) -> list[Scored]:
-    """What the reward says, with numbers that are absent or not finite turned into a reason."""
+    """What the reward says, with numbers that are absent or cannot be used turned into a reason."""
     scored = list(reward(videos))
     if len(scored) != len(videos):
         raise ValueError(f"reward {reward.name!r} gave {len(scored)} scores for {len(videos)} videos")
-    return [_finite(one, components) for one in scored]
+    return [_sound(one, components) for one in scored]
 
 
-def _finite(scored: Scored, components: Sequence[str]) -> Scored:
-    if scored.reason:
-        return scored
-    bad = [name for name in components if not math.isfinite(scored.components.get(name, math.nan))]
-    return replace(scored, components={}, reason=f"{bad[0]} is not a number") if bad else scored
+def _sound(scored: Scored, components: Sequence[str]) -> Scored:
+    flaw = _flaw_of_text(scored) or ("" if scored.reason else _flaw_of_numbers(scored, components))
+    return replace(scored, components={}, confidence=None, reason=scored.reason or flaw) if flaw else scored
+
+
+def _flaw_of_numbers(scored: Scored, components: Sequence[str]) -> str:
+    """Why the components cannot be kept, "" when they can."""
+    for name in components:
+        value = scored.components.get(name, math.nan)
+        if not math.isfinite(value):
+            return f"{name} is not a number"
+        if abs(float(value)) > LARGEST:
+            return f"{name} is {value:g}, more than {LARGEST:g}"
+    return ""
+
+
+def _flaw_of_text(scored: Scored) -> str:
+    """Why the text cannot be kept with its confidences and frames, "" when it can or when there is none."""
+    if scored.text is None or scored.confidence is None:
+        return ""
+    if not all(map(math.isfinite, scored.confidence)):
+        return "a confidence is not a number"
+    counts = len(scored.text), len(scored.confidence), len(scored.text if scored.frames is None else scored.frames)
+    return "" if len(set(counts)) == 1 else "there are {} texts, {} confidences and {} frames".format(*counts)
 
 
 _rewards: dict[str, Reward] = {}

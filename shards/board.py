@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -41,12 +42,13 @@ def write_board(run: Run) -> Path:
     return folder
 
 
-def send_wandb(run: Run, project: str = "rushes") -> str:
+def send_wandb(run: Run) -> str:
     """Log curves and clips to Weights & Biases as one run named after the folder; returns where it went.
 
-    Its own variables say how, WANDB_MODE=offline among them; nothing is sent unless this is called. The same folder is
-    always the same run there, so a later call goes on where the last one ended. Raises UserError without the package,
-    RunFailed for what the package itself refuses, as when nobody is logged in.
+    Its own variables say how: WANDB_MODE=offline, or WANDB_PROJECT, without which the project is `rushes`. Nothing is
+    sent unless this is called. The same folder is always the same run there, so a later call goes on where the last one
+    ended. Raises UserError without the package, RunFailed for what the package itself refuses, as when nobody is logged
+    in.
     """
     try:
         import wandb
@@ -61,7 +63,7 @@ def send_wandb(run: Run, project: str = "rushes") -> str:
         steps[clip.iteration][f"{clip.tag} clip"] = video
     folder = run.path / "report"
     folder.mkdir(parents=True, exist_ok=True)
-    name = run.path.resolve().name
+    name, project = run.path.resolve().name, os.environ.get("WANDB_PROJECT") or "rushes"
     try:
         with wandb.init(project=project, id=name, name=name, resume="allow", dir=folder) as session:
             for iteration in sorted(steps):

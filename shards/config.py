@@ -48,7 +48,7 @@ class RolloutConfig(Section):
     negative_prompt: str = Field("", description="the other side of guidance (flow_grpo: empty)")
     seed: int = Field(0, ge=0, lt=2**63, description="run seed; every noise tensor is derived from it")
     prompts_per_iteration: int = Field(
-        16, ge=1, description="groups in one iteration (DanceGRPO thread 16: at least 16)"
+        16, ge=1, description="groups in one iteration (DanceGRPO issue 16: at least 16)"
     )
     group_size: int = Field(
         16, ge=2, le=1000, description="videos of one prompt; advantages are taken among them (8 or more)"
@@ -57,12 +57,12 @@ class RolloutConfig(Section):
     width: int = Field(416, ge=1, description="pixels (flow_grpo's Wan recipe)")
     frames: int = Field(33, ge=1, description="frames of a video, 4k+1 (flow_grpo's Wan recipe)")
     fps: int = Field(16, ge=1, description="frames per second written into the video (Wan2.1 and A14B: 16)")
-    steps: int = Field(20, ge=2, description="denoising steps (flow_grpo's Wan recipe)")
+    steps: int = Field(20, ge=2, le=1000, description="denoising steps (flow_grpo's Wan recipe)")
     schedule: Schedule = Field("shifted", description="sigma grid: shifted linear, or the model's UniPC or Euler grid")
-    shift: float = Field(3.0, gt=0, description="flow shift of the grid (480p and less: 3, 720p: 5)")
+    shift: float = Field(3.0, ge=1e-3, le=1e3, description="flow shift of the grid (480p and less: 3, 720p: 5)")
     law: Law = Field("flow-sde", description="law of the stochastic steps (Flow-GRPO)")
     form: Form = Field("euler-maruyama", description="as published, or `exact`, which keeps the marginals")
-    eta: float = Field(0.7, ge=0, description="noise level of the law (Flow-GRPO, GenRL: 0.7)")
+    eta: float = Field(0.7, ge=0, le=100, description="noise level of the law (Flow-GRPO, GenRL: 0.7)")
     solver: Solver = Field("euler", description="deterministic solver of the other steps")
     window: Window = Field("random", description="how the stochastic steps of a group are chosen")
     high_steps: int = Field(
@@ -78,9 +78,9 @@ class RolloutConfig(Section):
     )
     allow_untrained_expert: bool = Field(False, description="accept a window that never reaches one of two experts")
     same_initial_noise: bool = Field(False, description="one initial noise for all videos of a group")
-    guidance_scale: float = Field(4.5, ge=0, description="guidance of the high-noise expert, or the only one")
+    guidance_scale: float = Field(4.5, ge=0, le=1000, description="guidance of the high-noise expert, or the only one")
     guidance_scale_2: float | None = Field(
-        None, description="guidance of the low-noise expert; needed with two experts"
+        None, ge=0, le=1000, description="guidance of the low-noise expert; needed with two experts"
     )
     storage_dtype: Dtype = Field("float32", description="dtype of stored latents; the loop rounds to it at every step")
     batch_size: int = Field(
@@ -120,7 +120,7 @@ class ScoreConfig(Section):
     workers: int = Field(1, ge=1, description="processes that score at once, one torch thread each")
 
     def specification(self) -> dict[str, Any]:
-        """How advantages follow from scores, as `summary.json` of a specification of advantages says it."""
+        """How advantages follow from scores, as `_summary.json` of a specification of advantages says it."""
         names = ("combine", "spread", "min_spread", "best_of_n")
         return {"weights": dict(self.rewards), **{name: getattr(self, name) for name in names}}
 
@@ -146,13 +146,13 @@ class TrainConfig(Section):
     warmup: int = Field(0, ge=0, description="updates over which the learning rate rises from 0")
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW")
     beta2: float = Field(0.999, ge=0, lt=1, description="AdamW")
-    epsilon: float = Field(1e-15, gt=0, description="AdamW; 1e-8 froze learning at gradients of 5e-9 (UniRL 407)")
+    epsilon: float = Field(1e-15, gt=0, description="AdamW; 1e-8 froze learning at gradients of 5e-9 (UniRL issue 407)")
     weight_decay: float = Field(0.0, ge=0, description="AdamW (peers 0; DanceGRPO 1e-4)")
     max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping, per expert")
     updates_per_rollout: int = Field(2, ge=1, description="optimizer steps of each expert per iteration (UniRL, miles)")
     clip_range: float = Field(1e-3, gt=0, description="of the ratio of mean log-probs (LoRA 1e-3, full 1e-4)")
     advantage_clip: float = Field(5.0, gt=0, description="largest absolute advantage (flow_grpo, DanceGRPO)")
-    kl: Literal["velocity", "transition"] = Field("velocity", description="distance to the reference, the adapter off")
+    kl: Literal["velocity", "transition"] = Field("velocity", description="what is compared with the reference policy")
     kl_beta: float = Field(
         4e-4, ge=0, description="weight of that distance (flow_grpo: 4e-4 of the velocity, 0.004 of a transition)"
     )
@@ -177,11 +177,11 @@ class TrainConfig(Section):
         False, description="take old log-probs from this machine, for shards of other hardware"
     )
     max_policy_lag: int = Field(
-        0, ge=0, description="oldest shards accepted, in policies; old to DiffusionNFT is the one training starts from"
+        0, ge=0, description="how many policies old shards may be; DiffusionNFT then takes its start for the old policy"
     )
     save_every: int = Field(1, ge=1, description="updates between trainer checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="trainer checkpoints kept of each expert and iteration")
-    async_checkpoints: bool = Field(True, description="write them beside training; takes a copy of the state in memory")
+    async_checkpoints: bool = Field(True, description="train on while they are written, from a copy in host memory")
 
 
 class EvalConfig(Section):
@@ -189,16 +189,20 @@ class EvalConfig(Section):
 
     prompts: str = Field("words", description="prompts file, also at a URL, or `words`: the embedded model's held-out")
     holdout: float = Field(
-        0.0, ge=0, lt=1, description="share of a file's prompts that is only evaluated; both prompts files are then one"
+        0.0, ge=0, lt=1, description="share of prompts that is only evaluated; rollout and eval then name one file"
     )
     limit: int = Field(64, ge=1, description="prompts taken from the head of the file")
     videos_per_prompt: int = Field(1, ge=1, le=1000, description="seeds of each prompt")
     seed: int = Field(12345, ge=0, lt=2**63, description="seed of the evaluation noise, the same for every policy")
-    steps: int = Field(50, ge=2, description="denoising steps (flow_grpo's Wan recipe)")
+    steps: int = Field(50, ge=2, le=1000, description="denoising steps (flow_grpo's Wan recipe)")
     solver: Solver = Field("euler", description="deterministic solver")
-    shift: float | None = Field(None, gt=0, description="flow shift; that of rollout when absent")
-    guidance_scale: float | None = Field(None, ge=0, description="high-noise guidance; that of rollout when absent")
-    guidance_scale_2: float | None = Field(None, ge=0, description="low-noise guidance; that of rollout when absent")
+    shift: float | None = Field(None, ge=1e-3, le=1e3, description="flow shift; that of rollout when absent")
+    guidance_scale: float | None = Field(
+        None, ge=0, le=1000, description="high-noise guidance; that of rollout when absent"
+    )
+    guidance_scale_2: float | None = Field(
+        None, ge=0, le=1000, description="low-noise guidance; that of rollout when absent"
+    )
     ema: bool = Field(True, description="evaluate the averaged weights, when training keeps them")
 
 
@@ -213,7 +217,9 @@ class WorkersConfig(Section):
 class RunConfig(Section):
     """The whole of `run.toml`."""
 
-    schema_version: int = Field(SCHEMA, alias="schema", description="version of the run directory")
+    schema_version: int = Field(
+        SCHEMA, ge=SCHEMA, le=SCHEMA, alias="schema", description="version of the run directory"
+    )
     preset: str = Field("", description="the preset this run began from")
     model: ModelConfig = ModelConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -241,7 +247,10 @@ def load_config(path: Path, sets: Iterable[str] = ()) -> RunConfig:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}", "save the file as UTF-8") from None
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path}: not valid TOML: {error}", "correct that line") from None
-    found = values.get("schema", SCHEMA)
+    if "schema" not in values:  # the first line that `init` writes; an empty file would stand for all defaults
+        hint = f"restore it from a copy; one written by hand begins with `schema = {SCHEMA}`"
+        raise UserError(f"{path}: has no schema, so it is no run.toml or has lost its beginning", hint)
+    found = values["schema"]
     if found != SCHEMA:
         raise UserError(f"{path}: schema {found}, but this program writes schema {SCHEMA}", "make a new run directory")
     changed = apply_sets(values, sets)
@@ -290,7 +299,7 @@ def apply_sets(values: dict[str, Any], sets: Iterable[str]) -> dict[str, Any]:
 def dump_config(config: RunConfig) -> str:
     """The text of `run.toml`: every key with its value, and above it what it means and where its default comes from."""
     lines = [f"schema = {config.schema_version}", f"preset = {_toml(config.preset)}"]
-    for name, field in RunConfig.model_fields.items():
+    for name in RunConfig.model_fields:
         section = getattr(config, name)
         if not isinstance(section, Section):
             continue

@@ -91,9 +91,12 @@ def sync(path: Path) -> None:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSON-lines file, none when there is no file; a last line cut off by a kill is left out."""
+    """The whole lines of a JSON-lines file, none when there is no file; a last line cut off by a kill is left out.
+
+    So is all that follows a damaged line, which `rushes verify` names.
+    """
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
             records.append(json.loads(line))
         except ValueError:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shards import parquet, tensors
-from shards.run import SAMPLE_KEY, SCHEMA
+from shards.run import SAMPLE_KEY, SCHEMA, group_of
 from shards.tar import EXTENSIONS, GROUP_NAME, REPAIR, SAMPLE_NAME, Damaged, Member, members
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def _meta_columns(key: str, meta: dict[str, Any]) -> Row:
         "key": key,
         "iteration": iteration,
         "prompt_id": prompt_id,
-        "group": key.rpartition("-")[0],
+        "group": group_of(key),
         "sample": sample,
         "prompt": meta.get("prompt"),
         "target": meta.get("target"),

@@ -28,7 +28,7 @@ SMALL = (".json", ".jsonl", ".parquet", ".toml")  # fetched whenever a stage loo
 ASIDE = re.compile(r"(^|/)(trainer|tensorboard|report|frames|work)/")  # never fetched along
 PLAN = re.compile(r"/iter-\d{4,}/plan\.json$")
 # what has its name here only after the store has it, so that it is gone when the store lacks it
-PUBLISHED = re.compile(r"(^|/)((run|plan|policy|model|summary)\.(json|toml)|shard-\d{6}\.(json|parquet))$")
+PUBLISHED = re.compile(r"(^|/)((run|plan|policy|model|_summary)\.(json|toml)|shard-\d{6}\.(json|parquet))$")
 RUN = re.compile(r"(/eval)?/iter-\d{4,}/.*|/[^/]+$")  # what follows the URL of the run in that of one of its files
 LOOK_AGAIN = 1.0  # s between two looks at the same folder of the store
 AT_ONCE = 8  # transfers

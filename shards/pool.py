@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -23,7 +24,7 @@ class Pool:
 
     def of(self, count: int, *arguments: Any) -> ProcessPoolExecutor:
         """That many processes, those of the last call where all of them live; new ones get `begin(*arguments)`."""
-        if count in self.executors and not all(one.is_alive() for one in _processes(self.executors[count])):
+        if count in self.executors and _has_dead(self.executors[count]):
             self.discard()
         if count not in self.executors:
             context = multiprocessing.get_context("spawn")
@@ -37,6 +38,15 @@ class Pool:
             for one in _processes(executor):  # `shutdown` lets them finish, and Python would wait for that at its end
                 one.terminate()
             executor.shutdown(wait=False, cancel_futures=True)
+
+
+def _has_dead(executor: ProcessPoolExecutor) -> bool:
+    """Whether one of its processes has ended.
+
+    Not by `is_alive`: the kernel tells of an end once, and until the executor's thread, if that was told, has written
+    it down, the dead one is said to live.
+    """
+    return bool(wait([one.sentinel for one in _processes(executor)], timeout=0))
 
 
 def _processes(executor: ProcessPoolExecutor) -> list[BaseProcess]:

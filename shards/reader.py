@@ -175,7 +175,10 @@ def read_manifest(stage: Stage, shard: int) -> dict[str, Any]:
     path = stage.manifest_path(shard)
     if not stage.is_committed(shard):
         raise UserError(f"shard {shard} of {stage.path} is not there", "`rushes rollout` samples what is missing")
-    manifest = read_json(path)
+    try:
+        manifest = read_json(path)
+    except UserError as error:
+        raise Damaged(error.problem, REPAIR) from error
     try:
         names = manifest["schema"], manifest["stage"], manifest["shard"]
         sizes = [int(manifest[part]["bytes"]) for part in ("tar", "index")]

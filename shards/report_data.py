@@ -21,7 +21,8 @@ GUARD_LIMIT = 0.2  # share by which a guard may move from iteration 0
 NOISE = 2.0  # standard errors: what moves less may be the draw of prompts
 SILENT_GROUPS = 0.5  # share of groups without an advantage that is worth an alarm
 RATIO_SHARE = 0.1  # of train.clip_range: how far from 1 the ratio of the first update of an iteration may be
-CLIP_LOW, CLIP_HIGH, CLIP_RUN = 0.05, 0.4, 5
+CLIP_HIGH = 0.4  # clip fraction above which updates are wasted
+CLIP_RUN = 5  # updates in a row before the clip fraction is worth a word
 KINDS = ("rollout", "eval")
 
 

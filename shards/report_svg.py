@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
 LEFT, RIGHT, TOP, BOTTOM = 52.0, 14.0, 12.0, 34.0
 MARKERS = 60  # points of a line that are drawn as dots; above that the line alone is clearer
-Label = Callable[[float], str]
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 SCHEMA = 1  # of plan, manifest, member and index; README.md has its history
 GROUP_KEY = re.compile(r"i(\d{6})-p(\d{6})")
 SAMPLE_KEY = re.compile(r"i(\d{6})-p(\d{6})-s(\d{2,3})")
+EXPERT_NAMES = ("high_noise", "low_noise")  # by number; a model with one expert has the first
 
 PLAN_NEEDS = {"shards": list, "groups": list, "group_size": int}  # what this package itself reads of a plan
 
@@ -37,6 +38,11 @@ def group_key(iteration: int, prompt_id: int) -> str:
 def sample_key(group: str, sample: int) -> str:
     """Key of one sample of a group: `i000003-p000017-s05`."""
     return f"{group}-s{sample:02d}"
+
+
+def group_of(key: str) -> str:
+    """The group of a sample: its key without the sample number."""
+    return key.rpartition("-s")[0]
 
 
 class Run:
@@ -187,6 +193,10 @@ class Stage:
     def advantage_dir(self, specification: str) -> Path:
         """The advantages of one specification (8 hexadecimal digits)."""
         return self.path / "advantage" / specification
+
+    def summary_path(self, specification: str) -> Path:
+        """Counts and means of one specification. Readers of a whole folder of tables skip names with a `_` first."""
+        return self.advantage_dir(specification) / "_summary.json"
 
     def advantage_path(self, specification: str, shard: int) -> Path:
         """The advantages of one specification for one shard."""

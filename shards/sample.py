@@ -13,11 +13,10 @@ from shards.errors import UserError
 from shards.files import publish_replace
 from shards.locate import locate
 from shards.reader import open_shard
-from shards.run import SAMPLE_KEY, Stage
+from shards.run import EXPERT_NAMES, SAMPLE_KEY, Stage, group_of
 from shards.urls import shown
 from shards.video import decode_mp4
 
-EXPERT_NAMES = ("high_noise", "low_noise")
 BY_STEP = ("sigmas", "timesteps", "experts", "guidance", "window", "log_prob")  # shown as the table of steps
 
 
@@ -32,7 +31,7 @@ def find(path: str | Path, key: str, evaluation: bool = False) -> tuple[Stage, i
     stages = (
         place.stages if len(place.stages) == 1 else [one for one in place.stages if (one.kind == "eval") == evaluation]
     )
-    group = key.rpartition("-s")[0]
+    group = group_of(key)
     for stage in stages:
         plan = stage.plan() if stage.iteration == int(matched[1]) else None
         for shard, groups in enumerate(plan["shards"] if plan else []):

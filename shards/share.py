@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from shards.errors import NothingLeft, UserError
 from shards.world import rank, world_size
 
-ARRAY = {"MIN": "0", "STEP": "1", "COUNT": "1"}  # of SLURM's variables, and what stands for one that is not set
+ARRAY = "SLURM_ARRAY_TASK_"
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Share:
         """
         part, count = _worker(worker)
         ranks = world_size()
-        given = bool(worker) or "SLURM_ARRAY_TASK_ID" in os.environ
+        given = bool(worker or os.environ.get(f"{ARRAY}ID"))
         return cls((part * ranks + rank(), count * ranks), wait or ranks > 1, given and ranks == 1)
 
     def end(self, idle: bool, what: str) -> None:
@@ -45,14 +45,24 @@ ALL = Share((0, 1), wait=False, late=False)
 
 def _worker(text: str) -> tuple[int, int]:
     """The part of the work to take: --worker, else the array task of SLURM, else all of it."""
-    if not text and "SLURM_ARRAY_TASK_ID" in os.environ:
-        first, step, count = (int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", value)) for name, value in ARRAY.items())
+    if not text and os.environ.get(f"{ARRAY}ID"):
+        first, step, count = _variable("MIN", 0), max(1, _variable("STEP", 1)), max(1, _variable("COUNT", 1))
         # the numbers of an array may have gaps: where two tasks come to one part, claims keep them apart
-        text = f"{(int(os.environ['SLURM_ARRAY_TASK_ID']) - first) // max(1, step) % count}/{count}"
+        text = f"{(_variable('ID', 0) - first) // step % count}/{count}"
     try:
         part, count = (int(piece) for piece in (text or "0/1").split("/"))
     except ValueError:
         raise UserError(f"--worker {text}: not of the form I/N", "for example --worker 0/4") from None
+    if count < 1:
+        raise UserError(f"--worker {text}: there are no {count} workers", "for example --worker 0/4")
     if not 0 <= part < count:
         raise UserError(f"--worker {text}: {part} is not between 0 and {count - 1}", "workers count from 0")
     return part, count
+
+
+def _variable(name: str, default: int) -> int:
+    """A number that SLURM says of an array; `default` where it is not set."""
+    text = os.environ.get(f"{ARRAY}{name}", "")
+    if text and not text.isdecimal():
+        raise UserError(f"{ARRAY}{name} = {text!r} in the environment is no number", "unset it, or give --worker I/N")
+    return int(text or default)

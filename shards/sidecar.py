@@ -25,6 +25,7 @@ ADVANTAGES = IDENTITY | {"advantage": "double", "weight": "double", "reward": "d
 TEXT = "text"
 CONTENT = "content_sha256"
 SCORE_AGAIN = "`rushes score` fills in what is missing and keeps the rest"
+SUMMARY_AGAIN = "delete it; `rushes score` writes it again"
 
 
 def write_scores(stage: Stage, shard: int, scorer: str, frame: pandas.DataFrame, kv: dict[str, str]) -> None:

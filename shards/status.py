@@ -145,7 +145,7 @@ def _in_work(run: Run) -> list[Stage]:
 
 
 def _evaluated(stage: Stage) -> bool:
-    return any((stage.advantage_dir(name) / "summary.json").exists() for name in specifications(stage))
+    return any(stage.summary_path(name).exists() for name in specifications(stage))
 
 
 def _watch(stages: list[Stage], beats: float, seconds: float) -> list[tuple[Stage, owners.Found, owners.Life]]:

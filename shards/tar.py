@@ -15,6 +15,7 @@ LARGEST = 8**11 - 1  # bytes; eleven octal digits
 EXTENSIONS = ("json", "mp4", "traj.safetensors")  # of a sample, in this order
 SAMPLE_NAME = re.compile(r"(i\d{6}-p\d{6}-s\d{2,3})\.(json|mp4|traj\.safetensors)")
 GROUP_NAME = re.compile(r"__group__/(i\d{6}-p\d{6})\.text\.safetensors")
+REPAIR = "restore the shard from a copy, or delete its tar, index and manifest and run `rushes rollout` again"
 
 
 class Damaged(UserError):
@@ -94,6 +95,3 @@ def member_at(buffer: memoryview, offset: int, where: str) -> Member:
     if any(buffer[offset + BLOCK + size : offset + BLOCK + size + -size % BLOCK]):
         raise Damaged(f"{where}: padding of {name} is not empty", REPAIR)
     return Member(name, offset + BLOCK, size)
-
-
-REPAIR = "restore the shard from a copy, or delete its tar, index and manifest and run `rushes rollout` again"

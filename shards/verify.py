@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import mmap
 import os
-import stat as status
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from shards import index, mirror, sidecar
 from shards.errors import UserError
-from shards.files import TEMPORARY, is_abandoned, read_json, sha256_file
+from shards.files import TEMPORARY, is_abandoned, read_json
 from shards.locate import locate
+from shards.progress import counted
 from shards.reader import checked_index, read_manifest
 from shards.run import Run, Stage
 from shards.tar import REPAIR, Damaged
 from shards.urls import is_url, shown, working_copy
+from shards.verify_policy import policy_faults
 
 if TYPE_CHECKING:
     import pyarrow
@@ -58,8 +61,9 @@ def verify(path: str | Path) -> list[Problem]:
     roots = {stage.run_path for stage in place.stages} if len(place.stages) > 1 else set()
     for root in sorted(roots):
         problems += _attempt(_check_config, root) if (root / "run.toml").exists() else []
+        problems += _attempt(_check_base, root, place.stages) if (root / "model.json").exists() else []
         problems += _leftovers(root, recursive=False)
-    return problems
+    return list(dict.fromkeys(problems))  # a file that is not there fails every check in the same words
 
 
 def _verify_store(url: str | Path) -> list[Problem]:
@@ -86,8 +90,10 @@ def _stage_problems(stage: Stage) -> Iterator[Problem]:
     for folder in [*(stage.path / "score" / name for name in sidecar.scorers(stage)), *_specification_folders(stage)]:
         yield from _strays(folder, committed)
         yield from _attempt(_check_one_schema, folder)
+    for name in sidecar.specifications(stage):
+        yield from _attempt(_check_summary, stage, name)
     yield from _attempt(_check_frozen, stage)
-    yield from _policy_problems(stage)
+    yield from map(_problem, policy_faults(stage))
 
 
 def _shard_problems(stage: Stage, shard: int) -> Iterator[Problem]:
@@ -166,10 +172,34 @@ def _sidecar_problems(stage: Stage, shard: int, keys: list[str]) -> Iterator[Pro
 
 def _strays(folder: Path, committed: list[int]) -> Iterator[Problem]:
     """Tables of shards that do not exist, and files that are no tables and would break a reader of the folder."""
-    known = {f"shard-{shard:06d}.parquet" for shard in committed} | {"summary.json"}
+    known = {f"shard-{shard:06d}.parquet" for shard in committed}
     for name in sorted(os.listdir(folder)):
-        if name not in known and not name.startswith("."):
+        if name not in known and not name.startswith((".", "_")):
             yield Problem("damaged", f"{folder / name}: belongs to no committed shard", "delete it")
+
+
+def _check_summary(stage: Stage, name: str) -> None:
+    """The summary of advantages tells of the tables beside it, whose own faults are told elsewhere."""
+    path = stage.summary_path(name)
+    summary = read_json(path) if path.exists() else None
+    read = [_result(sidecar.read_table, stage.advantage_path(name, shard))[0] for shard in stage.shards()]
+    if summary is None or not read or None in read:
+        return
+    rewards = [value for table, _ in read for value in table.column("reward").to_pylist()]
+    known = [value for value in rewards if value is not None and not math.isnan(value)]
+    mean = math.fsum(known) / len(known) if known else None
+    expected = {"samples": len(rewards), "mean_reward": mean}
+    differing = [what for what, wanted in expected.items() if not _same(summary.get(what), wanted)]
+    if differing:
+        are = "is not that" if len(differing) == 1 else "are not those"
+        raise Damaged(f"{path}: {' and '.join(differing)} {are} of the tables beside it", sidecar.SUMMARY_AGAIN)
+
+
+def _same(found: object, wanted: float | None) -> bool:
+    """Whether a number is the wanted one but for the order in which it was added up."""
+    if not isinstance(found, int | float) or wanted is None:
+        return found is wanted
+    return math.isclose(found, wanted, rel_tol=1e-9, abs_tol=1e-12)
 
 
 def _check_one_schema(folder: Path) -> None:
@@ -190,6 +220,17 @@ def _check_one_schema(folder: Path) -> None:
 
 def _check_config(root: Path) -> None:
     _ = Run(root).config
+
+
+def _check_base(root: Path, stages: list[Stage]) -> None:
+    """model.json names the model that the plans name."""
+    path = root / "model.json"
+    base = read_json(path).get("base")
+    for stage in stages:
+        plan, _ = _result(stage.plan)
+        known = ((plan or {}).get("policy") or {}).get("base", base)
+        if known != base:
+            raise Damaged(f"{path}: its model is not that of {stage.plan_path}", "restore it from a copy, or delete it")
 
 
 def _check_plan(stage: Stage) -> None:
@@ -240,24 +281,10 @@ def _uncommitted(stage: Stage, committed: list[int]) -> Iterator[Problem]:
     missing = stage.expected() - len(committed) if stage.plan_path.exists() and not _attempt(stage.plan) else 0
     if missing > 0:
         yield Problem(
-            "incomplete", f"{stage.path}: {missing} shards are not sampled yet", "`rushes rollout` samples them"
+            "incomplete",
+            f"{stage.path}: {counted(missing, 'shard')} not sampled yet",
+            "`rushes rollout` samples what is missing",
         )
-
-
-def _policy_problems(stage: Stage) -> Iterator[Problem]:
-    """The policy a stage trained: every adapter file that its commit record names."""
-    path = stage.policy_dir / "policy.json"
-    if not stage.trained():
-        return
-    stage.fetched_policy()
-    record, problems = _result(read_json, path)
-    yield from problems
-    for name, sha256 in (record or {}).get("adapters", {}).items():
-        adapter = stage.policy_dir / name
-        if not adapter.is_file():
-            yield Problem("damaged", f"{adapter} is missing, but {path} names it", "restore it, or train again")
-        elif sha256_file(adapter) != sha256:
-            yield Problem("damaged", f"{adapter} is not what {path} committed (sha256)", "restore it, or train again")
 
 
 def _leftovers(folder: Path, *, recursive: bool) -> list[Problem]:
@@ -278,7 +305,7 @@ def _map_plain(path: Path) -> memoryview:
         raise Damaged(f"{path}: cannot be opened as a plain file: {error.strerror}", REPAIR) from error
     try:
         found = os.fstat(handle)
-        if not status.S_ISREG(found.st_mode) or not found.st_size:
+        if not stat.S_ISREG(found.st_mode) or not found.st_size:
             raise Damaged(f"{path}: is empty or no plain file", REPAIR)
         return memoryview(mmap.mmap(handle, 0, access=mmap.ACCESS_READ))
     finally:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import shutil
 import subprocess
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -82,18 +84,21 @@ class Page:
 
 @contextmanager
 def browser() -> Iterator[Page]:
-    """A browser for as long as the block runs."""
+    """A browser for as long as the block runs. What it leaves in the folder for temporary files goes with it."""
     assert DRIVER
-    driver = subprocess.Popen([DRIVER, "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    try:
-        page = Page(_port(driver))
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # its path is short enough for sockets
+        environment = {**os.environ, "TMPDIR": folder}
+        pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
+        driver = subprocess.Popen([DRIVER, "--port=0"], env=environment, stdout=pipe, stderr=nowhere, text=True)
         try:
-            yield page
+            page = Page(_port(driver))
+            try:
+                yield page
+            finally:
+                page.request("", method="DELETE")
         finally:
-            page.request("", method="DELETE")
-    finally:
-        driver.terminate()
-        driver.wait(10)
+            driver.terminate()
+            driver.wait(60)
 
 
 def _port(driver: subprocess.Popen[str]) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -20,6 +19,7 @@ import train.run  # noqa: F401
 from rollout.crew import helpers
 from score.work import processes
 from shards import claims
+from tests.ports import free_port
 
 PATIENCE = 900.0  # seconds after which a child hangs; less than the half hour that a rank waits for another one
 POOLS = (helpers, processes)
@@ -86,10 +86,7 @@ def end_all() -> None:
 
 def ranks(folder: Path, *work: Work) -> list[Fork]:
     """Ranks of one world, started as `srun` starts them: with an environment, and without an agent that watches."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    size = str(len(work))
+    size, port = str(len(work)), str(free_port())
     world = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [
         Fork(folder / f"rank-{rank}", one, RANK=str(rank), LOCAL_RANK=str(rank), **world)

@@ -27,6 +27,7 @@ FILE = re.compile(r"/(?:(dataset|space)s/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 MOVED = "A commit has happened since. Please refresh and try again."
 QUOTA = "You have exceeded our hourly quotas for action: commit. We invite you to retry later."
 LOCKED = "The branch is locked by another commit."
+COUNTING = threading.Lock()  # each request has a thread of its own
 STATUS = {"500": "", "503": "", "403": "You have read access but not the required permissions", "409": LOCKED}
 
 
@@ -48,10 +49,12 @@ class Fault:
 
     def hits(self, method: str, path: str) -> bool:
         """Whether this request is one of them; counts it."""
-        if self.seen >= self.times or method != self.method or not re.search(self.path, path):
+        if method != self.method or not re.search(self.path, path):
             return False
-        self.seen += 1
-        return True
+        with COUNTING:
+            hit = self.seen < self.times
+            self.seen += hit
+        return hit
 
 
 @dataclass

@@ -36,6 +36,7 @@ SKEWED = """<?xml version="1.0"?><Error><Code>RequestTimeTooSkewed</Code><Messag
 time and the current time is too large.</Message></Error>"""
 NO_HEADER = """<?xml version="1.0"?><Error><Code>NotImplemented</Code><Message>a header you provided implies \
 functionality that is not implemented</Message></Error>"""
+COUNTING = threading.Lock()  # each request has a thread of its own
 
 
 @dataclass
@@ -56,12 +57,14 @@ class Fault:
 
     def hits(self, method: str, path: str, headers: Any) -> bool:
         """Whether this request is one of them; counts it."""
-        if self.seen >= self.times or method != self.method or not re.search(self.path, path):
+        if method != self.method or not re.search(self.path, path):
             return False
         if self.kind == "501" and "If-None-Match" not in headers:
             return False
-        self.seen += 1
-        return True
+        with COUNTING:
+            hit = self.seen < self.times
+            self.seen += hit
+        return hit
 
 
 @dataclass
@@ -185,9 +188,13 @@ class _Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def proxied(backend: int) -> Iterator[Proxy]:
-    """A proxy in front of the server at port `backend`."""
+def proxied(backend: int, *, to_the_end: bool = False) -> Iterator[Proxy]:
+    """A proxy in front of the server at port `backend`.
+
+    With `to_the_end` all that its clients, which have ended, had asked for has been done when the block is left.
+    """
     server = _Server(("127.0.0.1", 0), Handler)
+    server.daemon_threads = not to_the_end  # `server_close` waits for the others
     server.proxy = Proxy(server.server_address[1], backend)  # type: ignore[attr-defined]
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

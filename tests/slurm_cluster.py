@@ -12,8 +12,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.ports import free_port
+
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch")
-PATIENCE = 60.0  # seconds for the node to come up
+PATIENCE = 300.0  # seconds for the nodes to come up; on a free machine they take five
 
 CONF = """
 ClusterName=test
@@ -39,6 +41,8 @@ SelectTypeParameters=CR_Core_Memory
 SchedulerType=sched/backfill
 SchedulerParameters=bf_interval=1,sched_interval=1
 KillWait=10
+MessageTimeout=90
+TCPTimeout=60
 MinJobAge=3600
 ReturnToService=2
 SlurmdParameters=config_overrides
@@ -69,7 +73,7 @@ class Cluster:
         """Run a command in the environment of the cluster; returns what it printed."""
         result = subprocess.run(
             [str(part) for part in command], env={**self.environment, **more}, cwd=self.folder,
-            capture_output=True, text=True, check=False, timeout=60,
+            capture_output=True, text=True, check=False, timeout=300,
         )  # fmt: skip
         assert result.returncode == 0, f"{command}: {result.stderr}\n{self.logs()}"
         return result.stdout
@@ -86,9 +90,10 @@ class Cluster:
 
 
 @contextmanager
-def cluster(folder: Path, programs: Path) -> Iterator[Cluster]:
-    """Start the daemons, and end them with all jobs when the block is left. Jobs find `programs` first in PATH."""
-    controller, first, other = _free_ports(3)
+def cluster(folder: Path, programs: Path, **more: str) -> Iterator[Cluster]:
+    """Start the daemons, and end them with all jobs when the block is left. Jobs find `programs` first in PATH, and
+    `more` in their environment."""
+    controller, first, other = (free_port() for _ in range(3))
     host = socket.gethostname().partition(".")[0]
     second = f"{host}-b"  # the first one must have a name that can be looked up: ranks meet there
     for name in ("state", f"spool-{host}", f"spool-{second}"):
@@ -102,7 +107,7 @@ def cluster(folder: Path, programs: Path) -> Iterator[Cluster]:
     key = folder / "munge.key"
     key.write_bytes(os.urandom(128))
     key.chmod(0o400)
-    environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "PATH": f"{programs}:{_path()}"}
+    environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "PATH": f"{programs}:{_path()}", **more}
     munged = [
         "munged", "--foreground", "--force", f"--key-file={key}", f"--socket={folder}/munge.sock",
         f"--pid-file={folder}/munged.pid", f"--log-file={folder}/munged.log", f"--seed-file={folder}/munged.seed",
@@ -131,7 +136,7 @@ def cluster(folder: Path, programs: Path) -> Iterator[Cluster]:
 
 
 def _quiet(made: Cluster, *command: str) -> str:
-    result = subprocess.run(command, env=made.environment, capture_output=True, text=True, check=False, timeout=60)
+    result = subprocess.run(command, env=made.environment, capture_output=True, text=True, check=False, timeout=300)
     return result.stdout
 
 
@@ -140,17 +145,6 @@ def _wait(ready, made: Cluster) -> None:  # type: ignore[no-untyped-def]
     while not ready():
         assert time.monotonic() < deadline, made.logs()
         time.sleep(0.2)
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [int(one.getsockname()[1]) for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
 
 
 def _path() -> str:

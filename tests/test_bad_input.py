@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,15 @@ def policies(tiny_t2v: Path, tiny_t2v2: Path, tiny_i2v2: Path, tiny_ti2v: Path) 
     ("t2v", {"frames": 8}, "rollout.frames = 8: not 4k+1", "the nearest is 9"),
     ("t2v", {"height": 40}, "rollout.height = 40: not a multiple of 16", "the nearest is 32"),
     ("t2v", {"width": 20}, "rollout.width = 20: not a multiple of 16", "the nearest is 16"),
+    ("t2v", {"eta": 1e-8},
+     "rollout.eta = 1e-08: step 4 adds noise of 5.8e-09, which latents stored as float32 cannot hold",
+     "take a larger rollout.eta"),
+    ("t2v", {"eta": 1e-12, "form": "exact"},
+     "rollout.eta = 1e-12: step 4 adds noise of 0, which latents stored as float32 cannot hold",
+     "take a larger rollout.eta"),
+    ("t2v", {"eta": 0.01, "law": "dance-sde", "storage_dtype": "bfloat16"},
+     "rollout.eta = 0.01: step 1 adds noise of 0.0028, which latents stored as bfloat16 cannot hold",
+     "take a larger rollout.eta"),
     ("ti2v", {"height": 32, "width": 48}, "rollout.width = 48: not a multiple of 32", "the nearest is 64"),
 ])  # fmt: skip
 def test_a_shape_or_schedule_the_model_cannot_take(
@@ -140,6 +150,15 @@ def test_an_image_that_cannot_be_taken(
     expected = problem.format(image=image, prompt=found.split(":")[0].removeprefix("prompt "))
     assert found.split(" (")[0] == expected.split(" (")[0]  # how many bytes are left is the decoder's business
     assert advice == hint
+
+
+def test_an_image_that_is_the_whole_video(policies: dict[str, Policy], tmp_path: Path) -> None:
+    policy, size = policies["ti2v"], {"height": 32, "width": 32}
+    problem, hint = refused(
+        training.make_run(tmp_path / "run", policy.layout.folder, image=True, frames=1, **size), policy
+    )
+    assert re.fullmatch(r"prompt \d \('a sign .*'\) has an image, which is all of a video of one frame", problem)
+    assert hint == "take rollout.frames >= 5, or remove the `image`"
 
 
 def test_a_prompt_without_an_image(policies: dict[str, Policy], tmp_path: Path) -> None:

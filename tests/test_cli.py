@@ -20,10 +20,10 @@ ROOT = Path(__file__).parents[1]
 Result = subprocess.CompletedProcess[str]
 
 
-def python(*arguments: str | Path) -> Result:
+def python(*arguments: str | Path, **more: str) -> Result:
     """Run the command line from a shell's point of view: a Python that starts from nothing."""
     command = [sys.executable, str(ROOT / "cli.py"), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "", **more}  # compiled code is kept
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
 
 
@@ -167,6 +167,16 @@ def test_verify_names_what_is_damaged(small: Path, tmp_path: Path) -> None:
     assert damaged.startswith("damaged: ")
     assert damaged.endswith(")")
     assert " (hint: " in damaged
+    assert result.stderr == f"rushes: {copy}: 2 faults (hint: each line says what to do about it)\n"
+    together = subprocess.run(
+        [sys.executable, ROOT / "cli.py", "verify", copy],
+        env={**os.environ, "PYTHONUNBUFFERED": ""},  # as Python buffers where nobody asks for something else
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert [line.split(":")[0] for line in together.stdout.splitlines()] == ["damaged", "damaged", "rushes"]
     assert rushes("train", copy, "--iteration", "0").returncode == 0  # done already: nothing is read
     shutil.rmtree(copy / "iter-0000" / "policy")
     assert "shard-000000.tar" in refused("train", copy, "--iteration", "0")
@@ -225,6 +235,40 @@ def test_relative_paths_hold_from_another_directory(
 def test_a_command_line_that_cannot_be_read_is_one_line(arguments: list[str], message: str) -> None:
     result = rushes(*arguments)
     assert (result.returncode, result.stdout, result.stderr) == (2, "", f"rushes: {message}\n")
+
+
+def test_debug_shows_the_traceback_and_changes_nothing_else(tmp_path: Path) -> None:
+    """A job that runs with it must still be told from a job that is to be queued again."""
+    plain, shown = (rushes(*options, "status", tmp_path) for options in ((), ("--debug",)))
+    assert plain.returncode == shown.returncode == 2
+    assert shown.stderr.startswith("Traceback (most recent call last):\n")
+    assert shown.stderr.endswith(f"\n{plain.stderr}")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("inspect", "RUN", "--format", "csv"),
+        ("inspect", "RUN", "--where", "reward <"),
+        ("--debug", "status", "nowhere"),
+        ("rollout", "RUN", "--iteration", "0", "--worker", "0/1"),
+        ("rollot",),
+        ("--help",),
+        (),
+    ],
+)
+def test_a_rank_says_and_returns_what_a_process_alone_does(small: Path, arguments: tuple[str, ...]) -> None:
+    """All the way from the shell, into pipes, although it ends without taking Python apart."""
+    given = [str(small) if argument == "RUN" else argument for argument in arguments]
+    alone, rank = python(*given), python(*given, WORLD_SIZE="1", RANK="0")
+    assert (rank.returncode, rank.stdout) == (alone.returncode, alone.stdout)
+    assert _without_frames(rank.stderr) == _without_frames(alone.stderr)
+    assert rank.stdout or rank.stderr
+
+
+def _without_frames(text: str) -> list[str]:
+    """Lines, those of a traceback but for its places in the code."""
+    return [line for line in text.splitlines() if not line.startswith("  ")]
 
 
 def test_without_a_command_there_is_help() -> None:

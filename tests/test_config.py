@@ -77,6 +77,11 @@ def test_every_key_says_what_it_is() -> None:
             "run.toml: [rollout] group_size: input should be greater than or equal to 2, but it is 1"
             " (hint: group_size: videos of one prompt; advantages are taken among them (8 or more))",
         ),
+        (  # what no command would read again
+            "schema=2",
+            "run.toml: schema: input should be less than or equal to 1, but it is 2"
+            " (hint: run.toml says what each key takes)",
+        ),
     ],
 )
 def test_a_wrong_value_is_named(setting: str, message: str) -> None:
@@ -113,10 +118,22 @@ def test_a_wrong_setting_of_a_call_is_not_blamed_on_the_file_alone(tmp_path: Pat
     with pytest.raises(UserError) as caught:
         load_config(path, ["rollout.steps=many"])
     assert str(caught.value).startswith(f"{path} with --set: [rollout] steps: ")
-    path.write_text("[rollout]\nsteps = 1\n", encoding="utf-8")
+    path.write_text("schema = 1\n[rollout]\nsteps = 1\n", encoding="utf-8")
     with pytest.raises(UserError) as caught:
         load_config(path)
     assert str(caught.value).startswith(f"{path}: [rollout] steps: ")
+
+
+@pytest.mark.parametrize("text", ["", "[rollout]\nsteps = 7\n"])
+def test_a_run_toml_that_lost_its_beginning_is_not_taken_for_all_defaults(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        load_config(path)
+    assert str(caught.value) == (
+        f"{path}: has no schema, so it is no run.toml or has lost its beginning "
+        "(hint: restore it from a copy; one written by hand begins with `schema = 1`)"
+    )
 
 
 def test_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:

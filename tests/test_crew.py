@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,20 +55,30 @@ def samplers(stage: Stage) -> dict[int, str]:
 def test_two_processes_sample_what_one_samples(
     tiny_t2v2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first process does not go on from its first shard before the helper has sampled the two others."""
+    """The helper begins when the first process has its first shard, which ends when the two others are sampled."""
     one, two = make(tmp_path / "one", tiny_t2v2, 1), make(tmp_path / "two", tiny_t2v2, 2)
     alone = generate.rollout(one, one.iteration(0), Policy.of(one.config.model))
     policy, stage = Policy.of(two.config.model), two.iteration(0)
     monkeypatch.setattr(crew, "MOMENT", PATIENCE)  # a busy machine may bring the helper's report late
     seen: list[tuple[int, int, str]] = []
+    waiting: list[Callable[[], None]] = []
+    hand_out = crew._hand_out
+
+    def hand_out_late(*work: Any) -> list[Future[int]]:
+        late: Future[int] = Future()
+        waiting.append(lambda: hand_out(*work)[0].add_done_callback(lambda one: late.set_result(one.result())))
+        return [late]
 
     def progress(done: int, total: int, unit: str, note: str = "") -> None:
+        while waiting:
+            waiting.pop()()
         deadline = time.monotonic() + PATIENCE
         while not seen and len(stage.shards()) < 2:
             assert time.monotonic() < deadline, "the helper samples nothing"
             time.sleep(0.02)
         seen.append((done, total, note))
 
+    monkeypatch.setattr(crew, "_hand_out", hand_out_late)
     report = crew.rollout(two, stage, policy, progress)
     assert samplers(stage) == {0: "0/2", 1: "1/2", 2: "1/2"}
     assert seen[0] == (0, alone.done, "shard 0")
@@ -82,9 +95,10 @@ def kill_helpers() -> None:
             child.kill()
 
 
-def test_helpers_that_die_leave_no_hole(tiny_t2v2: Path, tmp_path: Path) -> None:
+def test_helpers_that_die_leave_no_hole(tiny_t2v2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One between two stages, and the one that takes its place in the middle of the next stage."""
     run = make(tmp_path / "run", tiny_t2v2, 2)
+    monkeypatch.setattr(crew, "MOMENT", PATIENCE)  # a busy machine may be late to tell of a death
     with pytest.raises(BrokenProcessPool):
         crew._start(1).submit(os._exit, 1).result()
     report = crew.rollout(
@@ -92,6 +106,25 @@ def test_helpers_that_die_leave_no_hole(tiny_t2v2: Path, tmp_path: Path) -> None
     )
     assert report.busy == 0
     assert samplers(run.iteration(0)) == dict.fromkeys(range(3), "0/2")
+    assert not crew.helpers.executors
+
+
+def test_a_helper_that_dies_while_the_next_gets_its_part_leaves_no_hole(
+    tiny_t2v2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two, the first one as soon as it has its part."""
+    run, submit = make(tmp_path / "run", tiny_t2v2, 3), ProcessPoolExecutor.submit
+
+    def deadly(executor: ProcessPoolExecutor, *job: Any) -> Future[int]:
+        future = submit(executor, *job)
+        kill_helpers()
+        concurrent.futures.wait([future])
+        return future
+
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", deadly)
+    report = crew.rollout(run, run.iteration(0), Policy.of(run.config.model))
+    assert (report.done, report.busy) == (9, 0)
+    assert samplers(run.iteration(0)) == dict.fromkeys(range(3), "0/3")
     assert not crew.helpers.executors
 
 

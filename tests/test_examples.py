@@ -138,7 +138,7 @@ def check(run: Run, name: str) -> None:
     config = run.config
     plan: dict[str, Any] = run.iteration(0).plan() or {}
     if name == "wan22-a14b-videoalign":
-        summary = json.loads(next(run.iteration(0).path.glob("advantage/*/summary.json")).read_text())
+        summary = json.loads(next(run.iteration(0).path.glob("advantage/*/_summary.json")).read_text())
         assert summary["rewards"]["videoalign"]["missing"] == 0
         assert all(len(group["window"]) == len(plan["sampler"]["timesteps"]) // 2 for group in plan["groups"])
         train = config.train

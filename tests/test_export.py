@@ -52,10 +52,11 @@ def trained(path: Path, model: Path, dtype: str = "float32") -> Run:
         stir(policy, seed)
         policy.save_lora(folder)
     record = {"schema": 1, "iteration": 0, **policy.fingerprint(stage.policy_dir)}
+    record["average"] = policy.fingerprint(stage.policy_dir / "ema")
     publish_new(stage.policy_dir / "policy.json", to_json(record, path))
     for number, reward in enumerate((0.25, 0.75)):
         summary = {"specification": {"weights": {"ocr": 1.0}}, "mean_reward": reward, "std_reward": 0.5, "samples": 100}
-        where = run.evaluation(number).advantage_dir("0a1b2c3d") / "summary.json"
+        where = run.evaluation(number).summary_path("0a1b2c3d")
         publish_new(where, to_json(summary, where))
     return run
 
@@ -120,6 +121,20 @@ def test_averaged_weights_are_the_default(runs: dict[str, Run], tmp_path: Path) 
         assert (tmp_path / "last" / file).read_bytes() == (run.iteration(0).policy_dir / file).read_bytes()
 
 
+def test_averaged_weights_that_changed_are_not_exported(runs: dict[str, Run], tmp_path: Path) -> None:
+    shutil.copytree(runs["t2v2"].path, tmp_path / "run")
+    run = Run.open(tmp_path / "run")
+    weights = run.iteration(0).policy_dir / "ema" / "low_noise" / "pytorch_lora_weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    with pytest.raises(RunFailed, match=r"policy/ema: its files are not those its policy\.json names"):
+        export(run, 0, tmp_path / "average")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+    assert export(run, 0, tmp_path / "last", average=False).checked
+    shutil.rmtree(weights.parents[1])
+    with pytest.raises(RunFailed, match=r"policy/ema is missing"):
+        export(run, 0, tmp_path / "average")
+
+
 def test_an_export_is_a_model_lora_to_start_from(runs: dict[str, Run], tmp_path: Path) -> None:
     for layout in ("t2v", "t2v2"):
         run, out = runs[layout], tmp_path / layout
@@ -156,7 +171,7 @@ def test_fused_weights_are_a_plain_pipeline(runs: dict[str, Run], tmp_path: Path
         assert torch.allclose(answer, probe(policy.module(expert), policy.layout), atol=1e-5)
     assert "transformer_2/config.json" in read_json(out / "export.json")["files"]
     assert str(tmp_path) not in (out / "transformer" / "config.json").read_text()
-    assert load(out).boundary == 0.875  # and the base of another run
+    assert load(out).layout.boundary == 0.875  # and the base of another run
 
 
 def test_bfloat16_exports_are_proven_too(tiny_t2v2: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from rollout.schedule import Plan
 from rollout.step import step_log_prob
 from shards.claims import claim
 from shards.config import RunConfig, parse_config
-from shards.errors import UserError
+from shards.errors import RunFailed, UserError
 from shards.reader import open_shard
 from shards.run import Run, Stage
 from shards.writer import Sample, spooled
@@ -318,24 +319,33 @@ def test_later_iterations_need_and_take_the_trained_policy(tiny_t2v2: Path, poli
     for _, parameter in policy.trainable(0):
         parameter.data += 0.05
     policy.save_lora(folder)
-    identity = policy.fingerprint(folder)
-    (folder / "policy.json").write_text(json.dumps({"schema": 1, **identity, "iteration": 0}))
+    policy.save_lora(folder / "ema")
+    identity, average = policy.fingerprint(folder), policy.fingerprint(folder / "ema")
+    (folder / "policy.json").write_text(json.dumps({"schema": 1, **identity, "iteration": 0, "average": average}))
     policy.become(None)
     assert rollout(run, stage, policy).done == 2
     assert policy.has_lora
     plan = stage.plan() or {}
     assert plan["policy"]["fingerprint"] == identity["fingerprint"]
     tuned = contents(stage)
-    evaluation = run.evaluation(1)
-    policy.save_lora(folder / "ema")
-    assert rollout(run, evaluation, policy).done == 3
+    assert rollout(run, run.evaluation(1), policy).done == 3
     policy.become(None)
     key = next(key for key in tuned if "-s" in key)
     assert differences(sample_parts(regenerate(run, stage, key, policy)), tuned[key]) == []
     weights = folder / "low_noise" / "pytorch_lora_weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
-    with pytest.raises(UserError, match=r"its files are not those its policy\.json names"):
+    with pytest.raises(UserError, match=r"policy: its files are not those its policy\.json names"):
         regenerate(run, stage, key, policy)
+    policy.become(None)
+    averaged = folder / "ema" / "low_noise" / "pytorch_lora_weights.safetensors"
+    averaged.write_bytes(averaged.read_bytes()[:-1] + b"\1")
+    shutil.rmtree(run.evaluation(1).path)
+    with pytest.raises(RunFailed, match=r"policy/ema: its files are not those its policy\.json names"):
+        rollout(run, run.evaluation(1), policy)
+    shutil.rmtree(folder / "ema")
+    with pytest.raises(RunFailed, match=r"policy/ema is missing, but policy\.json names it"):
+        rollout(run, run.evaluation(1), policy)
+    assert not list(run.evaluation(1).path.rglob("*.tar"))
     policy.become(None)
 
 

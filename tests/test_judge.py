@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import cli
-from score.judge import judge, parse_reward
+from score.judge import json_line, judge, parse_reward
 from score.reward import Scored, Video
 from shards.errors import UserError
 from shards.video import encode_mp4
@@ -95,6 +95,69 @@ def test_ocr_prints_the_text_of_each_frame_with_its_confidence(rushes: Judge, tm
     assert all(0.5 < item["confidence"] <= 1 for item in verdict["text"])
     assert verdict["components"]["exact"] == pytest.approx(2 / 3)
     assert verdict["value"] == verdict["components"]["similarity"]
+
+
+class Reader:
+    """Says what its option names, in the types that a user's own reward may well give."""
+
+    name, version, components = "reader", "1", ("value",)
+
+    def __init__(self, says: str) -> None:
+        self.scored = {
+            "numpy": Scored({"value": np.float32(0.5)}, np.array(["A"]), "", None, np.float32([0.25]), np.array([1])),
+            "huge": Scored({"value": -2e100}),
+            "unequal": Scored({"value": 1.0}, ["A", "B"], confidence=[0.5]),
+            "unsure": Scored({"value": 1.0}, ["A"], confidence=[math.nan]),
+            "both": Scored(reason="ill", text=["A", "B"], confidence=[0.5]),
+        }[says]
+
+    def __call__(self, videos: Sequence[Video]) -> list[Scored]:
+        return [self.scored for _ in videos]
+
+
+def test_numpy_and_line_separators_are_plain_in_the_line(rushes: Judge, tmp_path: Path) -> None:
+    options = ("--prompt", "two\u2028lines", "--reward", f"{__name__}:Reader:says=numpy")
+    code, lines, _ = rushes(write(tmp_path / "a.mp4"), *options)
+    assert [line["prompt"] for line in lines] == ["two\u2028lines"]
+    verdict = lines[0]["rewards"][0]
+    assert (code, verdict["value"], verdict["frames_used"]) == (0, 0.5, [1])
+    assert verdict["text"] == [{"frame": 1, "text": "A", "confidence": 0.25}]
+
+
+@pytest.mark.parametrize(
+    ("says", "status", "text"),
+    [
+        ("huge", "value is -2e+100, more than 1e+100", None),
+        ("unequal", "there are 2 texts, 1 confidences and 2 frames", ["A", "B"]),
+        ("unsure", "a confidence is not a number", ["A"]),
+        ("both", "ill", ["A", "B"]),
+    ],
+)
+def test_a_score_that_cannot_be_kept_is_missing(
+    rushes: Judge, tmp_path: Path, says: str, status: str, text: list[str] | None
+) -> None:
+    options = ("--prompt", "p", "--reward", f"{__name__}:Reader:says={says}")
+    code, lines, _ = rushes(write(tmp_path / "a.mp4"), *options)
+    verdict = lines[0]["rewards"][0]
+    assert (code, verdict["status"], verdict["value"], verdict.get("text")) == (1, status, None, text)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "encoding", "plain"),
+    [
+        ("caf\u00e9 \u732b", "utf-8", True),
+        ("caf\u00e9 \u732b", "latin-1", False),
+        ("caf\u00e9", "latin-1", True),
+        ("a line\u2028and another", "utf-8", False),
+        ("an odd byte \udcff", "utf-8", False),
+        ("in a StringIO \u732b", None, True),
+    ],
+)
+def test_a_record_is_one_line_in_any_encoding(prompt: str, encoding: str | None, plain: bool) -> None:
+    line = json_line({"prompt": prompt}, encoding)
+    assert json.loads(line) == {"prompt": prompt}
+    assert line.isascii() != plain
+    assert len(line.encode(encoding or "utf-8").decode(encoding or "utf-8").splitlines()) == 1
 
 
 class Wanted:

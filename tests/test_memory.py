@@ -18,7 +18,7 @@ from rollout import memory, memory_plan
 from rollout.generate import rollout
 from rollout.parallel import World
 from rollout.policy import Policy
-from rollout.policy_folder import find_folder, read_layout
+from rollout.policy_folder import find_folder, read_layout, tokens
 from rollout.policy_lora import add_adapter
 from rollout.policy_sizes import (
     ExpertSize,
@@ -116,7 +116,7 @@ def test_sizes_of_the_family(name: str, parameters: float, bfloat16: float, full
 )
 def test_tokens_states_and_block_inputs(name: str, shape: Any, count: int, state: float, inputs: float) -> None:
     size = size_of(name)
-    assert memory.tokens(shape, (1, 2, 2)) == count
+    assert tokens(shape, (1, 2, 2)) == count
     assert round(memory.state_bytes(shape, "bfloat16") / 2**20, 1) == state
     assert round(memory.block_input_bytes(count, size, "bfloat16") / GIB, 1) == inputs
 
@@ -320,10 +320,10 @@ def test_ti2v_counts_a_timestep_for_every_token(tmp_path: Path) -> None:
     run = Run.open(config_run(tmp_path / "run", "wan22-ti2v-5b", model))
     found = memory.read_model(run.config)
     assert found.forward().per_token
-    tokens = memory.tokens(found.shape, (1, 2, 2))
+    count = tokens(found.shape, (1, 2, 2))
     working = working_bytes(found.transformer, found.forward())
     without = working_bytes(found.transformer, replace(found.forward(), per_token=False))
-    modulation = tokens * 6 * 3072 * found.forward().batch * 2  # shift, scale and gate of each half of a block, bf16
+    modulation = count * 6 * 3072 * found.forward().batch * 2  # shift, scale and gate of each half of a block, bf16
     assert working - without >= modulation
 
 

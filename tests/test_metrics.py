@@ -112,6 +112,6 @@ def test_a_rising_distance_with_falling_guards_is_told(
         folder = run.iteration(iteration).path
         MetricsLog(folder / "policy", {}).add(record(2, kl=distance))
         (folder / "advantage" / "0a1b2c3d").mkdir(parents=True)
-        (folder / "advantage" / "0a1b2c3d" / "summary.json").write_text(json.dumps({"guards": guards}))
+        (folder / "advantage" / "0a1b2c3d" / "_summary.json").write_text(json.dumps({"guards": guards}))
     assert guard_history(run, 1, [record(1, kl=0.0), record(2, kl=now)]) == sentences
     assert guard_history(run, 0, [record(2, kl=now)]) == []

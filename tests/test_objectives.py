@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -215,6 +216,17 @@ def test_the_weights_of_a_plan_let_every_step_pull_alike(law: str, normed: bool)
         (gradient,) = torch.autograd.grad(weights[step] * ratio.sum(), v)
         pulls.append((gradient / noise).abs().median().item())
     assert pulls == pytest.approx([pulls[0]] * len(STEPS), rel=2e-3)
+
+
+def test_the_weights_of_wan_sde_are_nearly_those_of_the_script_it_comes_from() -> None:
+    """Flow-GRPO's Wan script multiplies by std_dev_t over sqrt(-dt), the noise of the step over its length."""
+    plan = replace(plan_of("wan-sde"), eta=1.0)
+    script = [plan.sigmas[1] * plan.sigmas[step] / math.sqrt(plan.sigmas[step] - plan.sigmas[step + 1])
+              for step in STEPS]  # fmt: skip
+    ours = weights_of(plan, ratio_norm=False)
+    quotients = [ours[step] / weight for step, weight in zip(STEPS, script, strict=True)]
+    assert max(quotients) <= 1.125 * min(quotients)
+    assert max(script) > 2 * min(script)
 
 
 STEPS = (1, 2, 4, 6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from score.ocr import OCR, as_uint8
 from score.order import reading_order, tilt
 from score.reading import TextReader
 from score.reward import Video
+from score.work import judge_all
 from shards.errors import UserError
 
 WHITE, BLUE = (255, 255, 255), (20, 20, 60)
@@ -158,6 +160,23 @@ def test_which_frames_are_read(count: int, options: dict[str, Any], expected: li
     assert OCR(**options).pick(count) == expected
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"interval": 0}, "interval is 0"),
+        ({"max_frames": -1}, "max_frames is -1"),
+        ({"min_size": -5}, "min_size is -5"),
+        ({"canvas_size": 0}, "canvas_size is 0"),
+        ({"batch_pixels": 0}, "batch_pixels is 0"),
+        ({"min_confidence": 1.0}, "min_confidence is 1"),
+        ({"min_confidence": -0.1}, "min_confidence is -0.1"),
+    ],
+)
+def test_options_out_of_range_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=re.escape(words)):
+        OCR(**options)
+
+
 def test_floating_and_channel_first_frames_are_the_same_video() -> None:
     frames = np.arange(256, dtype=np.uint8).repeat(6).reshape(2, 16, 16, 3)
     floating = frames.astype(np.float32) / 255
@@ -220,6 +239,13 @@ def test_wrong_options_are_refused() -> None:
         OCR(mode="strict")
     with pytest.raises(UserError, match="interval"):
         OCR(interval=0)
+
+
+@pytest.mark.parametrize("device", ["tpx", "cuda:64"])
+def test_a_device_that_is_not_there_ends_the_stage_and_is_no_missing_reward(device: str) -> None:
+    video = Video("one", np.zeros((1, 32, 64, 3), np.uint8), 'a sign "A"')
+    with pytest.raises(UserError, match=rf"^there is no device '{device}' here \(hint: give the reward auto, "):
+        judge_all(OCR(device=device), [video], OCR.components)
 
 
 def test_altered_and_missing_weights_are_refused(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_the_loop_equals_the_pipeline_bit_for_bit(case: str, folders: dict[str, 
     layout, image = case.split()[0], case == "i2v2" or "image" in case
     height, width, frames = SIZES[layout]
     policy = load(folders[layout])
-    plan = make_plan(policy.boundary)
+    plan = make_plan(policy.layout.boundary)
     assert len(set(plan.experts)) == len(policy.expert_ids)
     pipe = plain(WanImageToVideoPipeline if image else WanPipeline, folders[layout], plan)
     noise = torch.randn(2, *policy.latent_shape(height, width, frames), generator=torch.Generator().manual_seed(0))
@@ -95,7 +95,7 @@ def test_the_loop_equals_the_pipeline_bit_for_bit(case: str, folders: dict[str, 
         "guidance_scale": 4.0,
         "max_sequence_length": TEXT_LENGTH,
     }
-    if policy.boundary is not None:
+    if policy.layout.boundary is not None:
         options["guidance_scale_2"] = 3.0
     condition = None
     if image:
@@ -159,12 +159,12 @@ def test_saved_adapters_load_into_plain_diffusers(layout: str, folders: dict[str
     policy.save_lora(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["high_noise", "low_noise"][: len(policy.expert_ids)]
 
-    plan = make_plan(policy.boundary)
+    plan = make_plan(policy.layout.boundary)
     pipe = plain(WanPipeline, folders[layout], plan)
     pipe.load_lora_weights(str(tmp_path / "high_noise"), adapter_name="high")
     assert pipe.transformer.peft_config["high"].lora_alpha == 12
-    options: dict[str, Any] = {"guidance_scale_2": 3.0} if policy.boundary else {}
-    if policy.boundary:
+    options: dict[str, Any] = {"guidance_scale_2": 3.0} if policy.layout.boundary else {}
+    if policy.layout.boundary:
         pipe.load_lora_weights(str(tmp_path / "low_noise"), adapter_name="low", load_into_transformer_2=True)
     noise = torch.randn(1, *policy.latent_shape(32, 32, 5), generator=torch.Generator().manual_seed(0))
     theirs = pipe(
@@ -274,12 +274,12 @@ def test_the_given_frame_of_ti2v_does_not_enter_the_log_prob(folders: dict[str, 
 
 def test_layouts_are_read_from_the_folder(folders: dict[str, Path]) -> None:
     facts = {name: load(folder) for name, folder in folders.items()}
-    assert [facts[name].boundary for name in SIZES] == [None, 0.875, 0.9, None]
+    assert [facts[name].layout.boundary for name in SIZES] == [None, 0.875, 0.9, None]
     assert [facts[name].expert_ids for name in SIZES] == [(0,), (0, 1), (0, 1), (0,)]
     assert [facts[name].layout.takes_image for name in SIZES] == ["never", "never", "must", "may"]
     assert facts["ti2v"].latent_shape(64, 96, 9) == (48, 3, 4, 6)
     assert facts["t2v"].latent_shape(64, 96, 9) == (16, 3, 8, 12)
-    assert facts["t2v"].scheduler_config["flow_shift"] == 3.0
+    assert facts["t2v"].layout.scheduler_config["flow_shift"] == 3.0
 
 
 def test_a_hub_id_is_found_in_the_cache_of_the_hub_client(

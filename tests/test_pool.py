@@ -6,9 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+
+import pytest
 
 from shards.pool import Pool
 
@@ -38,6 +41,15 @@ def only(pool: Pool) -> list[BaseProcess]:
     return [process for executor in pool.executors.values() for process in executor._processes.values()]
 
 
+def exit_code(process: BaseProcess) -> int:
+    """That of a process, once it has ended: unlike `join`, also when the executor's thread hears of it first."""
+    deadline = time.monotonic() + PATIENCE
+    while process.exitcode is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    return process.exitcode
+
+
 def test_a_process_begins_once_and_is_kept_until_it_is_discarded() -> None:
     pool = Pool(begin)
     first = pool.of(1, "one").submit(begun).result()
@@ -55,15 +67,35 @@ def test_a_process_that_is_at_work_or_dead_is_no_obstacle() -> None:
     (process,) = only(pool)
     pool.of(1, "").submit(time.sleep, 1e6)
     pool.discard()
-    process.join(PATIENCE)
-    assert process.exitcode == -signal.SIGTERM
+    assert exit_code(process) == -signal.SIGTERM
     second = pool.of(1, "").submit(os.getpid).result()
     (process,) = only(pool)
     process.kill()
-    process.join(PATIENCE)
+    assert exit_code(process) == -signal.SIGKILL
     third = pool.of(1, "").submit(os.getpid).result()
     pool.discard()
     assert len({first, second, third}) == 3
+
+
+def test_a_dead_process_is_seen_before_its_executor_has_noted_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel has told the executor's thread, and tells nobody else; the thread waits for its turn to run."""
+    pool, told, noted, waitpid = Pool(begin), threading.Event(), threading.Event(), os.waitpid
+    first = pool.of(1, "").submit(os.getpid).result()
+
+    def slow(pid: int, options: int) -> tuple[int, int]:
+        result = waitpid(pid, options)
+        if threading.current_thread() is not threading.main_thread():
+            told.set()
+            noted.wait(PATIENCE)
+        return result
+
+    monkeypatch.setattr(os, "waitpid", slow)
+    only(pool)[0].kill()
+    assert told.wait(PATIENCE)
+    second = pool.of(1, "").submit(os.getpid)
+    noted.set()
+    assert second.result() != first
+    pool.discard()
 
 
 def test_the_parent_ends_it_and_no_signal_but_its_own() -> None:

@@ -317,9 +317,10 @@ def test_weights_and_biases_gets_the_same_curves_and_clips(run: Run, monkeypatch
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_PROJECT", "takes-of-june")
     files = Path(send_wandb(run))
     [log] = files.parent.glob("*.wandb")
-    names = (b"training/reward", b"held out/ocr/accuracy", b"training/best clip", b"reward 0.300")
+    names = (b"training/reward", b"held out/ocr/accuracy", b"training/best clip", b"reward 0.300", b"takes-of-june")
     deadline = time.monotonic() + 120  # a process of the package writes it, at times after the run has ended
     # records one after another, texts as they are
     while missing := [name for name in names if name not in log.read_bytes()]:
@@ -359,7 +360,9 @@ const clips = [...document.querySelectorAll("video")];
 const one = (v) => new Promise((end) => {
   if (v.error) return end("error " + v.error.message);
   v.addEventListener("error", () => end("error " + v.error.message));
-  v.addEventListener("timeupdate", () => { if (v.currentTime > 0) end("plays " + v.readyState); });
+  // a busy machine decodes late: a clip may have moved on before it has all its frames
+  const look = () => { if (v.currentTime > 0 && v.readyState === 4) end("plays 4"); };
+  ["timeupdate", "canplaythrough", "ended"].forEach((name) => v.addEventListener(name, look));
   setTimeout(() => end("stuck " + v.readyState), 50000);
   v.preload = "auto";
   v.play().catch((e) => end("refused " + e.message));

@@ -30,6 +30,7 @@ from shards.errors import UserError
 from shards.run import Run
 from tests import shard_fixtures
 from tests.clip_models import SIZE, moving_video, noise_video, save_clip, save_head
+from tests.clock import tick
 
 PAGE = Path(__file__).parents[1] / "docs" / "rewards.md"
 TYPED = f"{__name__}:Typed"
@@ -167,6 +168,8 @@ def test_foreign_files_are_refused(clip_folder: Path, tmp_path: Path) -> None:
         Aesthetic(str(clip_folder), str(tmp_path / "head.safetensors"))
     with pytest.raises(UserError, match="frames is 0"):
         CLIP(str(clip_folder), frames=0)
+    with pytest.raises(UserError, match="there is no device 'cuda:64' here"):
+        CLIP(str(clip_folder), device="cuda:64")
 
 
 def test_weights_that_lack_a_tensor_are_refused(clip_folder: Path, tmp_path: Path) -> None:
@@ -271,6 +274,7 @@ def test_large_files_are_hashed_in_samples(tmp_path: Path, monkeypatch: pytest.M
     for place in (0, -1):
         changed = bytearray(path.read_bytes())
         changed[place] ^= 1
+        tick(path)
         path.write_bytes(changed)
         assert digest(tmp_path, [path]) != sampled
 
@@ -280,7 +284,8 @@ def test_large_files_are_hashed_in_samples(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_component_has_a_weight_of_its_own_in_run_toml(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text(
-        '[score]\nrewards = { ocr = 0.5, videoalign.VQ = 1.0, videoalign.MQ = 0.0, "my.module:Judge.part" = 2.0 }\n'
+        "schema = 1\n[score]\n"
+        'rewards = { ocr = 0.5, videoalign.VQ = 1.0, videoalign.MQ = 0.0, "my.module:Judge.part" = 2.0 }\n'
     )
     config = load_config(tmp_path / "run.toml", ["score.rewards.videoalign.TA=0.25"])
     wanted = {

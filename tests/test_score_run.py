@@ -63,7 +63,7 @@ class Flaky:
         if not any(video.key.endswith(bad) for bad in self.bad):
             return Scored({"value": float(video.frames.mean())})
         if self.how == "raise":
-            raise RuntimeError("the judge is ill")
+            raise RuntimeError("the judge\nis ill")
         return Scored({"value": np.nan}) if self.how == "nan" else Scored(reason="the judge declines")
 
 
@@ -125,6 +125,30 @@ def test_a_second_call_does_nothing_and_says_so(tmp_path: Path) -> None:
     assert second.summary == first.summary
     assert files(stage) == before
     assert len(Sample.calls) == calls
+
+
+def test_pandas_reads_every_folder_of_tables(tmp_path: Path) -> None:
+    """The summary lies among the advantages; its name keeps it out of sight."""
+    run, stage = make(tmp_path / "run")
+    report = score(run, stage)
+    folders = [stage.index_path(0).parent, stage.advantage_dir(report.advantages)]
+    folders += [stage.path / "score" / name for name in sidecar.scorers(stage)]
+    keys = [key for shard in stage.shards() for key in stage.keys(shard)]
+    assert [path.name for path in folders[1].iterdir() if path.suffix != ".parquet"] == ["_summary.json"]
+    for folder in folders:
+        assert pd.read_parquet(folder)["key"].tolist() == keys
+
+
+def test_a_damaged_summary_is_written_again(tmp_path: Path) -> None:
+    run, stage = make(tmp_path / "run")
+    first = score(run, stage)
+    path = stage.summary_path(first.advantages)
+    before = path.read_bytes()
+    path.write_bytes(before[:-9])
+    again = score(run, stage)
+    assert again.advantages_written
+    assert again.summary == first.summary
+    assert path.read_bytes() == before
 
 
 def test_only_what_is_missing_is_scored(tmp_path: Path) -> None:

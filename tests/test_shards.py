@@ -32,6 +32,7 @@ from shards.run import Run
 from shards.tar import header
 from shards.verify import verify
 from shards.writer import read_group, read_phase, seal, spooled, write_group, write_phase, write_sample
+from tests.clock import tick
 from tests.shard_fixtures import (
     STATES,
     committed_stage,
@@ -404,6 +405,7 @@ def test_a_plan_is_parsed_once_for_all_shards_and_anew_when_it_is_another(
     for seed in (1, 2):  # files of one size: another one in its place, then the same one written over
         other = tmp_path / "other"
         other.write_text(text.replace('"seed":0', f'"seed":{seed}'))
+        tick(stage.plan_path)
         os.replace(other, stage.plan_path) if seed == 1 else stage.plan_path.write_bytes(other.read_bytes())
         assert (stage.plan() or {})["seed"] == seed
     stage.plan_path.unlink()

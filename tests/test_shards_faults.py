@@ -19,11 +19,19 @@ import pytest
 
 from shards import index
 from shards.errors import RunFailed, UserError
-from shards.files import sha256_file
+from shards.files import read_json_lines, sha256_file
 from shards.reader import open_shard, webdataset_pipeline
 from shards.run import Stage
-from shards.sidecar import CONTENT, content_sha256, read_scores, scored, write_advantages, write_scores
-from shards.tar import Damaged
+from shards.sidecar import (
+    CONTENT,
+    content_sha256,
+    read_advantages,
+    read_scores,
+    scored,
+    write_advantages,
+    write_scores,
+)
+from shards.tar import REPAIR, Damaged
 from shards.verify import verify
 from shards.writer import Sample, seal, spooled, write_group, write_sample
 from tests.shard_fixtures import (
@@ -39,6 +47,8 @@ from tests.shard_fixtures import (
 
 SCORER, SPEC = "ocr-12345678", "aaaaaaaa"
 KEY = "i000000-p000000-s01"
+WEIGHTS = "high_noise/pytorch_lora_weights.safetensors"
+CHECKPOINT = "trainer/high_noise/update-000002"
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +59,24 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for shard in stage.shards():
         write_scores(stage, shard, SCORER, score_frame(stage, shard), {"scorer": "ocr"})
         write_advantages(stage, shard, SPEC, advantage_frame(stage, shard), {})
-    adapter = stage.policy_dir / "high_noise" / "pytorch_lora_weights.safetensors"
+    adapter = stage.policy_dir / WEIGHTS
     adapter.parent.mkdir(parents=True)
     adapter.write_bytes(b"weights")
-    record = {"schema": 1, "adapters": {"high_noise/pytorch_lora_weights.safetensors": sha256_file(adapter)}}
+    average = stage.policy_dir / "ema" / WEIGHTS
+    average.parent.mkdir(parents=True)
+    average.write_bytes(b"averaged weights")
+    record = {"schema": 1, "adapters": {WEIGHTS: sha256_file(adapter)}}
+    record["average"] = {"adapters": {WEIGHTS: sha256_file(average)}}
     (stage.policy_dir / "policy.json").write_text(json.dumps(record))
+    checkpoint = stage.policy_dir / CHECKPOINT
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "part.safetensors").write_bytes(b"state of the trainer")
+    sums = {"part.safetensors": sha256_file(checkpoint / "part.safetensors")}
+    (checkpoint / "commit.json").write_text(json.dumps({"sha256": sums}))
+    (stage.policy_dir / "metrics.jsonl").write_text('{"update": 1}\n{"update": 2}\n{"upd')
+    rewards = read_advantages(stage, SPEC)["reward"]
+    summary = {"samples": len(rewards), "mean_reward": rewards.mean()}
+    stage.summary_path(SPEC).write_text(json.dumps(summary))
     assert verify(run) == []
     return run
 
@@ -348,8 +371,9 @@ def test_index_that_lies(stage: Stage) -> None:
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 1}', "\xff"])
 def test_damaged_manifest_and_plan(stage: Stage, text: str) -> None:
     stage.manifest_path(0).write_bytes(text.encode("latin-1"))
-    with pytest.raises(UserError, match=r"shard-000000\.json"):
+    with pytest.raises(Damaged, match=r"shard-000000\.json") as caught:
         open_shard(stage, 0)
+    assert caught.value.hint == REPAIR  # not every shard has a copy
     assert "shard-000000.json" in faults(stage)
     stage.plan_path.write_bytes(text.encode("latin-1"))
     assert "plan.json" in faults(stage)
@@ -381,14 +405,77 @@ def test_mixed_policies(stage: Stage) -> None:
     assert "was sampled with another policy" in faults(stage)
 
 
-def test_half_updated_policy(stage: Stage) -> None:
-    adapter = stage.policy_dir / "high_noise" / "pytorch_lora_weights.safetensors"
+@pytest.mark.parametrize("folder", ["", "ema/"])
+def test_half_updated_policy(stage: Stage, folder: str) -> None:
+    adapter = stage.policy_dir / f"{folder}{WEIGHTS}"
     adapter.write_bytes(b"other weights")
-    assert "pytorch_lora_weights.safetensors is not what" in faults(stage)
+    assert f"policy/{folder}{WEIGHTS} is not what" in faults(stage)
     adapter.unlink()
-    assert "pytorch_lora_weights.safetensors is missing" in faults(stage)
-    (stage.policy_dir / "policy.json").write_text("{")
+    assert f"policy/{folder}{WEIGHTS} is missing" in faults(stage)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"adapters": 3}', '{"average": 3}'])
+def test_a_damaged_record_of_the_policy(stage: Stage, text: str) -> None:
+    (stage.policy_dir / "policy.json").write_text(text)
     assert "policy.json is damaged" in faults(stage)
+
+
+def test_a_damaged_checkpoint(stage: Stage) -> None:
+    """Before the policy is there, training goes on from the one before; after that the next iteration needs it."""
+    part, commit = (stage.policy_dir / CHECKPOINT / name for name in ("part.safetensors", "commit.json"))
+    flip(part, 3)
+    assert f"{CHECKPOINT}/part.safetensors is damaged" in faults(stage)
+    assert "the next iteration makes a new optimizer" in verify(stage.run_path)[0].hint
+    part.unlink()
+    assert f"{CHECKPOINT}/part.safetensors is damaged" in faults(stage)
+    (stage.policy_dir / "policy.json").unlink()
+    assert "from the checkpoint before" in verify(stage.run_path)[0].hint
+    for text in ("{", '{"files": {}}', '{"sha256": 3}'):
+        commit.write_text(text)
+        assert f"{CHECKPOINT}/commit.json is damaged" in faults(stage)
+    commit.unlink()  # as training does when it drops an old one
+    assert faults(stage) == ""
+
+
+@pytest.mark.parametrize("line", [b"{", b'{"a": "\xff"'])
+def test_a_line_of_the_log_that_is_no_json(stage: Stage, line: bytes) -> None:
+    path = stage.policy_dir / "metrics.jsonl"
+    path.write_bytes(b'{"update": 1}\n' + line + b'\n{"update": 2}\n')
+    assert "metrics.jsonl: line 2 is no JSON" in faults(stage)
+    assert read_json_lines(path) == [{"update": 1}]
+
+
+def test_a_summary_that_is_not_of_its_tables(stage: Stage) -> None:
+    path = stage.summary_path(SPEC)
+    genuine = json.loads(path.read_text())
+    for name, value in (("samples", genuine["samples"] + 1), ("mean_reward", None), ("mean_reward", 0.125)):
+        path.write_text(json.dumps(genuine | {name: value}))
+        assert f"summary.json: {name} is not that of the tables" in faults(stage)
+    path.write_text("{}")
+    assert "summary.json: samples and mean_reward are not those of the tables" in faults(stage)
+    path.write_text("{")
+    assert "summary.json is damaged" in faults(stage)
+    flip(stage.advantage_path(SPEC, 0), 40)  # a table that cannot be read is told as such
+    path.write_text(json.dumps(genuine))
+    assert "summary.json" not in faults(stage)
+    assert "shard-000000.parquet: the table is damaged" in faults(stage)
+
+
+def test_a_record_of_another_base_model(stage: Stage) -> None:
+    plan = stage.plan() or {}
+    path = stage.run_path / "model.json"
+    path.write_text(json.dumps({"base": plan["policy"]["base"]}))
+    shutil.copytree(stage.path, stage.run_path / "eval" / "iter-0000")  # whatever its own faults are
+    assert "model.json" not in faults(stage)
+    path.write_text(json.dumps({"base": "0" * 64}))
+    assert "model.json: its model is not that of" in faults(stage)
+    path.write_text("{")
+    assert "model.json is damaged" in faults(stage)
+
+
+def test_a_fault_is_told_once(stage: Stage) -> None:
+    stage.shard_path(0).unlink()
+    assert len(faults(stage).splitlines()) == 1
 
 
 def test_training_input_that_changed(stage: Stage) -> None:
@@ -482,7 +569,6 @@ def test_damaged_sidecar(stage: Stage) -> None:
 def test_strays_in_a_folder_of_tables(stage: Stage) -> None:
     shutil.copy(stage.score_path(SCORER, 0), stage.score_path(SCORER, 7))
     (stage.advantage_dir(SPEC) / "notes.json").write_text("{}")
-    (stage.advantage_dir(SPEC) / "summary.json").write_text("{}")
     assert "shard-000007.parquet: belongs to no committed shard" in faults(stage)
     assert "notes.json: belongs to no committed shard" in faults(stage)
     assert "summary.json" not in faults(stage)

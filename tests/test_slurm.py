@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +26,33 @@ WEIGHTS = "pytorch_lora_weights.safetensors"
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
 PATIENCE = 400.0  # seconds; a loaded machine starts Python slowly
 
+# `rushes` as jobs find it. Until the file GATE is there, work is held where the test wants to meet it, by signals too:
+# array task 2 after its first sample, before the others begin, and training after its second update.
+PROGRAM = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+import cli
+from rollout import work
+from shards.signals import stopping
+from train.metrics import MetricsLog
+
+def held(until):
+    while not os.path.exists(os.environ.get("GATE", "/")) and not until():
+        time.sleep(0.05)
+
+def write(*arguments, before=work.write_sample):
+    done = before(*arguments)
+    held(until=lambda: "SLURM_ARRAY_TASK_ID" not in os.environ or stopping())
+    return done
+
+def add(self, record, before=MetricsLog.add):
+    before(self, record)
+    held(until=lambda: len(self.records) < 2 or stopping())
+
+work.write_sample, MetricsLog.add = write, add
+held(until=lambda: os.environ.get("SLURM_ARRAY_TASK_ID", "2") == "2")
+cli.start()
+"""
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
 
 
@@ -34,13 +62,17 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("slurm")
     programs = folder / "bin"
     programs.mkdir()
+    (programs / "rushes.py").write_text(PROGRAM.format(root=str(ROOT)))
     for name, command in {
-        "rushes": [sys.executable, str(ROOT / "cli.py")],
+        "rushes": [sys.executable, str(programs / "rushes.py")],
         "torchrun": [sys.executable, "-m", "torch.distributed.run"],
     }.items():
         (programs / name).write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
         (programs / name).chmod(0o755)
-    with cluster(folder / "cluster", programs) as made:
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as logs,  # torchrun would leave them in /tmp
+        cluster(folder / "cluster", programs, TMPDIR=logs) as made,
+    ):
         yield made
 
 
@@ -56,12 +88,13 @@ def test_an_array_and_a_chain_make_what_one_process_makes(slurm: Cluster, tiny_t
     run = small_run(tmp_path / "run", tiny_t2v2, "workers.claim_seconds=6.0")
     slurm.call(
         SLURM / "submit.sh", run.path, "0", "1",
-        SAMPLE="--array=0-3", TRAIN="--nodes=1 --gpus-per-node=1", OMP_NUM_THREADS="1",
+        SAMPLE="--array=0-3", TRAIN="--nodes=1 --gpus-per-node=1", OMP_NUM_THREADS="1", GATE=str(tmp_path / "gate"),
     )  # fmt: skip
     stage = run.iteration(0)
     until(lambda: any(one.owner and one.owner.worker == "2/4" for one in claims_of(stage)), slurm)
     first = min(int(job.partition("_")[0]) for job in slurm.states())
     slurm.call("scancel", f"{first}_2")
+    (tmp_path / "gate").touch()
     alone = small_run(tmp_path / "alone", tiny_t2v2)
     cli.app(["loop", str(alone.path), "--iterations", "2"], standalone_mode=False)
     until(lambda: set(slurm.states().values()) <= ENDED, slurm)
@@ -90,11 +123,13 @@ def test_a_train_job_on_two_nodes_that_is_asked_to_end_is_queued_again(
     settings = "train.updates_per_rollout=12", "rollout.prompts_per_iteration=4"
     run, alone = small_run(tmp_path / "run", tiny_t2v2, *settings), small_run(tmp_path / "alone", tiny_t2v2, *settings)
     options = ["--parsable", "--nodes=2", "--gpus-per-node=1"]
-    job = slurm.call("sbatch", *options, SLURM / "train.sbatch", run.path, "0", OMP_NUM_THREADS="1").strip()
+    more = {"OMP_NUM_THREADS": "1", "GATE": str(tmp_path / "gate")}
+    job = slurm.call("sbatch", *options, SLURM / "train.sbatch", run.path, "0", **more).strip()
     log = run.iteration(0).policy_dir / "metrics.jsonl"
     until(lambda: log.exists() and log.read_text().count("\n") >= 2, slurm)
     slurm.call("scancel", "--batch", "--signal=USR1", job)  # as SLURM itself does before the time is up
     until(lambda: "Restarts=1" in slurm.call("scontrol", "show", "job", job), slurm)
+    (tmp_path / "gate").touch()
     kept = log.read_text()
     assert not run.iteration(0).trained()
     until(lambda: slurm.states()[job] in ENDED, slurm)

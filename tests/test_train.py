@@ -141,6 +141,9 @@ def test_both_experts_move_and_the_policy_is_published(trained: Run, policy: Pol
     assert record["fingerprint"] == policy.fingerprint(trained.iteration(0).policy_dir)["fingerprint"]
     assert set(record["adapters"]) == {f"{expert}/pytorch_lora_weights.safetensors"
                                        for expert in ("high_noise", "low_noise")}  # fmt: skip
+    average = policy.fingerprint(trained.iteration(0).policy_dir / "ema")
+    assert record["average"] == {name: average[name] for name in ("fingerprint", "adapters")}
+    assert record["average"]["fingerprint"] != record["fingerprint"]
     averaged = training.weights(trained, 0, "ema")
     assert not training.equal(averaged, after)
     assert not training.equal(averaged, before)
@@ -529,7 +532,7 @@ def test_shards_of_another_policy_are_refused_by_name(rolled: Run, tiny_t2v2: Pa
     assert not run.iteration(0).policy_dir.exists()
 
 
-def test_a_known_lag_is_accepted_up_to_the_limit(rolled: Run, policy: Policy) -> None:
+def test_a_known_lag_is_accepted_up_to_the_limit(rolled: Run) -> None:
     rollouts = Rollouts.open(rolled.iteration(0))
     lagging = dataclasses.replace(
         rollouts,
@@ -537,10 +540,10 @@ def test_a_known_lag_is_accepted_up_to_the_limit(rolled: Run, policy: Policy) ->
     )
     settings = rolled.config.train
     with pytest.raises(UserError, match="came from policy"):
-        check_policy(lagging, policy, "e" * 64, settings)
-    assert check_policy(lagging, policy, "e" * 64, settings.model_copy(update={"max_policy_lag": 1})) == 1
+        check_policy(lagging, "e" * 64, settings)
+    assert check_policy(lagging, "e" * 64, settings.model_copy(update={"max_policy_lag": 1})) == 1
     with pytest.raises(UserError, match="came from policy"):
-        check_policy(rollouts, policy, "e" * 64, settings.model_copy(update={"max_policy_lag": 1}))
+        check_policy(rollouts, "e" * 64, settings.model_copy(update={"max_policy_lag": 1}))
 
 
 def test_a_missing_shard_is_refused_by_name(rolled: Run, policy: Policy, tmp_path: Path) -> None:
@@ -550,14 +553,26 @@ def test_a_missing_shard_is_refused_by_name(rolled: Run, policy: Policy, tmp_pat
         train(run, 0, policy)
 
 
+def test_a_plan_that_was_changed_after_the_rollout_is_refused(rolled: Run, policy: Policy, tmp_path: Path) -> None:
+    run = training.fork(rolled, tmp_path / "run")
+    path = run.iteration(0).plan_path
+    path.write_text(path.read_text().replace('"seed":0', '"seed":1'))
+    with pytest.raises(UserError, match=r"plan\.json was changed after shard-000000\.tar was sampled by it") as caught:
+        train(run, 0, policy)
+    assert caught.value.exit_code == 2
+    assert not run.iteration(0).train_dir.exists()
+
+
 def test_missing_advantages_are_refused(rolled: Run, policy: Policy, tmp_path: Path) -> None:
     run = training.fork(rolled, tmp_path / "run")
     run.iteration(0).advantage_path(training.SPECIFICATION, 1).unlink()
-    with pytest.raises(UserError, match=r"lacks the advantages of 1 shards.*shard-000001\.parquet"):
+    with pytest.raises(UserError, match=r"lacks the advantages of 1 shard, .*shard-000001\.parquet") as caught:
         train(run, 0, policy)
+    assert caught.value.hint == f"run `rushes score {run.path} --iteration 0`"
     shutil.rmtree(run.iteration(0).path / "advantage")
-    with pytest.raises(UserError, match="has no advantages"):
+    with pytest.raises(UserError, match="has no advantages") as caught:
         train(run, 0, policy)
+    assert caught.value.hint == f"run `rushes score {run.path} --iteration 0` first"
 
 
 def test_two_specifications_are_a_question(rolled: Run, policy: Policy, tmp_path: Path) -> None:

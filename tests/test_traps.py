@@ -131,7 +131,7 @@ def test_guidance_is_that_of_each_expert(policies: dict[str, Policy]) -> None:
     """WanPipeline drops guidance on both experts when that of the first is 1, whatever the second one's is."""
     policy = policies["t2v2"]
     config = RolloutConfig(steps=6, shift=5.0, guidance_scale=1.0, guidance_scale_2=3.0)
-    plan = make_plan(config, boundary=policy.boundary, scheduler_config={})
+    plan = make_plan(config, boundary=policy.layout.boundary, scheduler_config={})
     prompt, negative = (policy.pad(embeds, 1) for embeds in policy.encode(["a sign", "bad"]))
     calls = {expert: seen_by(policy.module(expert)) for expert in (0, 1)}
     x = latents(policy)

@@ -92,7 +92,7 @@ def test_one_call_from_files_to_scores(template: str) -> None:
             "did you mean 'bfloat16'? there are float32, bfloat16_weights_float32_math, official_rope_float32_math, "
             "bfloat16",
         ),
-        ({"device": "tpx"}, "videoalign: there is no device 'tpx' here", "give auto, cpu, cuda or cuda:N"),
+        ({"device": "tpx"}, "there is no device 'tpx' here", "give the reward auto, cpu, cuda or cuda:N for `device`"),
         (
             {"batch_size": 0},
             "videoalign: batch_size is 0, not a positive number",

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import cli
+from rollout import work as rollout_work
 from rollout.generate import rollout
 from rollout.parallel import World
 from rollout.policy import Policy
@@ -61,12 +62,21 @@ def same(one: Stage, other: Stage) -> None:
     same_tables(one, other)
 
 
-def until(ready: Callable[[], object]) -> None:
-    """Wait for something that must happen."""
-    deadline = time.monotonic() + PATIENCE
-    while not ready():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+def signalled(number: int, *arguments: object) -> Callable[[], None]:
+    """The command line with these arguments, which gets a signal when its first sample is in the spool."""
+
+    def work() -> None:
+        write = rollout_work.write_sample
+
+        def written(*sample: Any) -> bool:
+            done = write(*sample)
+            os.kill(os.getpid(), number)
+            return done
+
+        rollout_work.write_sample = written
+        rushes(*arguments)()
+
+    return work
 
 
 def test_another_worker_goes_on_with_the_spool_of_a_killed_one(
@@ -74,15 +84,12 @@ def test_another_worker_goes_on_with_the_spool_of_a_killed_one(
 ) -> None:
     run = small_run(tmp_path / "run", tiny_t2v2)
     stage = run.iteration(0)
-    worker = Fork(tmp_path / "worker", rushes("rollout", run.path, "--worker", "1/3"))
-    until(lambda: stage.plan_path.exists() and spooled(stage, 1))
-    worker.send(signal.SIGKILL)
+    worker = Fork(tmp_path / "worker", signalled(signal.SIGKILL, "rollout", run.path, "--worker", "1/3"))
     assert worker.wait() == -signal.SIGKILL
-    left = sum(len(spooled(stage, shard)) for shard in range(6)) + 2 * len(stage.shards())
-    assert left > 0
-    assert len(claims_of(stage)) <= 1
+    assert [len(spooled(stage, shard)) for shard in range(6)] == [0, 1, 0, 0, 0, 0]
+    assert len(claims_of(stage)) == 1
     report = rollout(run, stage, policy, worker=(0, 3))
-    assert (report.done, report.skipped, report.busy) == (12 - left, left, 0)
+    assert (report.done, report.skipped, report.busy) == (11, 1, 0)
     score(run, stage)
     same(stage, alone)
 
@@ -128,6 +135,35 @@ def test_an_array_may_have_gaps(
     for task, part in zip(tasks, parts, strict=True):
         monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(task))
         assert Share.of("", False).part == (part, len(tasks))
+
+
+@pytest.mark.parametrize(
+    ("worker", "variables", "problem"),
+    [
+        ("0/0", {}, "--worker 0/0: there are no 0 workers"),
+        ("-1/2", {}, "--worker -1/2: -1 is not between 0 and 1"),
+        ("", {"ID": "x"}, "SLURM_ARRAY_TASK_ID = 'x' in the environment is no number"),
+        ("", {"ID": "1", "COUNT": "-1"}, "SLURM_ARRAY_TASK_COUNT = '-1' in the environment is no number"),
+    ],
+)
+def test_a_share_that_makes_no_sense_is_named(
+    worker: str, variables: dict[str, str], problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
+    with pytest.raises(UserError) as caught:
+        Share.of(worker, False)
+    assert caught.value.problem == problem
+
+
+@pytest.mark.parametrize(("variables", "late"), [({"ID": ""}, False), ({"ID": "3", "COUNT": "0", "STEP": ""}, True)])
+def test_variables_without_a_value_are_not_set(
+    variables: dict[str, str], late: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A script that sets them by hand may leave them empty."""
+    for name, value in variables.items():
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
+    assert Share.of("", False) == Share((0, 1), wait=False, late=late)
 
 
 def test_ranks_are_workers_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,9 +215,7 @@ def test_nobody_waits_for_rollouts_that_nobody_makes(policy: Policy, tiny_t2v2: 
 def test_a_stopped_worker_ends_with_75_and_leaves_no_claim(tiny_t2v2: Path, tmp_path: Path) -> None:
     run = small_run(tmp_path / "run", tiny_t2v2)
     stage = run.iteration(0)
-    worker = Fork(tmp_path / "worker", rushes("rollout", run.path, "--worker", "0/2"))
-    until(lambda: claims_of(stage))
-    worker.send(signal.SIGTERM)
+    worker = Fork(tmp_path / "worker", signalled(signal.SIGTERM, "rollout", run.path, "--worker", "0/2"))
     assert worker.wait() == 75
     assert "rushes: stopped by SIGTERM" in worker.said
     assert claims_of(stage) == []

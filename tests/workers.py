@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pandas as pd
@@ -51,9 +52,10 @@ def torchrun(ranks: int, *arguments: object) -> str:
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     rushes = str(Path(sys.executable).with_name("rushes"))
-    result = subprocess.run(
-        [*command, "--no-python", rushes, *map(str, arguments)], env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, check=False, timeout=1200,
-    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as logs:  # torchrun would leave them in /tmp
+        result = subprocess.run(
+            [*command, "--no-python", rushes, *map(str, arguments)], capture_output=True, text=True, check=False,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": logs}, timeout=1200,
+        )  # fmt: skip
     assert result.returncode == 0, result.stderr[-4000:]
     return result.stdout + result.stderr

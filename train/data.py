@@ -34,7 +34,10 @@ class Rollouts:
 
     @classmethod
     def open(cls, stage: Stage, *, partial: bool = False) -> Rollouts:
-        """Open every shard of a stage. UserError when the plan or, unless `partial`, a shard is missing."""
+        """Open every shard of a stage.
+
+        UserError when the plan or, unless `partial`, a shard is missing, and when shards were made by another plan.
+        """
         plan, again = stage.plan(), f"rushes rollout {stage.run_path} --iteration {stage.iteration}"
         if plan is None:
             raise UserError(f"{stage.path} has no rollouts", f"run `{again}` first")
@@ -48,6 +51,13 @@ class Rollouts:
             )
         groups = {group["key"]: group for group in plan["groups"]}
         opened = {number: open_shard(stage, number) for number in present}
+        sha256 = stage.plan_sha256()
+        for number, shard in opened.items():
+            if shard.manifest.get("plan_sha256") != sha256:
+                raise UserError(
+                    f"{stage.plan_path} was changed after {stage.shard_path(number).name} was sampled by it",
+                    "restore it from a copy; `rushes verify` lists all faults",
+                )
         return cls(stage, plan, Plan.from_dict(plan["sampler"]), opened, groups)
 
     def units(self) -> list[Unit]:

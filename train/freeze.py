@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from shards.errors import UserError
 from shards.files import publish_new, read_json, to_json
+from shards.progress import counted
 from shards.sidecar import advantaged, read_advantages, specifications
 from train.data import Inputs, Rollouts
 
 if TYPE_CHECKING:
-    from rollout.policy import Policy
     from shards.config import RunConfig, TrainConfig
     from shards.run import Run, Stage
 
@@ -55,7 +55,7 @@ def choose_specification(stage: Stage, config: RunConfig) -> str:
     """
     found = specifications(stage)
     if not found:
-        raise UserError(f"{stage.path} has no advantages", f"run `rushes score --iteration {stage.iteration}` first")
+        raise UserError(f"{stage.path} has no advantages", f"run `{_score_again(stage)}` first")
     if len(found) == 1:
         return found[0]
     wanted = config.score.specification()
@@ -83,15 +83,15 @@ def starting_policy(run: Run, iteration: int) -> Path | None:
         return None
     before = run.iteration(iteration - 1)
     if policy_record(before) is None:
-        raise UserError(f"{before.policy_dir} holds no policy", f"run `rushes train --iteration {iteration - 1}` first")
+        raise UserError(f"{before.policy_dir} holds no policy", f"run `{run.way_to_policy(iteration - 1)}` first")
     return before.fetched_policy()
 
 
-def check_policy(rollouts: Rollouts, policy: Policy, fingerprint: str, settings: TrainConfig) -> int:
-    """Policies between the one that sampled the shards and the one about to be trained: 0 when they are the same.
+def check_policy(rollouts: Rollouts, fingerprint: str, settings: TrainConfig) -> int:
+    """Policies between the one that sampled the shards and the one to be trained, `fingerprint`: 0 for the same.
 
-    Raises UserError, naming the shards, when they were sampled by another policy than `fingerprint` and the lag that
-    the plan admits is more than `max_policy_lag`; likewise when shards disagree with the plan.
+    Raises UserError, naming the shards, when they were sampled by another one and the lag that the plan admits is more
+    than `max_policy_lag`; likewise when shards disagree with the plan.
     """
     stale = {
         number: found
@@ -143,14 +143,18 @@ def _check_advantages(stage: Stage, rollouts: Rollouts, specification: str) -> N
     if missing:
         names = ", ".join(stage.advantage_path(specification, number).name for number in missing[:8])
         raise UserError(
-            f"{stage.advantage_dir(specification)} lacks the advantages of {len(missing)} shards, or has them for "
-            f"other shards: {names}",
-            f"run `rushes score --iteration {stage.iteration}`",
+            f"{stage.advantage_dir(specification)} lacks the advantages of {counted(len(missing), 'shard')}, or has "
+            f"them for another tar: {names}",
+            f"run `{_score_again(stage)}`",
         )
 
 
+def _score_again(stage: Stage) -> str:
+    return f"rushes score {stage.run_path} --iteration {stage.iteration}"
+
+
 def _summary(stage: Stage, specification: str) -> dict[str, Any]:
-    path = stage.advantage_dir(specification) / "summary.json"
+    path = stage.summary_path(specification)
     return read_json(path) if path.exists() else {}
 
 

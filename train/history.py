@@ -53,7 +53,7 @@ def _distance(records: Sequence[Record]) -> float:
 def _guards(stage: Stage) -> dict[str, float]:
     """Mean guard measurements of the videos of a stage; empty where none were taken. All specifications share them."""
     for name in specifications(stage):
-        path = stage.advantage_dir(name) / "summary.json"
+        path = stage.summary_path(name)
         summary: dict[str, Any] = read_json(path) if path.exists() else {}
         if summary.get("guards"):
             return {key: value for key, value in summary["guards"].items() if value is not None}

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from shards import mirror
 from shards.files import publish_replace, read_json_lines
+from shards.report_data import CLIP_HIGH, CLIP_RUN, SILENT_GROUPS
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 Record = dict[str, Any]
-CLIP_LOW, CLIP_HIGH = 0.05, 0.4
-CLIP_RUN = 5  # updates in a row before the clip fraction is worth a word
+CLIP_LOW = 0.05  # clip fraction below which the policy hardly moves
 
 
 class MetricsLog:
@@ -70,7 +70,7 @@ def guard(records: Sequence[Record], *, epsilon: float, on_policy_limit: float, 
 
 def guard_groups(dropped: int, total: int) -> list[str]:
     """A word on groups that taught nothing because all their videos earned the same."""
-    if total == 0 or dropped / total <= 0.5:
+    if total == 0 or dropped / total <= SILENT_GROUPS:
         return []
     return [
         f"{dropped} of {total} groups have no advantage at all: the reward is saturated, or the prompts are too hard; "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from rollout.schedule import EXPERT_NAMES
+from shards.run import EXPERT_NAMES, group_of
 from train.data import Inputs
 from train.history import guard_history
 from train.metrics import Record, guard, guard_groups, guard_unmoved
@@ -22,9 +22,9 @@ def notes(
     `lag` is the number of policies between the one that sampled and the one that was trained.
     """
     rollouts, settings = inputs.rollouts, run.config.train
-    groups = {key.rpartition("-")[0]: False for key in inputs.advantages}
+    groups = {group_of(key): False for key in inputs.advantages}
     for key, (advantage, weight) in inputs.advantages.items():
-        groups[key.rpartition("-")[0]] |= weight > 0 and advantage != 0
+        groups[group_of(key)] |= weight > 0 and advantage != 0
     sentences = guard_groups(sum(not alive for alive in groups.values()), len(groups))
     steps = {unit.expert for unit in rollouts.units()}
     sentences += [f"{EXPERT_NAMES[one]}: no step of it was sampled with noise, so it was not trained"

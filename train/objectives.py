@@ -13,6 +13,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from rollout.transitions import average
+
 
 class PolicyLoss(NamedTuple):
     """What the clipped loss says about each sample of a chunk."""
@@ -89,8 +91,9 @@ def step_weights(
 
     `stds` is the transition standard deviation of a step and `gradient_scales` how strongly its log-ratio pulls on the
     velocity: R = |dmean/dv| / std, which spans two orders of magnitude over a schedule, and R std under RatioNorm. std:
-    weight ~ std (Flow-GRPO's Wan script); inverse-gradient: weight ~ 1 / scale, so that every step pulls alike. Under
-    RatioNorm and flow-sde as published that is 1 / step length, the weight of GRPO-Guard.
+    weight ~ std, so that noisy steps count more; inverse-gradient: weight ~ 1 / scale, so that every step pulls alike.
+    On wan-sde as published that is std / step length, the weight in Flow-GRPO's Wan script, to within an eighth; under
+    RatioNorm and flow-sde as published it is 1 / step length, the weight of GRPO-Guard.
     """
     if kind == "none":
         return dict.fromkeys(stds, 1.0)
@@ -129,18 +132,10 @@ def nft_loss(
 def _adaptive_error(prediction: Tensor, x0: Tensor, mask: Tensor | None) -> Tensor:
     """Mean square error [B] over the detached mean absolute error; the floor keeps a perfect prediction finite."""
     difference = prediction - x0
-    scale = _mean(difference.detach().abs(), mask).clamp_min(1e-5)
+    scale = average(difference.detach().abs(), mask).clamp_min(1e-5)
     return _mean_square(difference, mask) / scale
 
 
 def _mean_square(difference: Tensor, mask: Tensor | None) -> Tensor:
     """[B] mean of squares over all but the batch dimension, in fp32."""
-    return _mean(difference.float().square(), mask)
-
-
-def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """[B] mean over all but the batch dimension, of the elements that the mask keeps."""
-    if mask is None:
-        return values.flatten(1).mean(dim=1)
-    keep = (mask != 0).expand_as(values).flatten(1)
-    return torch.where(keep, values.flatten(1), 0.0).sum(dim=1) / keep.sum(dim=1)
+    return average(difference.float().square(), mask)

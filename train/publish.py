@@ -32,6 +32,10 @@ def publish(policy: Policy, stage: Stage, averages: dict[int, dict[str, Tensor]]
             identity = policy.fingerprint(stage.policy_dir)
             mirror.put_folder(stage.policy_dir, wanted=lambda name: not mirror.ASIDE.search(name))
             path = stage.policy_dir / "policy.json"
-            publish_new(path, to_json({"schema": SCHEMA, "iteration": stage.iteration, **identity}, path))
+            record = {"schema": SCHEMA, "iteration": stage.iteration, **identity}
+            if ema:
+                average = policy.fingerprint(stage.policy_dir / "ema")
+                record["average"] = {name: average[name] for name in ("fingerprint", "adapters")}
+            publish_new(path, to_json(record, path))
             fingerprint = str(identity["fingerprint"])
     return world.broadcast(fingerprint)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from rollout.parallel import World
-from rollout.schedule import EXPERT_NAMES
 from rollout.step import step_log_prob
 from shards.errors import RunFailed
+from shards.run import EXPERT_NAMES
 from train import signals
 from train.data import Chunk, Rollouts, read_chunk
 from train.freeze import check_policy, starting_policy
@@ -93,7 +93,7 @@ def prove_iteration(run: Run, iteration: int, policy: Policy, progress: Progress
     rollouts = Rollouts.open(run.iteration(iteration), partial=True)
     start = starting_policy(run, iteration)
     policy.become(start)
-    check_policy(rollouts, policy, policy.fingerprint(start)["fingerprint"], run.config.train)
+    check_policy(rollouts, policy.fingerprint(start)["fingerprint"], run.config.train)
     limit = replay_limit(policy, run.config.train.replay_limit, run.config.rollout.ulysses)
     everything = sum(unit.size for unit in rollouts.units())
     return prove(policy, rollouts, samples=everything, limit=limit, progress=progress).largest
@@ -125,10 +125,15 @@ def log_probs(policy: Policy, rollouts: Rollouts, chunk: Chunk) -> torch.Tensor:
 
 
 def _replay_unit(policy: Policy, rollouts: Rollouts, unit: Unit, world: World) -> tuple[float, str]:
-    """The largest |log-ratio| among the samples of a unit, and whose it is; one that is no number is the largest."""
+    """The largest |log-ratio| among the samples of a unit, and whose it is; one that is no number is the largest.
+
+    Samples that failed in the rollout are stored as zeros, and have nothing to prove.
+    """
     with world.together():
         chunk = read_chunk(rollouts, policy, unit)
     ratios = (log_probs(policy, rollouts, chunk) - chunk.log_prob).abs().tolist()
+    rows = [rollouts.shards[unit.shard].row(key) for key in chunk.keys]
+    ratios = [ratio if row["status"] == "ok" else 0.0 for ratio, row in zip(ratios, rows, strict=True)]
     worst = max(ratios, key=lambda value: math.inf if math.isnan(value) else value)
     return worst, chunk.keys[ratios.index(worst)]
 

@@ -13,10 +13,9 @@ from torch import Tensor
 from rollout.meet import meet
 from rollout.parallel import World
 from rollout.policy import Policy
-from rollout.schedule import EXPERT_NAMES
 from shards.errors import UserError
 from shards.progress import counted
-from shards.run import Stage
+from shards.run import EXPERT_NAMES, Stage
 from shards.signals import stopped
 from train import checkpoint, signals
 from train.checkpoint import Checkpoints
@@ -106,10 +105,10 @@ def train(
     """Train the policy of one iteration on its shards and advantages and publish it; a second call does nothing.
 
     `policy` is a loaded model to use instead of loading one; its weights are set from the files. `advantage` names the
-    specification to train on, when there are several. Killed at any moment
-    and called again, it goes on from its last checkpoint and ends with the weights of an undisturbed run (on a CPU, bit
-    for bit). Under torchrun all ranks call this; the policy is sharded over them and has to be given the weights it
-    shall have next (`become`) before it is used otherwise.
+    specification to train on, when there are several. Killed at any moment and called again, it goes on from its last
+    checkpoint and ends with the weights of an undisturbed run (on a CPU, bit for bit). Under torchrun all ranks call
+    this; the policy is sharded over them and has to be given the weights it shall have next (`become`) before it is
+    used otherwise.
     Raises UserError for incomplete, stale or changed inputs and for ranks that do not have the same, RunFailed when the
     replay gate fails, StillBusy when another process trains this iteration.
     """
@@ -196,7 +195,7 @@ def _ready(run: Run, rollouts: Rollouts, policy: Policy | None, start: Path | No
         policy = policy or Policy.of(run.config.model)
         policy.become(start)
         fingerprint = policy.fingerprint(start)["fingerprint"]
-        lag = check_policy(rollouts, policy, fingerprint, settings)
+        lag = check_policy(rollouts, fingerprint, settings)
         _check_lag(settings, lag)
         _make_trainable(policy, run.config, start)
         policy.check_ulysses(video["height"], video["width"], video["frames"], world)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from rollout.parallel import World, full, local
-from rollout.schedule import EXPERT_NAMES
 from shards.errors import RunFailed
+from shards.run import EXPERT_NAMES
 from shards.usage import peak_memory_bytes
 from train import objectives
 from train.checkpoint import TrainerState
