@@ -16,13 +16,11 @@ from rollout.schedule import Plan, make_plan, step_std
 from rollout.window import choose_window
 from shards.errors import RunFailed, UserError
 from shards.files import publish_new, read_json, to_json
-from shards.run import SCHEMA, Run, Stage, group_key
+from shards.run import AVERAGE, SCHEMA, Run, Stage, group_key
 from shards.verify_policy import ANEW
 
 if TYPE_CHECKING:
     from shards.config import Dtype, RolloutConfig, RunConfig
-
-AVERAGE = "ema"  # folder of the averaged weights, in that of the policy
 
 
 def policy_source(run: Run, stage: Stage) -> Path | None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from shards.errors import UserError
 from shards.mirror import fetch_file
+from shards.progress import counted
 from shards.quotes import quoted
 from shards.urls import is_url, url_of, working_copy
 
@@ -79,7 +80,7 @@ def prompts_of_iteration(prompts: Sequence[Prompt], count: int, seed: int, itera
     """
     if count > len(prompts):
         raise UserError(
-            f"rollout.prompts_per_iteration = {count}, but there are only {len(prompts)} prompts",
+            f"rollout.prompts_per_iteration = {count}, more than the {counted(len(prompts), 'prompt')} to take",
             f"set it to {len(prompts)} or less",
         )
     queue: list[Prompt] = []

@@ -24,6 +24,8 @@ SCHEMA = 1  # of plan, manifest, member and index; README.md has its history
 GROUP_KEY = re.compile(r"i(\d{6})-p(\d{6})")
 SAMPLE_KEY = re.compile(r"i(\d{6})-p(\d{6})-s(\d{2,3})")
 EXPERT_NAMES = ("high_noise", "low_noise")  # by number; a model with one expert has the first
+AVERAGE = "ema"  # folder of the averaged weights, in that of the policy
+COMMIT = "commit.json"  # written last of a checkpoint, which docs/checkpoints.md describes
 
 PLAN_NEEDS = {"shards": list, "groups": list, "group_size": int}  # what this package itself reads of a plan
 
@@ -78,8 +80,12 @@ class Run:
         from shards.config import dump_config
 
         run = cls(path)
-        if run.path.is_file():
-            raise UserError(f"{run.path} is a file", "choose another folder")
+        try:
+            in_the_way = next((one for one in (run.path, *run.path.parents) if one.is_file()), None)
+        except OSError as error:  # a name that is too long, or a folder that we may not look into
+            raise UserError(f"{run.path}: {error.strerror}", "choose another folder") from None
+        if in_the_way:
+            raise UserError(f"{in_the_way} is a file", "choose another folder")
         if url_of(run.path):
             mirror.agree(run.config_path)  # else a run that was deleted in the store would still be there for us
         run.is_new = publish_new(run.config_path, dump_config(config).encode())

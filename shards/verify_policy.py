@@ -10,11 +10,10 @@ from typing import Any
 
 from shards.errors import UserError
 from shards.files import read_json, sha256_file
-from shards.run import Stage
+from shards.run import AVERAGE, COMMIT, Stage
 from shards.tar import Damaged
 
 ANEW = "restore it from a copy, or delete the iteration's train/ and policy/ folders to train it anew"
-COMMIT = "commit.json"  # of a checkpoint, which docs/checkpoints.md describes
 
 
 def policy_faults(stage: Stage) -> Iterator[Damaged]:
@@ -31,7 +30,7 @@ def _weight_faults(folder: Path) -> Iterator[Damaged]:
     path = folder / "policy.json"
     try:
         record = read_json(path)
-        named = {**record.get("adapters", {}), **_below("ema", record.get("average", {}).get("adapters", {}))}
+        named = {**record.get("adapters", {}), **_below(AVERAGE, record.get("average", {}).get("adapters", {}))}
     except UserError as error:
         yield Damaged(error.problem, ANEW)
         return

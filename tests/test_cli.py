@@ -192,7 +192,9 @@ def test_init_says_what_it_found(tmp_path: Path) -> None:
         " (hint: choose another folder, or edit that file)"
     )
     (tmp_path / "file").touch()
-    assert refused("init", tmp_path / "file") == f"{tmp_path}/file is a file (hint: choose another folder)"
+    for path in (tmp_path / "file", tmp_path / "file" / "runs" / "a"):
+        assert refused("init", path) == f"{tmp_path}/file is a file (hint: choose another folder)"
+    assert refused("init", tmp_path / ("a" * 300)).endswith("a: File name too long (hint: choose another folder)")
     presets = {path.stem for path in (ROOT / "shards" / "presets").glob("*.toml")}
     assert presets <= set(rushes("init", "--help").stdout.replace(",", " ").split())
 

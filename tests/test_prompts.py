@@ -15,6 +15,7 @@ from rollout import planning
 from rollout.prompts import Prompt, load_prompts, prompts_of_iteration, split
 from shards.config import apply_sets, parse_config, read_preset
 from shards.errors import UserError
+from shards.progress import counted
 from shards.run import Run
 
 
@@ -105,7 +106,7 @@ def test_errors_name_the_line(tmp_path: Path) -> None:
 def test_every_prompt_is_used_before_any_repeats(total: int, count: int, seed: int) -> None:
     prompts = [Prompt(3 * number, f"prompt {number}") for number in range(total)]
     if count > total:
-        with pytest.raises(UserError, match=f"there are only {total} prompts"):
+        with pytest.raises(UserError, match=f"more than the {counted(total, 'prompt')} to take"):
             prompts_of_iteration(prompts, count, seed, 0)
         return
     used: Counter[int] = Counter()

@@ -86,6 +86,9 @@ def test_rates_come_from_the_clock_of_the_file_system_alone(stage: Stage) -> Non
     os.utime(stage.plan_path, (NOON - 50 * 3600,) * 2)  # it was left alone for two days: only the last hour counts
     os.utime(stage.manifest_path(0), (NOON - 49 * 3600,) * 2)
     assert part(stage, "rollout").per_hour == pytest.approx(3)
+    for number, path in enumerate(times):  # copied without its times
+        os.utime(path, (NOON + 0.01 * number,) * 2)
+    assert part(stage, "rollout").per_hour is None
 
 
 def test_updates_of_the_training_are_counted(stage: Stage) -> None:

@@ -27,7 +27,8 @@ from rollout.parallel import World
 from shards import mirror
 from shards.errors import RunFailed, UserError
 from shards.files import sha256_file
-from train.checkpoint_writer import COMMIT, Writer, found
+from shards.run import COMMIT
+from train.checkpoint_writer import Writer, found
 from train.signals import is_lost
 
 KEEP = 2

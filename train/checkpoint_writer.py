@@ -25,8 +25,8 @@ from torch.futures import Future
 
 from shards import mirror
 from shards.files import sha256_file, sync
+from shards.run import COMMIT
 
-COMMIT = "commit.json"
 FILE_BYTES = 2**31  # torch holds the bytes of one file in memory beside the tensors while it writes it
 _NAME = re.compile(r"^update-(\d{6})$")
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from shards import mirror
 from shards.files import publish_new, to_json
+from shards.run import AVERAGE
 
 if TYPE_CHECKING:
     from rollout.parallel import World
@@ -25,7 +26,7 @@ def publish(policy: Policy, stage: Stage, averages: dict[int, dict[str, Tensor]]
     policy.use(None)
     policy.save(stage.policy_dir)
     if ema:
-        policy.save(stage.policy_dir / "ema", averages)
+        policy.save(stage.policy_dir / AVERAGE, averages)
     fingerprint = ""
     with world.together():
         if world.is_first:
@@ -34,7 +35,7 @@ def publish(policy: Policy, stage: Stage, averages: dict[int, dict[str, Tensor]]
             path = stage.policy_dir / "policy.json"
             record = {"schema": SCHEMA, "iteration": stage.iteration, **identity}
             if ema:
-                average = policy.fingerprint(stage.policy_dir / "ema")
+                average = policy.fingerprint(stage.policy_dir / AVERAGE)
                 record["average"] = {name: average[name] for name in ("fingerprint", "adapters")}
             publish_new(path, to_json(record, path))
             fingerprint = str(identity["fingerprint"])
