@@ -21,6 +21,8 @@ from shards.world import world_size
 
 MOMENT = 1.0  # seconds to wait for the report of a helper whose work is published
 
+Counts = tuple[int, int]  # videos sampled, and those of them that are not finite
+
 helpers = Pool(torch.set_num_threads)
 
 
@@ -46,16 +48,18 @@ def rollout(
         futures = _hand_out(run, stage, [(first + i, parts) for i in range(1, count)])
         ours = generate.rollout(run, stage, policy, progress, (first, parts))
         # a helper that still loads its model finds out for itself that nothing is left
-        done = ours.done + _join(futures, MOMENT if stage.is_complete() else None)
+        theirs, broken = _join(futures, MOMENT if stage.is_complete() else None)
+        done, broken = ours.done + theirs, ours.broken + broken
         rest = generate.rollout(run, stage, policy, progress, (first, parts), wait)
     except BaseException:
         helpers.discard()
         raise
     skipped = max(0, rest.skipped - done)
-    return replace(rest, done=done + rest.done, skipped=skipped, seconds=time.monotonic() - began)
+    done, broken = done + rest.done, broken + rest.broken
+    return replace(rest, done=done, skipped=skipped, seconds=time.monotonic() - began, broken=broken)
 
 
-def _hand_out(run: Run, stage: Stage, parts: list[Part]) -> list[Future[int]]:
+def _hand_out(run: Run, stage: Stage, parts: list[Part]) -> list[Future[Counts]]:
     """Give each helper its part. When one has ended since the last stage, new ones take the place of all.
 
     When one ends while this gives out work, nobody gets any: new helpers start with the next stage.
@@ -74,28 +78,30 @@ def _start(count: int) -> ProcessPoolExecutor:
     return helpers.of(count, torch.get_num_threads())
 
 
-def _join(futures: list[Future[int]], seconds: float | None) -> int:
-    """Wait for the helpers, not longer than that; the number of videos they sampled.
+def _join(futures: list[Future[Counts]], seconds: float | None) -> Counts:
+    """Wait for the helpers, not longer than that; the numbers of videos they sampled.
 
     When one died, its shard is free again, and new helpers start with the next stage.
     """
     try:
-        return sum(future.result() for future in concurrent.futures.wait(futures, seconds).done)
+        counts = [future.result() for future in concurrent.futures.wait(futures, seconds).done]
     except BrokenProcessPool:
         helpers.discard()
-        return 0
+        return 0, 0
+    return sum(done for done, _ in counts), sum(broken for _, broken in counts)
 
 
 _loaded: dict[str, Policy] = {}
 
 
-def _sample(path: str, sets: tuple[str, ...], kind: Kind, iteration: int, part: Part) -> int:
-    """One helper's part of a stage, with a model that is loaded once; the number of videos it sampled."""
+def _sample(path: str, sets: tuple[str, ...], kind: Kind, iteration: int, part: Part) -> Counts:
+    """One helper's part of a stage, with a model that is loaded once; the numbers of videos it sampled."""
     run = Run.open(path, sets)
     stage = run.iteration(iteration) if kind == "rollout" else run.evaluation(iteration)
     if stage.is_complete():
-        return 0
+        return 0, 0
     if path not in _loaded:
         _loaded.clear()
         _loaded[path] = Policy.of(run.config.model)
-    return generate.rollout(run, stage, _loaded[path], None, part).done
+    report = generate.rollout(run, stage, _loaded[path], None, part)
+    return report.done, report.broken

@@ -37,13 +37,18 @@ class RolloutReport:
     """Shards that other workers hold and have not finished."""
     waited: float = 0.0
     """Seconds of those spent waiting for others."""
+    broken: int = 0
+    """Videos sampled that are not finite, and so earn no reward."""
 
     def __str__(self) -> str:
         if not self.done:
             return f"nothing to do: {self.skipped} videos are there"
         rate = self.done / max(self.seconds, 1e-9)
         there = f", {self.skipped} were there" if self.skipped else ""
-        return f"{self.done} videos sampled{there}; {self.seconds:.1f} s, {rate:.2f} videos/s"
+        told = f"{self.done} videos sampled{there}; {self.seconds:.1f} s, {rate:.2f} videos/s"
+        if not self.broken:
+            return told
+        return f"{told}; {self.broken} of them are not finite and earn no reward: take a wider dtype, or less guidance"
 
 
 def rollout(
@@ -87,7 +92,9 @@ def rollout(
         work = Work(stage, sampler, ours, progress)
         busy = work.run(wait)
     there = total if not busy else sum(len(plan["shards"][n]) for n in stage.shards()) * plan["group_size"]
-    return RolloutReport(work.made, max(0, there - work.made), time.monotonic() - began, len(busy), ours.waited)
+    return RolloutReport(
+        work.made, max(0, there - work.made), time.monotonic() - began, len(busy), ours.waited, work.broken
+    )
 
 
 @contextmanager

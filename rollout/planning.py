@@ -13,14 +13,14 @@ from rollout.policy_folder import DTYPES, Layout, find_folder, read_layout
 from rollout.policy_inputs import find_device, open_image
 from rollout.prompts import Prompt, load_prompts, prompts_of_iteration, split, words_folder
 from rollout.schedule import Plan, make_plan, step_std
-from rollout.window import choose_window
+from rollout.window import choose_window, trained_steps
 from shards.errors import RunFailed, UserError
 from shards.files import publish_new, read_json, to_json
 from shards.run import AVERAGE, SCHEMA, Run, Stage, group_key
 from shards.verify_policy import ANEW
 
 if TYPE_CHECKING:
-    from shards.config import Dtype, RolloutConfig, RunConfig
+    from shards.config import RolloutConfig, RunConfig
 
 
 def policy_source(run: Run, stage: Stage) -> Path | None:
@@ -102,8 +102,8 @@ def stage_plan(run: Run, stage: Stage, layout: Layout, identity: dict[str, Any])
     )
     prompts = _prompts(run, stage)
     _check_images(prompts, layout, rollout.height, rollout.width, rollout.frames)
-    groups = [_group(run, stage, sampler, prompt) for prompt in prompts]
-    _check_noise(sampler, groups, rollout.storage_dtype)
+    if evaluation is None and stage.plan() is None:  # what was begun can be finished
+        _check_noise(sampler, rollout)
     size = evaluation.videos_per_prompt if evaluation else rollout.group_size
     # an evaluation has small groups: as many videos a shard as in a rollout
     per_shard = max(1, rollout.groups_per_shard * rollout.group_size // size)
@@ -126,7 +126,7 @@ def stage_plan(run: Run, stage: Stage, layout: Layout, identity: dict[str, Any])
         "group_size": size,
         "batch_size": batch_size(rollout, layout),
         "negative_prompt": rollout.negative_prompt,
-        "groups": groups,
+        "groups": [_group(run, stage, sampler, prompt) for prompt in prompts],
         "shards": [keys[start : start + per_shard] for start in range(0, len(keys), per_shard)],
         "same_initial_noise": rollout.same_initial_noise and evaluation is None,
     }
@@ -195,13 +195,19 @@ def _split(config: RunConfig, need_target: bool) -> tuple[list[Prompt], list[Pro
     return train, test
 
 
-def _check_noise(sampler: Plan, groups: Sequence[dict[str, Any]], storage: Dtype) -> None:
-    """UserError for noise so small that stored states do not hold it: a log-prob would be that of rounding errors."""
-    steps = {step: step_std(sampler, step) for group in groups for step in group["window"]}
-    weakest = min(steps, key=steps.__getitem__, default=None)
-    if weakest is not None and steps[weakest] < torch.finfo(DTYPES[storage]).eps:
+def _check_noise(sampler: Plan, config: RolloutConfig) -> None:
+    """UserError for noise so small that stored states do not hold it: a log-prob would be that of rounding errors.
+
+    Rounding a normal variable to a dtype changes it by 0.2 eps, root mean square; and below the eps of float32 a std is
+    not exact. All steps that any iteration may train are looked at, so that a run does not end in the middle.
+    """
+    storage = config.storage_dtype
+    steps = {step: step_std(sampler, step) for step in trained_steps(sampler, config)}
+    weakest = min(steps, key=steps.__getitem__)
+    if steps[weakest] < max(torch.finfo(DTYPES[storage]).eps / 4, torch.finfo(torch.float32).eps):
         problem = f"rollout.eta = {sampler.eta:g}: step {weakest} adds noise of {steps[weakest]:.2g}"
-        raise UserError(f"{problem}, which latents stored as {storage} cannot hold", "take a larger rollout.eta")
+        hint = "take a larger rollout.eta" + (", or rollout.storage_dtype=float32" if storage != "float32" else "")
+        raise UserError(f"{problem}, which latents stored as {storage} cannot hold", hint)
 
 
 def _check_images(prompts: Sequence[Prompt], layout: Layout, height: int, width: int, frames: int) -> None:

@@ -57,6 +57,13 @@ def window_range(plan: Plan, config: RolloutConfig) -> range:
     return range(first, last + 1)
 
 
+def trained_steps(plan: Plan, config: RolloutConfig) -> list[int]:
+    """The steps that the window of some group of some iteration takes. Raises UserError as `choose_window` does."""
+    first = config.window == "fixed"
+    quotas = _quotas(plan, config).values()
+    return sorted(step for candidates, quota in quotas if quota for step in candidates[: quota if first else None])
+
+
 def _quotas(plan: Plan, config: RolloutConfig) -> dict[int, tuple[list[int], int]]:
     """(steps it may take, number it must take) of each expert in the plan, checked."""
     allowed = window_range(plan, config)

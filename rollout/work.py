@@ -45,6 +45,8 @@ class Work:
         self.stage, self.sampler, self.worker = stage, sampler, worker
         self.made = 0
         """Videos sampled here."""
+        self.broken = 0
+        """Those of them that are not finite."""
         sizes = {shard: len(groups) * sampler.plan["group_size"] for shard, groups in enumerate(sampler.plan["shards"])}
         self.tally = Tally(worker, progress, "videos", self._finished)
         self.tally.add({shard: size for shard, size in sizes.items() if not stage.is_committed(shard)})
@@ -150,8 +152,11 @@ class Work:
 
     def _commit(self, hand: _InHand, chunk: Chunk, state: State) -> None:
         """Decode a chunk and spool its samples; those that were there stay as they are."""
-        new = sum(write_sample(self.stage, hand.shard, sample) for sample in self.sampler.finish(chunk, state))
+        samples = self.sampler.finish(chunk, state)
+        written = [sample for sample in samples if write_sample(self.stage, hand.shard, sample)]
+        new = len(written)
         self.made += new
+        self.broken += sum(sample.meta["status"] != "ok" for sample in written)
         self.tally.count(new, f"shard {hand.shard}, {chunk.keys[-1]}")
 
     def _finished(self, shards: list[int]) -> int:

@@ -15,11 +15,12 @@ from shards.urls import is_url, shown, url_of, working_copy
 
 @dataclass(frozen=True)
 class Place:
-    """Stages a path stands for; `shard` when it is one shard; `tar` when it is a tar outside any run."""
+    """Stages a path stands for; `run` when it is a whole run, `shard` one shard, `tar` a tar outside any run."""
 
     stages: tuple[Stage, ...] = ()
     shard: int | None = None
     tar: Path | None = None
+    run: Path | None = None
 
 
 def locate(path: str | Path) -> Place:
@@ -38,7 +39,7 @@ def locate(path: str | Path) -> Place:
     stages += [run.evaluation(number) for number in run.evaluations()]
     if not stages and not run.config_path.exists():
         raise UserError(f"{path} is neither a run, nor a stage, nor a shard", "give a folder that holds run.toml")
-    return Place(tuple(stages))
+    return Place(tuple(stages), run=run.path)
 
 
 def _here(url: str | Path) -> Path:

@@ -44,9 +44,10 @@ def _has_dead(executor: ProcessPoolExecutor) -> bool:
     """Whether one of its processes has ended.
 
     Not by `is_alive`: the kernel tells of an end once, and until the executor's thread, if that was told, has written
-    it down, the dead one is said to live.
+    it down, the dead one is said to live. Nor by its sentinel alone: children that it left behind keep that open.
     """
-    return bool(wait([one.sentinel for one in _processes(executor)], timeout=0))
+    processes = _processes(executor)
+    return bool(wait([one.sentinel for one in processes], timeout=0)) or not all(one.is_alive() for one in processes)
 
 
 def _processes(executor: ProcessPoolExecutor) -> list[BaseProcess]:

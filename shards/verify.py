@@ -58,8 +58,7 @@ def verify(path: str | Path) -> list[Problem]:
     if place.shard is not None:
         return list(_shard_problems(place.stages[0], place.shard))
     problems = [problem for stage in place.stages for problem in _stage_problems(stage)]
-    roots = {stage.run_path for stage in place.stages} if len(place.stages) > 1 else set()
-    for root in sorted(roots):
+    if root := place.run:
         problems += _attempt(_check_config, root) if (root / "run.toml").exists() else []
         problems += _attempt(_check_base, root, place.stages) if (root / "model.json").exists() else []
         problems += _leftovers(root, recursive=False)
@@ -188,18 +187,18 @@ def _check_summary(stage: Stage, name: str) -> None:
     rewards = [value for table, _ in read for value in table.column("reward").to_pylist()]
     known = [value for value in rewards if value is not None and not math.isnan(value)]
     mean = math.fsum(known) / len(known) if known else None
-    expected = {"samples": len(rewards), "mean_reward": mean}
-    differing = [what for what, wanted in expected.items() if not _same(summary.get(what), wanted)]
+    expected, largest = {"samples": len(rewards), "mean_reward": mean}, max([1.0, *map(abs, known)])
+    differing = [what for what, wanted in expected.items() if not _same(summary.get(what), wanted, largest)]
     if differing:
         are = "is not that" if len(differing) == 1 else "are not those"
         raise Damaged(f"{path}: {' and '.join(differing)} {are} of the tables beside it", sidecar.SUMMARY_AGAIN)
 
 
-def _same(found: object, wanted: float | None) -> bool:
-    """Whether a number is the wanted one but for the order in which it was added up."""
+def _same(found: object, wanted: float | None, largest: float) -> bool:
+    """Whether a number is the wanted one but for the order in which numbers up to `largest` were added up."""
     if not isinstance(found, int | float) or wanted is None:
         return found is wanted
-    return math.isclose(found, wanted, rel_tol=1e-9, abs_tol=1e-12)
+    return math.isclose(found, wanted, rel_tol=1e-9, abs_tol=1e-12 * largest)
 
 
 def _check_one_schema(folder: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rollout.generate import regenerate
+from rollout.generate import regenerate, rollout
 from rollout.policy import Policy
 from score.run import score
 from shards.reader import open_shard
@@ -35,9 +35,12 @@ def sampled(run: Run, policy: Policy, every: int) -> Stage:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", RuntimeWarning)  # of a NaN that became a pixel
-            return training.roll(run, 0, policy)
+            report = rollout(run, run.iteration(0), policy)
     finally:
         handle.remove()
+    assert (report.done, report.broken) == (4, 2)
+    assert str(report).endswith("; 2 of them are not finite and earn no reward: take a wider dtype, or less guidance")
+    return run.iteration(0)
 
 
 @pytest.mark.parametrize(

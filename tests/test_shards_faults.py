@@ -465,7 +465,6 @@ def test_a_record_of_another_base_model(stage: Stage) -> None:
     plan = stage.plan() or {}
     path = stage.run_path / "model.json"
     path.write_text(json.dumps({"base": plan["policy"]["base"]}))
-    shutil.copytree(stage.path, stage.run_path / "eval" / "iter-0000")  # whatever its own faults are
     assert "model.json" not in faults(stage)
     path.write_text(json.dumps({"base": "0" * 64}))
     assert "model.json: its model is not that of" in faults(stage)

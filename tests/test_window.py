@@ -7,7 +7,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from rollout import transitions as tr
-from rollout.window import choose_window, window_range
+from rollout.window import choose_window, trained_steps, window_range
 from shards.errors import UserError
 from tests.test_schedule import config, one_expert, two_experts
 
@@ -242,6 +242,19 @@ def test_a_range_that_cannot_be_is_told_word_by_word(changes, problem, hint):
     with pytest.raises(UserError) as caught:
         choose_window(two_experts(chosen), chosen, iteration=0, prompt_id=0)
     assert (caught.value.problem, caught.value.hint) == (problem, hint)
+
+
+@pytest.mark.parametrize("window", ["random", "progressive", "fixed"])
+def test_the_steps_that_are_ever_trained_are_known_before(window):
+    chosen = config(window=window, low_steps=0, allow_untrained_expert=True)
+    plan = two_experts(chosen)
+    taken = {
+        step
+        for iteration in range(40)
+        for prompt in range(5)
+        for step in choose_window(plan, chosen, iteration=iteration, prompt_id=prompt)
+    }
+    assert trained_steps(plan, chosen) == sorted(taken)
 
 
 def test_groups_of_an_iteration_draw_their_own_windows_and_videos_share_them(tiny_t2v2, tmp_path):

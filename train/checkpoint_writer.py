@@ -103,6 +103,7 @@ class Writer(HuggingFaceStorageWriter):
         mirror.put_folder(self.final, last=COMMIT)
         kept = found(self.final.parent)[-self.keep :]
         for _, old in found(self.final.parent)[: -self.keep]:
+            (old / COMMIT).unlink(missing_ok=True)  # first: without it, nobody takes what is left for damaged
             shutil.rmtree(old, ignore_errors=True)
         mirror.remove(self.final.parent, keep=[path.name for _, path in kept])
 
