@@ -203,8 +203,9 @@ def _check_noise(sampler: Plan, config: RolloutConfig) -> None:
     """
     storage = config.storage_dtype
     steps = {step: step_std(sampler, step) for step in trained_steps(sampler, config)}
-    weakest = min(steps, key=steps.__getitem__)
-    if steps[weakest] < max(torch.finfo(DTYPES[storage]).eps / 4, torch.finfo(torch.float32).eps):
+    weakest = min(steps, key=steps.__getitem__, default=None)
+    least = max(torch.finfo(DTYPES[storage]).eps / 4, torch.finfo(torch.float32).eps)
+    if weakest is not None and steps[weakest] < least:
         problem = f"rollout.eta = {sampler.eta:g}: step {weakest} adds noise of {steps[weakest]:.2g}"
         hint = "take a larger rollout.eta" + (", or rollout.storage_dtype=float32" if storage != "float32" else "")
         raise UserError(f"{problem}, which latents stored as {storage} cannot hold", hint)

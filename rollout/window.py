@@ -59,6 +59,8 @@ def window_range(plan: Plan, config: RolloutConfig) -> range:
 
 def trained_steps(plan: Plan, config: RolloutConfig) -> list[int]:
     """The steps that the window of some group of some iteration takes. Raises UserError as `choose_window` does."""
+    if plan.law == "ode":
+        return []
     first = config.window == "fixed"
     quotas = _quotas(plan, config).values()
     return sorted(step for candidates, quota in quotas if quota for step in candidates[: quota if first else None])

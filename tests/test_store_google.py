@@ -71,11 +71,12 @@ def test_a_run_at_google(machine: Machine) -> None:
     assert not publish_new(working_copy(URL) / "model.json", b"second")
     assert (working_copy(URL) / "model.json").read_bytes() == b"first"
     assert not beacons.begin(stage.path / "work" / claim.name, b"yours\n")
-    publish_replace(working_copy(URL) / "model.json", b"third")
+    third = b'{"base": "%s"}' % (b"b" * 64)  # that of the plan, so that the whole run is sound
+    publish_replace(working_copy(URL) / "model.json", third)
 
     machine("first")
     mirror.pull(working_copy(URL))
-    assert (working_copy(URL) / "model.json").read_bytes() == b"third"
+    assert (working_copy(URL) / "model.json").read_bytes() == third
     assert verify(URL) == []
     with pytest.raises(UserError, match=r"gs://bucket/none is not a run: it has no run\.toml"):
         Run.open("gs://bucket/none")

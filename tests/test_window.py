@@ -244,9 +244,10 @@ def test_a_range_that_cannot_be_is_told_word_by_word(changes, problem, hint):
     assert (caught.value.problem, caught.value.hint) == (problem, hint)
 
 
+@pytest.mark.parametrize("law", ["flow-sde", "ode"])
 @pytest.mark.parametrize("window", ["random", "progressive", "fixed"])
-def test_the_steps_that_are_ever_trained_are_known_before(window):
-    chosen = config(window=window, low_steps=0, allow_untrained_expert=True)
+def test_the_steps_that_are_ever_trained_are_known_before(window, law):
+    chosen = config(window=window, law=law, low_steps=0, allow_untrained_expert=True)
     plan = two_experts(chosen)
     taken = {
         step
