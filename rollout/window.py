@@ -25,8 +25,6 @@ def choose_window(plan: Plan, config: RolloutConfig, *, iteration: int, prompt_i
     has no window. Raises UserError when a quota cannot be met, or when one of two experts gets no step and
     `allow_untrained_expert` is off.
     """
-    if plan.law == "ode":
-        return ()
     window: list[int] = []
     for expert, (candidates, quota) in _quotas(plan, config).items():
         window += _choose(candidates, quota, config, iteration, f"{iteration} {prompt_id} {expert}")
@@ -59,15 +57,15 @@ def window_range(plan: Plan, config: RolloutConfig) -> range:
 
 def trained_steps(plan: Plan, config: RolloutConfig) -> list[int]:
     """The steps that the window of some group of some iteration takes. Raises UserError as `choose_window` does."""
-    if plan.law == "ode":
-        return []
     first = config.window == "fixed"
     quotas = _quotas(plan, config).values()
     return sorted(step for candidates, quota in quotas if quota for step in candidates[: quota if first else None])
 
 
 def _quotas(plan: Plan, config: RolloutConfig) -> dict[int, tuple[list[int], int]]:
-    """(steps it may take, number it must take) of each expert in the plan, checked."""
+    """(steps it may take, number it must take) of each expert in the plan, checked; of none under the law `ode`."""
+    if plan.law == "ode":
+        return {}
     allowed = window_range(plan, config)
     present = sorted(set(plan.experts))
     quotas = {}
