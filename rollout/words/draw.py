@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,17 +30,17 @@ class Scene:
         return f'"{self.word}" in {self.ink} on {self.paper}'
 
 
-def scenes() -> list[Scene]:
+def scenes(words: Sequence[str] = WORDS) -> list[Scene]:
     """Every combination of word, ink and paper, in a fixed order."""
-    return [Scene(word, ink, paper) for word in WORDS for ink in INKS for paper in PAPERS]
+    return [Scene(word, ink, paper) for word in words for ink in INKS for paper in PAPERS]
 
 
-def split() -> tuple[list[Scene], list[Scene]]:
+def split(words: Sequence[str] = WORDS) -> tuple[list[Scene], list[Scene]]:
     """Scenes for post-training and the held-out ones for evaluation: every word, ink and paper is in both."""
     train: list[Scene] = []
     held_out: list[Scene] = []
-    for scene in scenes():
-        code = WORDS.index(scene.word) + list(INKS).index(scene.ink) + 2 * list(PAPERS).index(scene.paper)
+    for scene in scenes(words):
+        code = list(words).index(scene.word) + list(INKS).index(scene.ink) + 2 * list(PAPERS).index(scene.paper)
         (held_out if code % 4 == 0 else train).append(scene)
     return train, held_out
 
@@ -60,9 +61,9 @@ def draw_clip(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     return np.stack(frames)
 
 
-def draw_batch(count: int, rng: np.random.Generator) -> tuple[list[Scene], np.ndarray]:
+def draw_batch(count: int, rng: np.random.Generator, words: Sequence[str] = WORDS) -> tuple[list[Scene], np.ndarray]:
     """Draw `count` random scenes; the clips are float32 [count, 3, FRAMES, HEIGHT, WIDTH] in [-1, 1]."""
-    every = scenes()
+    every = scenes(words)
     chosen = [every[i] for i in rng.integers(0, len(every), count)]
     clips = np.stack([draw_clip(scene, rng) for scene in chosen])
     return chosen, clips.transpose(0, 4, 1, 2, 3).astype(np.float32) / 127.5 - 1.0

@@ -5,6 +5,7 @@ One command reproduces the shipped folder (about an hour on two CPU cores):
     python -m rollout.words.pretrain --out WORK --install
 
 Each stage writes its part below WORK and is skipped when that part exists, so the command can be repeated.
+`--seed` and `--words` make other models of the same kind, to see whether what is learned on one holds on others.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,15 +133,15 @@ def decode_unclamped(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
     return unpatchify(torch.cat(frames, dim=2), patch_size=2)
 
 
-def train_vae(work: Path, steps: int) -> None:
+def train_vae(work: Path, steps: int, words: Sequence[str], seed: int) -> None:
     """Train the VAE, first on single frames, then on clips; write latents_mean and latents_std into its config."""
     log = Log(work / "logs" / "vae.jsonl")
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng([0, seed] if seed else 0)
     vae = new_vae()
     average = None
     for step, move in enumerate(descend(list(vae.parameters()), steps, peak=3e-3, decay=0.0)):
         single = step < steps // 2
-        _, clips = draw_batch(16 if single else 4, rng)
+        _, clips = draw_batch(16 if single else 4, rng, words)
         frames = torch.from_numpy(clips[:, :, :1] if single else clips)
         latents = vae.encode(frames).latent_dist.mode()
         decoded = decode_unclamped(vae, latents + 0.05 * torch.randn_like(latents))
@@ -151,7 +152,7 @@ def train_vae(work: Path, steps: int) -> None:
         if (step + 1) % 50 == 0:
             log(step=step + 1, mse=round(average, 5), latent_std=round(latents.std().item(), 3))
     with torch.no_grad():
-        latents = vae.encode(torch.from_numpy(draw_batch(96, rng)[1])).latent_dist.mode()
+        latents = vae.encode(torch.from_numpy(draw_batch(96, rng, words)[1])).latent_dist.mode()
     axes = (0, 2, 3, 4)
     vae.register_to_config(latents_mean=latents.mean(axes).tolist(), latents_std=latents.std(axes).tolist())
     vae.save_pretrained(work / "vae")
@@ -166,7 +167,7 @@ def new_text_encoder() -> UMT5EncoderModel:
     return UMT5EncoderModel(config)
 
 
-def random_prompts(count: int, rng: np.random.Generator) -> tuple[list[str], Tensor]:
+def random_prompts(count: int, rng: np.random.Generator, words: Sequence[str] = WORDS) -> tuple[list[str], Tensor]:
     """Prompts, a quarter of them about random strings of 3 to 5 capitals, and what they say.
 
     Labels are [count, 7]: five letters (26 stands for none), ink, paper.
@@ -175,7 +176,7 @@ def random_prompts(count: int, rng: np.random.Generator) -> tuple[list[str], Ten
     for row in range(count):
         letters = rng.integers(0, 26, int(rng.integers(3, 6)))
         if row % 4:
-            letters = np.frombuffer(WORDS[rng.integers(len(WORDS))].encode(), np.uint8).astype(np.int64) - 65
+            letters = np.frombuffer(words[rng.integers(len(words))].encode(), np.uint8).astype(np.int64) - 65
         ink, paper = int(rng.integers(len(INKS))), int(rng.integers(len(PAPERS)))
         word = "".join(chr(65 + int(letter)) for letter in letters)
         prompts.append(Scene(word, list(INKS)[ink], list(PAPERS)[paper]).prompt)
@@ -193,17 +194,17 @@ def encode_text(encoder: UMT5EncoderModel, prompts: list[str]) -> tuple[Tensor, 
     return hidden * tokens.attention_mask.unsqueeze(-1), tokens.attention_mask
 
 
-def train_text(work: Path, steps: int) -> None:
+def train_text(work: Path, steps: int, words: Sequence[str], seed: int) -> None:
     """Train the text encoder so that every token knows the quoted letters, their order and both colours."""
     log = Log(work / "logs" / "text.jsonl")
-    rng = np.random.default_rng(1)
+    rng = np.random.default_rng([1, seed] if seed else 1)
     encoder = new_text_encoder()
     heads = nn.ModuleList(
         [nn.Linear(64, 27) for _ in range(5)] + [nn.Linear(64, len(INKS)), nn.Linear(64, len(PAPERS))]
     )
     parameters = [*encoder.parameters(), *heads.parameters()]
     for step, move in enumerate(descend(parameters, steps, peak=3e-3, decay=0.01)):
-        prompts, labels = random_prompts(64, rng)
+        prompts, labels = random_prompts(64, rng, words)
         hidden, mask = encode_text(encoder, prompts)
         told = hidden[mask.bool()]
         wanted = labels.repeat_interleave(mask.sum(1), dim=0)
@@ -240,17 +241,17 @@ def new_transformer() -> WanTransformer3DModel:
     )
 
 
-def encode_latents(work: Path, clips: int) -> None:
+def encode_latents(work: Path, clips: int, words: Sequence[str], seed: int) -> None:
     """Encode `clips` drawn clips once, in the model's space, with the text embedding of each scene."""
-    rng = np.random.default_rng(2)
+    rng = np.random.default_rng([2, seed] if seed else 2)
     vae = AutoencoderKLWan.from_pretrained(work / "vae").eval()
     encoder = UMT5EncoderModel.from_pretrained(work / "text_encoder").eval()
-    every = scenes()
+    every = scenes(words)
     mean, std = (torch.tensor(x).view(1, -1, 1, 1, 1) for x in (vae.config.latents_mean, vae.config.latents_std))
     latents, indices = [], []
     with torch.no_grad():
         for start in range(0, clips, 64):
-            chosen, drawn = draw_batch(min(64, clips - start), rng)
+            chosen, drawn = draw_batch(min(64, clips - start), rng, words)
             latents.append((vae.encode(torch.from_numpy(drawn)).latent_dist.mode() - mean) / std)
             indices += [every.index(scene) for scene in chosen]
         embeddings = encode_text(encoder, [scene.prompt for scene in every] + [""])[0]
@@ -270,6 +271,7 @@ def flow_matching_loss(model: WanTransformer3DModel, clean: Tensor, text: Tensor
 def flow_matching(model: WanTransformer3DModel, work: Path, expert: str, lesson: Lesson, log: Log) -> Any:
     """Train one expert on its own range of sigma for one lesson; returns the moving average of its weights."""
     data = torch.load(work / "latents.pt", weights_only=True)
+    words = (len(data["embeddings"]) - 1) // (len(INKS) * len(PAPERS))
     low, high = (BOUNDARY, 1.0) if expert == "high" else (0.0, BOUNDARY)
     averaged: Any = torch.optim.swa_utils.AveragedModel(
         model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
@@ -277,7 +279,7 @@ def flow_matching(model: WanTransformer3DModel, work: Path, expert: str, lesson:
     average: float | None = None
     for step, move in enumerate(descend(list(model.parameters()), lesson.schedule, lesson.peak, decay=0.01)):
         rows = torch.randint(len(data["scene"]), (64,))
-        told = told_scenes(data["scene"][rows], lesson.confusion)
+        told = told_scenes(data["scene"][rows], words, lesson.confusion)
         sigma = low + (high - low) * torch.rand(64)
         loss = flow_matching_loss(model, data["latents"][rows], data["embeddings"][told], sigma)
         move(loss)
@@ -290,22 +292,23 @@ def flow_matching(model: WanTransformer3DModel, work: Path, expert: str, lesson:
     return averaged.module
 
 
-def told_scenes(shown: Tensor, confusion: float) -> Tensor:
-    """Index of the prompt that goes with each clip: its own, at times one with another word, at times the empty one."""
+def told_scenes(shown: Tensor, words: int, confusion: float) -> Tensor:
+    """Index of the prompt that goes with each clip [n]: its own, at times one with another of the `words` words, at
+    times the empty one, which is the last."""
     rest = len(INKS) * len(PAPERS)
-    other = torch.randint(len(WORDS), shown.shape) * rest + shown % rest
+    other = torch.randint(words, shown.shape) * rest + shown % rest
     told = torch.where(torch.rand(shown.shape) < confusion, other, shown)
-    return torch.where(torch.rand(shown.shape) < PROMPT_DROPOUT, len(WORDS) * rest, told)
+    return torch.where(torch.rand(shown.shape) < PROMPT_DROPOUT, words * rest, told)
 
 
-def train_expert(work: Path, expert: str) -> None:
+def train_expert(work: Path, expert: str, seed: int) -> None:
     """Teach one expert to write, and then to doubt its prompts; each lesson's result is kept."""
     log = Log(work / "logs" / f"{expert}.jsonl")
     model = new_transformer()
     for number, lesson in enumerate(LESSONS):
         folder = work / lesson.name / expert
         if not folder.exists():
-            torch.manual_seed(3 + number)
+            torch.manual_seed(3 + number + 1000 * seed)
             flow_matching(model, work, expert, lesson, log).save_pretrained(folder)
         model = WanTransformer3DModel.from_pretrained(folder).train()
 
@@ -331,17 +334,26 @@ def assemble(work: Path) -> None:
 
 def run_stage(work: Path, stage: str, options: argparse.Namespace) -> None:
     """Run one stage in this process."""
-    torch.manual_seed(STAGES.index(stage))
+    torch.manual_seed(STAGES.index(stage) + 1000 * options.seed)
     if stage == "vae":
-        train_vae(work, options.vae_steps)
+        train_vae(work, options.vae_steps, options.words, options.seed)
     elif stage == "text":
-        train_text(work, options.text_steps)
+        train_text(work, options.text_steps, options.words, options.seed)
     elif stage == "latents":
-        encode_latents(work, options.clips)
+        encode_latents(work, options.clips, options.words, options.seed)
     elif stage == "assemble":
         assemble(work)
+        write_prompts(work / "prompts", options.words)
     else:
-        train_expert(work, stage)
+        train_expert(work, stage, options.seed)
+
+
+def write_prompts(folder: Path, words: Sequence[str]) -> None:
+    """Write FOLDER/train.txt and FOLDER/eval.txt: the prompts to post-train on and those held out."""
+    folder.mkdir(exist_ok=True)
+    for name, chosen in zip(("train", "eval"), split(words), strict=True):
+        text = "".join(f"{scene.prompt}\n" for scene in chosen)
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
 
 
 def install(work: Path) -> None:
@@ -350,10 +362,7 @@ def install(work: Path) -> None:
     for name in ("model", "logs"):
         shutil.rmtree(here / name, ignore_errors=True)
         shutil.copytree(work / name, here / name)
-    (here / "prompts").mkdir(exist_ok=True)
-    for name, chosen in zip(("train", "eval"), split(), strict=True):
-        text = "".join(f"{scene.prompt}\n" for scene in chosen)
-        (here / "prompts" / f"{name}.txt").write_text(text, encoding="utf-8")
+    write_prompts(here / "prompts", WORDS)
 
 
 def run_all(options: argparse.Namespace) -> None:
@@ -374,7 +383,7 @@ def run_all(options: argparse.Namespace) -> None:
     codes = [process.wait() for process in experts]
     if any(codes):
         raise SystemExit("an expert stopped before its end; run the command again")
-    assemble(options.out)
+    run_stage(options.out, "assemble", options)
 
 
 def main() -> None:
@@ -386,9 +395,15 @@ def main() -> None:
     parser.add_argument("--vae-steps", type=int, default=2000)
     parser.add_argument("--text-steps", type=int, default=1200)
     parser.add_argument("--clips", type=int, default=12000)
+    parser.add_argument("--seed", type=int, default=0, help="another model of the same kind; 0 is the shipped one")
+    parser.add_argument(
+        "--words", type=lambda text: tuple(text.split(",")), default=WORDS, help="capitals of 3 or 4 letters, by commas"
+    )
     parser.add_argument("--install", action="store_true", help="copy the finished folder into this package")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.install and (options.seed or options.words != WORDS):
+        parser.error("--install takes the shipped words and seed 0 only")
     if options.stage:
         run_stage(options.out, options.stage, options)
         return
