@@ -236,7 +236,7 @@ def time_order(ranks: int, transitions: int, updates: int = 4) -> dict[str, floa
     Three of five transitions are of the high-noise expert. Raises RunFailed when one is missing or done twice.
     """
     units = [
-        Unit(int(step > 2), sample // 160, group_key(0, sample // 16), sample % 16, 1, step)
+        Unit(int(step > 2), sample // 160, group_key(0, sample // 16), (sample % 16,), step)
         for sample in range(transitions // 5)
         for step in range(5)
     ]

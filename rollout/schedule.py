@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 
 from rollout.grids import grid
-from rollout.transitions import gradient_scale, kernel, resolve_form
+from rollout.transitions import Kernel, gradient_scale, kernel, resolve_form, velocity_slope
 from shards.config import Form, Law, Solver
 from shards.errors import UserError
 from shards.run import EXPERT_NAMES
@@ -201,6 +201,17 @@ def _law_of(plan: Plan, step: int) -> tuple[Law, Form, float, float, float, floa
 def step_std(plan: Plan, step: int) -> float:
     """Standard deviation of a window step, the whole of it."""
     return kernel(*_law_of(plan, step)).std
+
+
+def step_kernel(plan: Plan, step: int) -> Kernel:
+    """Coefficients of a window step on x and v, and its std; of `dpm-sde-2m`, the first order alone."""
+    return kernel(*_law_of(plan, step))
+
+
+def step_slope(plan: Plan, step: int) -> float:
+    """d mean / d v of a window step, below 0."""
+    before = plan.sigmas[step - 1] if step > 0 else None
+    return velocity_slope(*_law_of(plan, step), sigma_previous=before)
 
 
 def step_scale(plan: Plan, step: int) -> float:

@@ -94,6 +94,11 @@ def take_step(
     return Taken(x_next, law_log_prob(plan.law, x_next, mean, std, policy.free_mask(x, inputs.condition)), clean)
 
 
+def step_mean(plan: Plan, step: int, x: Tensor, velocity: Tensor, x0_prev: Tensor | None = None) -> Tensor:
+    """Mean [B,C,F,H,W] fp32 of the state after a step with noise, for a velocity [B,C,F,H,W] at x."""
+    return _transition(plan, step, x, velocity, x0_prev)[0]
+
+
 def looks_back(plan: Plan) -> bool:
     """Whether law or solver use the clean estimate of the step before."""
     return plan.law == "dpm-sde-2m" or plan.solver == "dpm-2m"

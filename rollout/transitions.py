@@ -161,10 +161,28 @@ def gradient_scale(
     k = kernel(law, form, sigma, sigma_next, eta, sigma_1)
     if k.std == 0:
         raise ValueError(f"no gradient scale from sigma {sigma} to {sigma_next}: the step is deterministic")
-    on_velocity = k.on_velocity
+    slope = abs(velocity_slope(law, form, sigma, sigma_next, eta, sigma_1, sigma_previous=sigma_previous))
+    return slope * (2 * k.std if law == "cps-unnormalised" else 1 / k.std)
+
+
+def velocity_slope(
+    law: Law,
+    form: Form,
+    sigma: float,
+    sigma_next: float,
+    eta: float,
+    sigma_1: float,
+    *,
+    sigma_previous: float | None = None,
+) -> float:
+    """d mean / d velocity of one step: below 0, and s' - s without noise.
+
+    `sigma_previous` adds the second-order term of `dpm-sde-2m`.
+    """
+    on_velocity = kernel(law, form, sigma, sigma_next, eta, sigma_1).on_velocity
     if law == "dpm-sde-2m" and sigma_previous is not None:
         on_velocity -= sigma * _second_order_weight(sigma, sigma_next, eta, sigma_previous)
-    return abs(on_velocity) * (2 * k.std if law == "cps-unnormalised" else 1 / k.std)
+    return on_velocity
 
 
 def log_prob(x_next: torch.Tensor, mean: torch.Tensor, std: float, mask: torch.Tensor | None = None) -> torch.Tensor:

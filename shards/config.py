@@ -23,6 +23,9 @@ Form = Literal["exact", "euler-maruyama"]
 Solver = Literal["euler", "dpm-2m"]
 Schedule = Literal["shifted", "unipc", "euler"]
 Window = Literal["random", "fixed", "progressive"]
+Objective = Literal["grpo", "nft", "dpo", "sft"]
+Estimator = Literal["noise", "endpoint", "fresh"]
+ErrorWeight = Literal["derived", "calibrated", "velocity", "adaptive"]
 
 
 class Section(BaseModel):
@@ -137,7 +140,19 @@ class ScoreConfig(Section):
 class TrainConfig(Section):
     """[train]: the updater."""
 
-    objective: Literal["grpo", "nft"] = Field("grpo", description="clipped policy gradient, or DiffusionNFT")
+    objective: Objective = Field(
+        "grpo", description="policy gradient (grpo), DiffusionNFT, preference pairs (dpo), best of each group (sft)"
+    )
+    estimator: Estimator = Field(
+        "noise", description="grpo: pull to a step's own noise (as published), the video's endpoint, or fresh noise"
+    )
+    error_weight: ErrorWeight = Field(
+        "derived", description="grpo: weight of a step's error for endpoint and fresh; noise has the derived one"
+    )
+    proximal: float = Field(
+        0.0, ge=0, le=1e6, description="grpo: hold on the policy that sampled, lambda; 0 is the clipped ratio alone"
+    )
+    proximal_2: float | None = Field(None, ge=0, le=1e6, description="of the low-noise expert; the same when absent")
     full: bool = Field(False, description="train all weights instead of LoRA")
     lora_rank: int = Field(64, ge=1, description="LoRA rank (miles, Pref-GRPO)")
     lora_alpha: float = Field(128.0, gt=0, description="LoRA alpha, twice the rank (miles)")
@@ -158,7 +173,19 @@ class TrainConfig(Section):
     )
     step_weight: Literal["none", "std", "inverse-gradient"] = Field("none", description="weight of a step in the loss")
     ratio_norm: bool = Field(False, description="RatioNorm of GRPO-Guard; needs its clip_range of 2e-6 to 4e-6")
-    nft_beta: float = Field(1.0, gt=0, description="mixing of DiffusionNFT's implicit policies")
+    nft_beta: float = Field(1.0, gt=0, le=1e6, description="mixing of DiffusionNFT's implicit policies")
+    pairs: Literal["best-worst", "margin"] = Field(
+        "margin", description="dpo: the best against the worst of a group, or all pairs beyond pair_margin"
+    )
+    pair_margin: float = Field(1.0, ge=0, description="dpo: smallest difference of two advantages that makes a pair")
+    dpo_beta: float = Field(
+        2000.0, gt=0, le=1e9, description="dpo: inverse temperature of the errors (Diffusion-DPO: 2000 to 5000)"
+    )
+    dpo_sft: float = Field(0.0, ge=0, le=1e9, description="dpo: weight of the winners' own error (Reg-DPO)")
+    sft_best: int = Field(4, ge=1, description="sft: videos of a group that are trained on, the best ones")
+    sft_weight: Literal["equal", "advantage"] = Field(
+        "advantage", description="sft: weight of each of them; by advantage only those above the mean count"
+    )
     ema: float = Field(
         0.9, ge=0, lt=1, description="decay per update of the weights used for evaluation; 0 turns it off"
     )

@@ -47,6 +47,11 @@ def group_of(key: str) -> str:
     return key.rpartition("-s")[0]
 
 
+def sample_of(key: str) -> int:
+    """The number of a sample in its group."""
+    return int(key.rpartition("-s")[2])
+
+
 class Run:
     """One run directory. Making the object touches no disk; `open` and `create` do.
 

@@ -68,7 +68,7 @@ def test_reward_rises_under_every_law(kernel: tuple[str, str, float]) -> None:
         history.append(rewards.mean().item())
         spread = rewards.std(dim=1, correction=0, keepdim=True)
         advantage = clip_advantage((rewards - rewards.mean(dim=1, keepdim=True)) / spread, 5.0)
-        units = [Unit(0, 0, str(group), 0, SIZE, step) for group in range(GROUPS) for step in stored]
+        units = [Unit(0, 0, str(group), tuple(range(SIZE)), step) for group in range(GROUPS) for step in stored]
         for number, batch in enumerate(minibatches(units, seed=0, iteration=iteration, expert=0, updates=2)):
             optimizer.zero_grad()
             for step in sorted({unit.step for unit in batch}):

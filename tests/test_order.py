@@ -14,7 +14,7 @@ from train.order import Unit, chunks, epoch_order, minibatches
 
 def make_units(groups: int, chunk_count: int, steps: int) -> list[Unit]:
     return [
-        Unit(int(step % 2), group // 3, f"i000001-p{group:06d}", 4 * chunk, 4, step)
+        Unit(int(step % 2), group // 3, f"i000001-p{group:06d}", tuple(range(4 * chunk, 4 * chunk + 4)), step)
         for group in range(groups)
         for chunk in range(chunk_count)
         for step in range(steps)

@@ -47,7 +47,7 @@ def test_every_transition_once_whatever_the_ranks(
 
 
 def test_the_share_of_padding_is_that_of_the_last_turns() -> None:
-    units = [Unit(0, 0, "i000000-p000000", first, 1, 1) for first in range(10)]
+    units = [Unit(0, 0, "i000000-p000000", (first,), 1) for first in range(10)]
     plan = plan_ranks(units, 4, seed=0, iteration=0, expert=0, updates=2)  # 5 and 5: two turns of four each
     assert [table.tolist() for table in plan.slots] == [[[0, 1, 2, 3], [4, -1, -1, -1]]] * 2
     assert plan.padding == 6 / 16
@@ -58,7 +58,7 @@ def test_the_share_of_padding_is_that_of_the_last_turns() -> None:
 def test_a_plan_for_512_ranks_and_100_000_transitions_takes_seconds() -> None:
     steps, size, groups = 5, 4, 1250  # 1250 groups of 16 samples in batches of 4, 5 steps of each: 100,000 transitions
     units = [
-        Unit(step % 2, group // 8, f"i000000-p{group:06d}", first, size, step)
+        Unit(step % 2, group // 8, f"i000000-p{group:06d}", tuple(range(first, first + size)), step)
         for group in range(groups)
         for first in range(0, 16, size)
         for step in range(steps)

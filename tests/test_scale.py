@@ -262,7 +262,7 @@ def test_ranks_wait_for_the_padded_pass() -> None:
 @pytest.mark.parametrize(("ranks", "updates"), [(1, 1), (3, 2), (7, 4), (64, 3)])
 def test_the_simulated_passes_are_those_of_the_products_order(ranks: int, updates: int) -> None:
     one = Scene(2 * ranks, UNITS, replace(WORK, updates=updates), MEASURED, ASSUMED)
-    units = [Unit(0, 0, "i000000-p000000", sample, 1, step) for sample in range(24) for step in range(2)]
+    units = [Unit(0, 0, "i000000-p000000", (sample,), step) for sample in range(24) for step in range(2)]
     plan = plan_ranks(units, one.ranks, seed=0, iteration=0, expert=0, updates=updates)
     assert one.passes(2) == sum(len(plan.of_rank(update, 0)) for update in range(updates))
 

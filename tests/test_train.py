@@ -238,7 +238,7 @@ def test_a_chunk_of_weight_0_is_not_even_read(rolled: Run, policy: Policy, tmp_p
     run = training.fork(rolled, tmp_path / "run")
     training.advise(run.iteration(0), lambda key: (1.0, float(key.endswith("s02"))))
     inputs = freeze(run, run.iteration(0))
-    assert {unit.first for unit in inputs.units()} == {2}
+    assert {unit.samples for unit in inputs.units()} == {(2,)}
 
 
 def test_all_groups_dropped_publishes_the_same_policy(rolled: Run, policy: Policy, tmp_path: Path) -> None:
@@ -362,23 +362,25 @@ def test_the_loss_is_the_sum_of_its_parts(objective: str, rolled: Run, policy: P
     with contextlib.closing(ExpertTrainer(policy, inputs, run.config.train, 1)) as trainer:
         for number, weight in enumerate(trainer.state.parameters.values()):
             weight.data += 0.05 * noise(tuple(weight.shape), seed=number)
+        trainer.moved = True
         for unit in (unit for unit in inputs.units() if unit.expert == 1):
             found, chunk = trainer.backward(unit, 1.0), trainer.losses.read(unit)
             advantage = torch.tensor([inputs.advantages[key][0] for key in chunk.keys]).clamp(-2.0, 2.0)
             inner = (chunk.prompt, chunk.negative, schedule.guidance[unit.step])
-            x, sigma, t = chunk.x, schedule.sigmas[unit.step], schedule.timesteps[unit.step]
+            x = chunk.x0 if objective == "nft" else chunk.x
+            sigma, t = schedule.sigmas[unit.step], schedule.timesteps[unit.step]
             if objective == "nft":
                 prompt = inputs.rollouts.groups[unit.group]["prompt_id"]
                 fresh = trainer.losses._fresh_noise(chunk)
                 for number, step in itertools.product(range(unit.size), range(schedule.steps + 1)):
-                    seed = noise_seed(plan["seed"], plan["iteration"], prompt, unit.first + number, step)
+                    seed = noise_seed(plan["seed"], plan["iteration"], prompt, unit.samples[number], step)
                     assert not torch.equal(fresh[number], noise(x.shape[1:], seed=seed))  # none of the rollout's own
                 x = (1.0 - sigma) * x + sigma * fresh
             with torch.no_grad():
                 new, old = (one.velocity(1, x, t, *inner) for one in (policy, base))
                 moved = (new - old).square().flatten(1).mean(1)
                 if objective == "nft":
-                    error = nft_loss(new, old, x, chunk.x, sigma, advantage / 4.0 + 0.5, run.config.train.nft_beta)
+                    error = nft_loss(new, old, x, chunk.x0, sigma, advantage / 4.0 + 0.5, run.config.train.nft_beta)
                     expected = 2.0 * error + 0.3 * moved
                 else:
                     ratio = (log_probs(policy, inputs.rollouts, chunk) - chunk.log_prob).exp()
@@ -472,7 +474,7 @@ def test_the_next_unit_and_no_other_is_read_in_the_meantime(rolled: Run) -> None
     units, deadline = rollouts.units()[:5], time.monotonic() + 60
     with contextlib.closing(Ahead(read)) as ahead:
         for unit, following in itertools.pairwise(units):
-            assert torch.equal(ahead.take(unit, following).latents, read_step(rollouts, unit).latents)
+            assert torch.equal(ahead.take(unit, following).states["x"], read_step(rollouts, unit).states["x"])
             while len(seen) < 1 + units.index(following):
                 assert time.monotonic() < deadline, "nothing is read ahead"
                 time.sleep(0.001)  # it comes without being asked for

@@ -63,7 +63,7 @@ class Rollouts:
     def units(self) -> list[Unit]:
         """Every (chunk, stochastic step) of every shard, in plan order."""
         return [
-            Unit(self.schedule.experts[step], number, group, first, count, step)
+            Unit(self.schedule.experts[step], number, group, tuple(range(first, first + count)), step)
             for number in self.shards
             for group in self.plan["shards"][number]
             for first, count in chunks(self.plan["group_size"], self.plan["batch_size"])
@@ -94,14 +94,39 @@ class Inputs:
     """Name of the advantage specification, 8 hexadecimal digits."""
     advantages: Mapping[str, tuple[float, float]]
     """(advantage, weight) of each sample key; weight 0 means that the sample is not trained on."""
+    pairs: Mapping[str, Sequence[tuple[int, int]]] = field(default_factory=dict)
+    """(winner, loser) by group key, numbers of samples, for objectives that compare samples."""
+    alone: bool = False
+    """Units hold the samples that count and no others, for objectives that replay no transition."""
 
     def units(self) -> list[Unit]:
         """The units with at least one sample that counts."""
-        return [unit for unit in self.rollouts.units() if self.weight([unit]) > 0]
+        return [unit for unit in self._all_units() if self.weight([unit]) > 0]
+
+    def _all_units(self) -> list[Unit]:
+        everything = self.rollouts.units()
+        if not self.alone:
+            return everything
+        size = self.rollouts.plan["batch_size"]
+        places = dict.fromkeys((unit.expert, unit.shard, unit.group, unit.step) for unit in everything)
+        return [
+            Unit(expert, shard, group, samples, step)
+            for expert, shard, group, step in places
+            for samples in _cut(self._counting(group), size)
+        ]
+
+    def _counting(self, group: str) -> list[int]:
+        """Numbers of the samples of a group that count."""
+        numbers = range(self.rollouts.plan["group_size"])
+        return [number for number in numbers if self.advantages[sample_key(group, number)][1] > 0]
 
     def weight(self, units: Iterable[Unit]) -> float:
         """Sum of the weights of all (sample, step) rows of the units: what a mean over them divides by."""
         return sum(self.advantages[key][1] for unit in units for key in keys_of(unit))
+
+
+def _cut(numbers: list[int], size: int) -> list[tuple[int, ...]]:
+    return [tuple(numbers[first : first + size]) for first in range(0, len(numbers), size)]
 
 
 @dataclass(frozen=True)
@@ -109,10 +134,10 @@ class Stored:
     """What the files hold of a unit: on the host, as it was read. B samples of one group."""
 
     unit: Unit
-    latents: Tensor
-    """[B, n, C, F, H, W] as they are stored: before and after the step, or only the final ones."""
+    states: dict[str, Tensor]
+    """[B, C, F, H, W] each, as stored, those that were read: `x` before the step, `x_next` after it, `x0` the last."""
     log_prob: list[float]
-    """B numbers, taken during the rollout; 0 where the objective needs none."""
+    """B numbers, taken during the rollout; 0 where they were not read."""
     text: dict[str, Tensor]
     """Embeddings of the group and, of image-to-video, the condition."""
     x0_prev: list[Tensor] = field(default_factory=list)
@@ -121,14 +146,12 @@ class Stored:
 
 @dataclass(frozen=True)
 class Chunk:
-    """One forward batch of the rollout at one step, on the policy's device. B samples of one group."""
+    """One forward batch at one step, on the policy's device. B samples of one group."""
 
     unit: Unit
     keys: list[str]
-    x: Tensor
-    """[B, C, F, H, W] fp32 latents before the step."""
-    x_next: Tensor
-    """[B, C, F, H, W] fp32 latents after the step, rounded as they were stored."""
+    states: dict[str, Tensor]
+    """As in `Stored`, in fp32: rounded as they were stored."""
     log_prob: Tensor
     """[B] fp32, taken during the rollout."""
     prompt: Tensor
@@ -138,45 +161,71 @@ class Chunk:
     extra: dict[str, Any]
     """`condition` of image-to-video and `x0_prev` of the 2M law, where there are any."""
 
+    @property
+    def x(self) -> Tensor:
+        """[B, C, F, H, W] the state before the step."""
+        return self.states["x"]
+
+    @property
+    def x_next(self) -> Tensor:
+        """[B, C, F, H, W] the state after the step."""
+        return self.states["x_next"]
+
+    @property
+    def x0(self) -> Tensor:
+        """[B, C, F, H, W] the final latents."""
+        return self.states["x0"]
+
 
 def keys_of(unit: Unit) -> list[str]:
-    """Sample keys of a unit, in the order of the rollout's forward batch."""
-    return [sample_key(unit.group, sample) for sample in range(unit.first, unit.first + unit.size)]
+    """Sample keys of a unit, in the order of its forward batch."""
+    return [sample_key(unit.group, sample) for sample in unit.samples]
 
 
 def read_step(rollouts: Rollouts, unit: Unit) -> Stored:
     """Read a unit from its shard, checksums verified: the states of a transition. Any thread may do this."""
     shard, keys = rollouts.shards[unit.shard], keys_of(unit)
-    latents = torch.stack([shard.latents(key, [unit.step, unit.step + 1]) for key in keys])
     position = rollouts.window(unit.group).index(unit.step)
     two_steps = rollouts.schedule.law == "dpm-sde-2m"
     return Stored(
         unit,
-        latents,
+        _states(rollouts, unit, {"x": unit.step, "x_next": unit.step + 1}),
         [shard.row(key)["log_prob"][position] for key in keys],
         shard.group(unit.group),
         [shard.trajectory(key)["x0_prev"][position] for key in keys] if two_steps else [],
     )
 
 
+def read_end(rollouts: Rollouts, unit: Unit) -> Stored:
+    """The same for the estimator that looks from the state before a step to the end of the video."""
+    states = _states(rollouts, unit, {"x": unit.step, "x0": rollouts.schedule.steps})
+    return Stored(unit, states, [0.0] * unit.size, rollouts.shards[unit.shard].group(unit.group))
+
+
 def read_final(rollouts: Rollouts, unit: Unit) -> Stored:
-    """The same for objectives that need no transition: the final latents."""
-    shard, last = rollouts.shards[unit.shard], rollouts.schedule.steps
-    latents = torch.stack([shard.latents(key, [last]) for key in keys_of(unit)])
-    return Stored(unit, latents, [0.0] * unit.size, shard.group(unit.group))
+    """The same for objectives that need no state of the trajectory but the final latents."""
+    states = _states(rollouts, unit, {"x0": rollouts.schedule.steps})
+    return Stored(unit, states, [0.0] * unit.size, rollouts.shards[unit.shard].group(unit.group))
+
+
+def _states(rollouts: Rollouts, unit: Unit, wanted: dict[str, int]) -> dict[str, Tensor]:
+    """Stored latents of a unit [B, C, F, H, W] by name; `wanted` has the number of each state, ascending."""
+    shard = rollouts.shards[unit.shard]
+    latents = torch.stack([shard.latents(key, list(wanted.values())) for key in keys_of(unit)])
+    return {name: latents[:, index] for index, name in enumerate(wanted)}
 
 
 def chunk_of(stored: Stored, policy: Policy) -> Chunk:
-    """What was read, on the policy's device in the rollout's batch shape; of final latents x and x_next are equal."""
-    latents = stored.latents.float().to(policy.device)
+    """What was read, on the policy's device."""
+    states = {name: latents.float().to(policy.device).contiguous() for name, latents in stored.states.items()}
+    like = next(iter(states.values()))
     extra: dict[str, Any] = {}
     if stored.x0_prev:
         extra["x0_prev"] = torch.stack(stored.x0_prev).float().to(policy.device)
     if "condition" in stored.text:
         extra["condition"] = stored.text["condition"].to(policy.device)
     prompt, negative = (policy.pad(stored.text[name], stored.unit.size) for name in ("prompt", "negative"))
-    x, x_next = latents[:, 0].contiguous(), latents[:, -1].contiguous()
-    return Chunk(stored.unit, keys_of(stored.unit), x, x_next, row(stored.log_prob, x), prompt, negative, extra)
+    return Chunk(stored.unit, keys_of(stored.unit), states, row(stored.log_prob, like), prompt, negative, extra)
 
 
 def read_chunk(rollouts: Rollouts, policy: Policy, unit: Unit) -> Chunk:

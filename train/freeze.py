@@ -5,14 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shards.config import TrainConfig
 from shards.errors import UserError
 from shards.files import publish_new, read_json, to_json
 from shards.progress import counted
 from shards.sidecar import advantaged, read_advantages, specifications
 from train.data import Inputs, Rollouts
+from train.selection import Advantages, select
 
 if TYPE_CHECKING:
-    from shards.config import RunConfig, TrainConfig
+    from shards.config import RunConfig
     from shards.run import Run, Stage
 
 SCHEMA = 1
@@ -35,6 +37,7 @@ def freeze(run: Run, stage: Stage, advantage: str = "") -> Inputs:
     specification = advantage or (frozen["advantage"] if frozen else choose_specification(stage, run.config))
     _check_named(stage, advantage)
     _check_advantages(stage, rollouts, specification)
+    selected = select(_advantages(stage, specification), run.config.train)  # told before anything is written
     ours = _plan(run.config, stage, rollouts, specification)
     publish_new(path, to_json(ours, path))
     differing = _differences(ours, read_json(path))
@@ -43,9 +46,14 @@ def freeze(run: Run, stage: Stage, advantage: str = "") -> Inputs:
             f"{path}: training began with other {', '.join(differing)}",
             "restore them, or delete the iteration's train/ and policy/ folders to train it anew",
         )
+    alone = run.config.train.objective in ("dpo", "sft")
+    return Inputs(rollouts, specification, selected.advantages, selected.pairs, alone)
+
+
+def _advantages(stage: Stage, specification: str) -> Advantages:
     frame = read_advantages(stage, specification)
     pairs = zip(frame["advantage"].tolist(), frame["weight"].tolist(), strict=True)
-    return Inputs(rollouts, specification, dict(zip(frame["key"].tolist(), pairs, strict=True)))
+    return dict(zip(frame["key"].tolist(), pairs, strict=True))
 
 
 def choose_specification(stage: Stage, config: RunConfig) -> str:
@@ -159,10 +167,21 @@ def _summary(stage: Stage, specification: str) -> dict[str, Any]:
 
 
 def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    """Names of what differs, `train.learning_rate` or `shards`."""
+    """Names of what differs, `train.learning_rate` or `shards`.
+
+    A setting of [train] that the file does not have, because it was written before there was one, had its default.
+    """
+    if isinstance(theirs.get("train"), dict):
+        before = {name: default for name, default in _defaults().items() if name in ours["train"]}
+        theirs = {**theirs, "train": before | theirs["train"]}
     names = [name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
     if "train" not in names or not isinstance(theirs.get("train"), dict):
         return names
     settings = ours["train"].keys() | theirs["train"].keys()
     inner = [f"train.{name}" for name in sorted(settings) if ours["train"].get(name) != theirs["train"].get(name)]
     return [name for name in names if name != "train"] + inner
+
+
+def _defaults() -> dict[str, Any]:
+    """Settings of [train] as a run.toml without them has them."""
+    return TrainConfig().model_dump(mode="json")

@@ -1,21 +1,22 @@
-"""What one chunk of samples contributes to the loss of an expert: the clipped policy gradient, or DiffusionNFT."""
+"""What one chunk of samples contributes to the loss of an expert, by objective and estimator."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from rollout.schedule import step_scale, step_std
-from rollout.step import step_log_prob
+from rollout.schedule import step_scale, step_slope, step_std
+from rollout.step import step_log_prob, step_mean
 from rollout.transitions import noise, noise_seed
-from train import objectives
+from train import estimators, objectives
 from train.ahead import Ahead
-from train.data import Chunk, Inputs, chunk_of, read_final, read_step
+from train.data import Chunk, Inputs, chunk_of, read_end, read_final, read_step
+from train.estimators import Compared
 from train.masters import RolledOut
 from train.order import Unit
 
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     from rollout.policy import Policy
     from shards.config import TrainConfig
 
-NFT_NOISE = 1_000_000  # step number of DiffusionNFT's noise: no schedule is that long, so no rollout noise is repeated
+FRESH_NOISE = 1_000_000  # added to a step's number for the seed of fresh noise: no schedule is that long, so no noise
+# of a rollout is repeated
 
 
 @dataclass
@@ -38,6 +40,18 @@ class Rows:
     kl: Tensor
     shift: Tensor | None = None
     """Root mean square shift of the mean since the rollout, in standard deviations; None when not measured."""
+    more: dict[str, Tensor] = field(default_factory=dict)
+    """Measurements of the objective at hand, detached: see docs/metrics.md."""
+
+
+def is_published(config: TrainConfig) -> bool:
+    """Whether the loss is the clipped ratio of stored log-probs, as Flow-GRPO and DanceGRPO published it."""
+    return config.objective == "grpo" and config.estimator == "noise" and not config.proximal and not config.proximal_2
+
+
+def noised_afresh(config: TrainConfig) -> bool:
+    """Whether the model is shown final latents with fresh noise, so that no state before the end is needed."""
+    return config.objective != "grpo" or config.estimator == "fresh"
 
 
 class Losses:
@@ -49,11 +63,24 @@ class Losses:
         self.policy, self.inputs, self.config, self.expert = policy, inputs, config, expert
         self.rolled_out, self.world = rolled_out, world
         self.references: dict[Unit, tuple[Tensor, Tensor]] = {}
+        self.gains: dict[str, float] = {}
         self.step_weights = _step_weights(inputs, config, expert)
-        self.ahead = Ahead(partial(read_final if config.objective == "nft" else read_step, inputs.rollouts))
+        self.ahead = Ahead(partial(_reader(config), inputs.rollouts))
         self.old_log_probs: dict[Unit, Tensor] = {}
 
-    def prepare(self, units: Sequence[Unit]) -> None:
+    @property
+    def proximal(self) -> float:
+        """lambda of this expert."""
+        second = self.config.proximal_2
+        return second if self.expert == 1 and second is not None else self.config.proximal
+
+    def prepare(self, units: Sequence[Unit], moved: bool) -> None:
+        """Compute ahead what the losses of these units need of other weights or of each other."""
+        self._prepare_references(units)
+        if self.inputs.pairs and any(unit.size < self._group_size(unit) for unit in units):
+            self._prepare_gains(units, moved)
+
+    def _prepare_references(self, units: Sequence[Unit]) -> None:
         """Ask the reference for these units at once, where it is another set of weights that must be swapped in.
 
         One process keeps the answers. Ranks meet other units in later epochs than before, so that what one has kept
@@ -69,63 +96,197 @@ class Losses:
         with torch.no_grad(), self.policy.reference():
             for unit, following in zip(missing, [*missing[1:], units[0]], strict=True):
                 chunk = self.read(unit, following)
-                velocity, mean = self._under_reference(chunk, self._noised(chunk))
+                velocity, mean = self._under_reference(chunk, self._state(chunk))
                 self.references[unit] = velocity.to(self.rolled_out.away), mean.to(self.rolled_out.away)
+
+    @torch.no_grad()
+    def _prepare_gains(self, units: Sequence[Unit], moved: bool) -> None:
+        """The gain of every sample of these units, on all ranks: partners of a pair may be in different batches."""
+        found: dict[str, float] = {}
+        for unit, following in zip(units, [*units[1:], units[0]], strict=True):
+            chunk = self.read(unit, following)
+            x = self._state(chunk)
+            old = self._old_velocity(chunk, x)
+            velocity = self._velocity(chunk, x) if moved else old
+            gain = self._error(chunk, x, velocity) - self._error(chunk, x, old)
+            found |= {f"{key} {unit.step}": value for key, value in zip(chunk.keys, gain.tolist(), strict=True)}
+        self.gains = {name: value for part in self.world.gather_data(found) for name, value in part.items()}
+
+    def _group_size(self, unit: Unit) -> int:
+        """Number of samples of a unit's group that have a pair."""
+        return len({sample for pair in self.inputs.pairs.get(unit.group, ()) for sample in pair})
 
     def rows(self, chunk: Chunk, advantage: Tensor, *, measure: bool, moved: bool) -> Rows:
         """The losses of a chunk, with gradient. `measure` asks for the shift of the mean, if the expert has `moved`."""
-        if self.config.objective == "nft":
-            return self._nft(chunk, advantage)
-        return self._grpo(chunk, advantage, measure, moved)
+        if is_published(self.config):
+            return self._published(chunk, advantage, measure, moved)
+        if self.config.objective == "sft":
+            return self._supervised(chunk)
+        return self._matched(chunk, advantage, moved)
 
-    def _grpo(self, chunk: Chunk, advantage: Tensor, measure: bool, moved: bool) -> Rows:
+    def _supervised(self, chunk: Chunk) -> Rows:
+        """Flow matching of the final latents, as in pretraining."""
+        x = self._state(chunk)
+        velocity = self._velocity(chunk, x)
+        error = self._error(chunk, x, velocity)
+        kl = self._kl(chunk, x, velocity, velocity)
+        one = torch.ones_like(kl)
+        return Rows(error + self.config.kl_beta * kl, one, torch.zeros_like(one, dtype=torch.bool), kl)
+
+    def _published(self, chunk: Chunk, advantage: Tensor, measure: bool, moved: bool) -> Rows:
+        """The clipped ratio of a step's log-prob, by the stored transition."""
         config, step = self.config, chunk.unit.step
         old_mean = self._old_mean(chunk) if config.ratio_norm or (measure and moved) else None
         scored = self._score(chunk)
         old_log_prob = self.old_log_probs[chunk.unit] if config.recompute_log_probs else chunk.log_prob
         log_ratio = scored.log_prob - old_log_prob
         if config.ratio_norm and old_mean is not None:
-            log_ratio = objectives.ratio_norm(log_ratio, scored.mean, old_mean, scored.std, self._free(chunk))
+            log_ratio = objectives.ratio_norm(log_ratio, scored.mean, old_mean, scored.std, self._free(chunk, chunk.x))
         policy_loss = objectives.policy_loss(log_ratio, advantage, config.clip_range)
-        kl = self._kl(chunk, scored)
+        kl = self._kl(chunk, chunk.x, scored.velocity, scored.mean)
         loss = self.step_weights[step] * policy_loss.loss + config.kl_beta * kl
         shift = None
         if old_mean is not None:
-            shift = objectives.mean_shift(scored.mean.detach(), old_mean, scored.std, self._free(chunk))
+            shift = objectives.mean_shift(scored.mean.detach(), old_mean, scored.std, self._free(chunk, chunk.x))
         if measure and not moved:
             shift = torch.zeros_like(kl)
         return Rows(loss, policy_loss.ratio, policy_loss.clipped, kl, shift)
 
-    def _nft(self, chunk: Chunk, advantage: Tensor) -> Rows:
-        """DiffusionNFT on the final latents, noised afresh to the sigma of the unit's step."""
-        rollouts, config = self.inputs.rollouts, self.config
-        sigma = rollouts.schedule.sigmas[chunk.unit.step]
-        x0, x, mask = chunk.x, self._noised(chunk), self._free(chunk)
-        with self.rolled_out.in_place():
-            old = self._velocity(chunk, x)
-        velocity = self._velocity(chunk, x)
-        optimality = objectives.nft_optimality(advantage, config.advantage_clip)
-        error = objectives.nft_loss(velocity, old, x, x0, sigma, optimality, config.nft_beta, mask)
-        loss = config.advantage_clip * error
-        kl = torch.zeros_like(loss)
-        if config.kl_beta > 0:
-            reference, _ = self._reference(chunk, x)
-            kl = objectives.kl_divergence("velocity", velocity=velocity, reference_velocity=reference,
-                                          mean=velocity, reference_mean=reference, std=1.0, mask=mask)  # fmt: skip
-        return Rows(loss + config.kl_beta * kl, torch.ones_like(loss), torch.zeros_like(loss, dtype=torch.bool), kl)
+    def _matched(self, chunk: Chunk, advantage: Tensor, moved: bool) -> Rows:
+        """Losses in the velocity of the policy, that of the policy that sampled, and a target, at one state.
 
-    def _kl(self, chunk: Chunk, scored: Any) -> Tensor:
+        Before the first update both policies are one, which saves a forward. The old one goes first, as no backward
+        pass may be pending when its weights are put in place.
+        """
+        x = self._state(chunk)
+        old = self._old_velocity(chunk, x) if moved else None
+        velocity = self._velocity(chunk, x)
+        old = velocity.detach() if old is None else old
+        target = self._target(chunk, x, old)
+        compared = estimators.compare(velocity, old, target, self._weight(chunk, old, target), self._free(chunk, x))
+        rows = self._objective(chunk, advantage, x, velocity, old, target, compared)
+        rows.kl = self._kl(chunk, x, velocity, velocity)
+        rows.loss = rows.loss + self.config.kl_beta * rows.kl
+        rows.more |= {"moved": compared.square.detach(), "wanted": compared.wanted}
+        if self._has_noise(chunk.unit):
+            scale = step_scale(self.inputs.rollouts.schedule, chunk.unit.step)
+            one = estimators.compare(velocity.detach(), old, target, scale**2, self._free(chunk, x))
+            rows.shift = one.square.sqrt()
+        return rows
+
+    def _objective(
+        self,
+        chunk: Chunk,
+        advantage: Tensor,
+        x: Tensor,
+        velocity: Tensor,
+        old: Tensor,
+        target: Tensor,
+        compared: Compared,
+    ) -> Rows:
+        config, zero = self.config, torch.zeros_like(advantage)
+        if config.objective == "grpo":
+            held = self._held(compared, advantage)
+            weight = self.step_weights.get(chunk.unit.step, 1.0)
+            more = {
+                "pull": (advantage * compared.pull).detach(),
+                "hold": 0.5 * self.proximal * compared.square.detach(),
+            }
+            return Rows(weight * held.loss, held.ratio, held.clipped, zero, more=more)
+        if config.objective == "nft":
+            sigma = self.inputs.rollouts.schedule.sigmas[chunk.unit.step]
+            optimality = objectives.nft_optimality(advantage, config.advantage_clip)
+            mask = self._free(chunk, x)
+            error = objectives.nft_loss(velocity, old, x, chunk.x0, sigma, optimality, config.nft_beta, mask)
+            return Rows(config.advantage_clip * error, zero + 1.0, zero.bool(), zero)
+        error = self._error(chunk, x, velocity)
+        return self._preferred(chunk, error, (error - self._error(chunk, x, old)).detach())
+
+    def _held(self, compared: Compared, advantage: Tensor) -> objectives.PolicyLoss:
+        """The loss of the policy gradient: with a hold, or the clipped ratio of the log-ratio <e, q> - |q|²/2."""
+        if self.proximal > 0:
+            arguments = compared.pull, compared.square, advantage
+            return objectives.held_loss(*arguments, self.proximal, self.config.clip_range)
+        return objectives.policy_loss(compared.pull - 0.5 * compared.square, advantage, self.config.clip_range)
+
+    def _preferred(self, chunk: Chunk, error: Tensor, gain: Tensor) -> Rows:
+        """DPO on the pairs of the chunk's group; `error` and `gain` are [B]."""
+        pairs = self.inputs.pairs[chunk.unit.group]
+        samples = sorted({sample for pair in pairs for sample in pair})
+        own = dict(zip(chunk.unit.samples, gain, strict=True))
+        prefix = chunk.keys[0].rpartition("-s")[0]
+        everyone = torch.stack([
+            own[sample] if sample in own else gain.new_tensor(self.gains[f"{prefix}-s{sample:02d} {chunk.unit.step}"])
+            for sample in samples
+        ])  # fmt: skip
+        place = {sample: index for index, sample in enumerate(samples)}
+        winners, losers = (torch.tensor([place[pair[side]] for pair in pairs], device=gain.device) for side in (0, 1))
+        found = objectives.pair_loss(everyone, winners, losers, self.config.dpo_beta)
+        mine = torch.tensor([place[sample] for sample in chunk.unit.samples], device=gain.device)
+        push, loss, right, wins = (value[mine] for value in found)
+        pulled = push * error
+        total = pulled - pulled.detach() + loss + self.config.dpo_sft * wins * error
+        zero = torch.zeros_like(loss)
+        return Rows(total, zero + 1.0, zero.bool(), zero, more={"pairs_right": right, "gain": gain})
+
+    # --- Targets and states ------------------------------------------------------------------------------------------
+
+    def _state(self, chunk: Chunk) -> Tensor:
+        """What the model is shown [B, C, F, H, W]: the state before the step, or the final latents noised afresh."""
+        if not noised_afresh(self.config):
+            return chunk.x
+        sigma = self.inputs.rollouts.schedule.sigmas[chunk.unit.step]
+        return (1.0 - sigma) * chunk.x0 + sigma * self._fresh_noise(chunk).to(chunk.x0.device)
+
+    def _target(self, chunk: Chunk, x: Tensor, old: Tensor) -> Tensor:
+        """u of `train.estimators`: the velocity [B, C, F, H, W] that the samples pull towards at x."""
+        schedule, step = self.inputs.rollouts.schedule, chunk.unit.step
+        if not noised_afresh(self.config) and self.config.estimator == "noise":
+            mean = step_mean(schedule, step, x, old, chunk.extra.get("x0_prev"))
+            return old + (chunk.x_next - mean) / step_slope(schedule, step)
+        return (x - chunk.x0) / schedule.sigmas[step]
+
+    def _weight(self, chunk: Chunk, old: Tensor, target: Tensor) -> float | Tensor:
+        """w of `train.estimators`."""
+        rollouts, config, step = self.inputs.rollouts, self.config, chunk.unit.step
+        if config.objective != "grpo" or config.error_weight == "adaptive":
+            mask = self._free(chunk, old)
+            return estimators.adaptive_weight(old, target, rollouts.schedule.sigmas[step], mask)
+        return estimators.step_weight(config.error_weight, rollouts.schedule, step, rollouts.window(chunk.unit.group))
+
+    def _error(self, chunk: Chunk, x: Tensor, velocity: Tensor) -> Tensor:
+        """Flow-matching error [B] of a velocity at x."""
+        target = (x - chunk.x0) / self.inputs.rollouts.schedule.sigmas[chunk.unit.step]
+        return objectives.matching_error(velocity, target, self._free(chunk, x))
+
+    def _has_noise(self, unit: Unit) -> bool:
+        """Whether the rollout took this step with noise."""
+        return bool(self.inputs.rollouts.groups[unit.group]["window"])
+
+    def _fresh_noise(self, chunk: Chunk) -> Tensor:
+        """Noise [B, C, F, H, W] that no rollout has seen; of pairs, the same for all samples of a group."""
+        plan, group = self.inputs.rollouts.plan, self.inputs.rollouts.groups[chunk.unit.group]
+        step = FRESH_NOISE + chunk.unit.step
+        samples = [0 if self.inputs.pairs else sample for sample in chunk.unit.samples]
+        seeds = [noise_seed(plan["seed"], plan["iteration"], group["prompt_id"], sample, step) for sample in samples]
+        return torch.stack([noise(chunk.x0.shape[1:], seed=seed) for seed in seeds])
+
+    # --- The model ---------------------------------------------------------------------------------------------------
+
+    def _kl(self, chunk: Chunk, x: Tensor, velocity: Tensor, mean: Tensor) -> Tensor:
+        """Distance [B] to the reference; of velocities wherever no transition is scored."""
         if self.config.kl_beta == 0:
-            return torch.zeros_like(scored.log_prob)
-        velocity, mean = self._reference(chunk, chunk.x)
+            return torch.zeros(len(x), device=x.device)
+        reference_velocity, reference_mean = self._reference(chunk, x)
+        transition = is_published(self.config)
         return objectives.kl_divergence(
-            self.config.kl,
-            velocity=scored.velocity,
-            reference_velocity=velocity,
-            mean=scored.mean,
-            reference_mean=mean,
-            std=scored.std,
-            mask=self._free(chunk),
+            self.config.kl if transition else "velocity",
+            velocity=velocity,
+            reference_velocity=reference_velocity,
+            mean=mean,
+            reference_mean=reference_mean,
+            std=step_std(self.inputs.rollouts.schedule, chunk.unit.step) if transition else 1.0,
+            mask=self._free(chunk, x),
         )
 
     def _reference(self, chunk: Chunk, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,7 +299,7 @@ class Losses:
 
     def _under_reference(self, chunk: Chunk, x: Tensor) -> tuple[Tensor, Tensor]:
         """Velocity and mean of the policy in force; where the mean is not needed the velocity stands for it."""
-        if self.config.objective == "grpo" and self.config.kl == "transition":
+        if is_published(self.config) and self.config.kl == "transition":
             scored = self._score(chunk)
             return scored.velocity, scored.mean
         velocity = self._velocity(chunk, x)
@@ -149,16 +310,9 @@ class Losses:
         with self.world.together():
             return chunk_of(self.ahead.take(unit, following), self.policy)
 
-    def _noised(self, chunk: Chunk) -> Tensor:
-        """What the model is shown: the latents of the step, or, for DiffusionNFT, the final ones noised afresh."""
-        if self.config.objective == "grpo":
-            return chunk.x
-        sigma = self.inputs.rollouts.schedule.sigmas[chunk.unit.step]
-        return (1.0 - sigma) * chunk.x + sigma * self._fresh_noise(chunk).to(chunk.x.device)
-
-    def _free(self, chunk: Chunk) -> Tensor | None:
+    def _free(self, chunk: Chunk, x: Tensor) -> Tensor | None:
         """The latents that are the policy's to choose; None when all are."""
-        return self.policy.free_mask(chunk.x, chunk.extra.get("condition"))
+        return self.policy.free_mask(x, chunk.extra.get("condition"))
 
     def _score(self, chunk: Chunk) -> Any:
         schedule = self.inputs.rollouts.schedule
@@ -170,6 +324,10 @@ class Losses:
         with self.rolled_out.in_place():
             mean: Tensor = self._score(chunk).mean
         return mean
+
+    def _old_velocity(self, chunk: Chunk, x: Tensor) -> Tensor:
+        with self.rolled_out.in_place():
+            return self._velocity(chunk, x)
 
     def _velocity(self, chunk: Chunk, x: Tensor) -> Tensor:
         schedule, step = self.inputs.rollouts.schedule, chunk.unit.step
@@ -183,18 +341,18 @@ class Losses:
             chunk.extra.get("condition"),
         )
 
-    def _fresh_noise(self, chunk: Chunk) -> Tensor:
-        plan, group = self.inputs.rollouts.plan, self.inputs.rollouts.groups[chunk.unit.group]
-        step = NFT_NOISE + chunk.unit.step
-        samples = range(chunk.unit.first, chunk.unit.first + chunk.unit.size)
-        seeds = [noise_seed(plan["seed"], plan["iteration"], group["prompt_id"], sample, step) for sample in samples]
-        return torch.stack([noise(chunk.x.shape[1:], seed=seed) for seed in seeds])
+
+def _reader(config: TrainConfig) -> Any:
+    """The function that reads what the objective needs of a unit."""
+    if noised_afresh(config):
+        return read_final
+    return read_step if config.estimator == "noise" else read_end
 
 
 def _step_weights(inputs: Inputs, config: TrainConfig, expert: int) -> dict[int, float]:
     """Loss weight of every step this expert trains on; the frozen plan decides, so all updates use the same."""
-    if config.objective == "nft":
-        return {}
+    if config.objective != "grpo" or config.step_weight == "none":
+        return dict.fromkeys(inputs.rollouts.steps(expert), 1.0)
     schedule = inputs.rollouts.schedule
     steps = inputs.rollouts.steps(expert)
     stds = {step: step_std(schedule, step) for step in steps}

@@ -1,4 +1,4 @@
-"""The loss, piece by piece: clipped policy gradient, RatioNorm, KL, step weights, DiffusionNFT. Pure functions.
+"""The loss, piece by piece: clipped policy gradient, the hold, RatioNorm, KL, DiffusionNFT, DPO. Pure functions.
 
 A `mask` broadcasts to the latents; only elements where it is not 0 count. It leaves out a given first frame, which is
 not the policy's to choose, as the log-prob does.
@@ -37,6 +37,21 @@ def policy_loss(log_ratio: Tensor, advantage: Tensor, clip_range: float) -> Poli
     unclipped = -advantage * ratio
     clipped = -advantage * ratio.clamp(1.0 - clip_range, 1.0 + clip_range)
     return PolicyLoss(torch.maximum(unclipped, clipped), ratio.detach(), (clipped > unclipped).detach())
+
+
+def held_loss(pull: Tensor, square: Tensor, advantage: Tensor, proximal: float, clip_range: float) -> PolicyLoss:
+    """-A <e, q> + (proximal / 2) |q|², with A <e, q> clipped: a policy gradient with a hold in function space.
+
+    `pull` is <e, q> and `square` |q|² of `estimators.compare`, both [B]. The log-ratio <e, q> - |q|²/2 times -A is
+    concave where A < 0: the loss of a bad sample falls without bound as the model moves, in any direction. Here the
+    square holds on both signs, and the minimum of one sample lies at q = A e / proximal. It is PPO's penalty form
+    (arXiv 1707.06347, section 4) with the KL of a step, |q|²/2, in place of the adaptive KL; `clip_range` limits
+    <e, q> from outside: beyond it a sample gives no pull, and the hold alone is left.
+    """
+    unclipped = -advantage * pull
+    clipped = -advantage * pull.clamp(-clip_range, clip_range)
+    loss = torch.maximum(unclipped, clipped) + 0.5 * proximal * square
+    return PolicyLoss(loss, (pull - 0.5 * square).exp().detach(), (clipped > unclipped).detach())
 
 
 def clip_advantage(advantage: Tensor, limit: float) -> Tensor:
@@ -127,6 +142,43 @@ def nft_loss(
     good = _adaptive_error(x - sigma * (beta * velocity + (1.0 - beta) * old), x0, mask)
     bad = _adaptive_error(x - sigma * ((1.0 + beta) * old - beta * velocity), x0, mask)
     return (optimality * good + (1.0 - optimality) * bad) / beta
+
+
+def matching_error(velocity: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Flow matching [B]: mean squared error of velocities [B, C, F, H, W] against `target`."""
+    return _mean_square(velocity - target.detach(), mask)
+
+
+class PairLoss(NamedTuple):
+    """What the pairs of a group say of its samples: all [N], detached."""
+
+    push: Tensor
+    """d loss / d error of each sample, averaged over its pairs: above 0 for one that should be matched better."""
+    loss: Tensor
+    """Half of the loss of each pair for either of its samples, averaged over the pairs of the sample."""
+    right: Tensor
+    """Share of a sample's pairs whose winner the policy has moved to more than to the loser; a tie counts half."""
+    wins: Tensor
+    """Share of a sample's pairs that it wins."""
+
+
+def pair_loss(gain: Tensor, winners: Tensor, losers: Tensor, beta: float) -> PairLoss:
+    """Diffusion-DPO on flow matching (arXiv 2311.12908, equation 14; for velocities arXiv 2501.13918).
+
+    `gain` [N] is the flow-matching error of each sample of a group less that of the reference policy, at the same
+    noise; `winners` and `losers` [P] are indices into it. The loss of a pair is
+    -log sigmoid(-beta/2 (gain_w - gain_l)). Samples without a pair have 0 everywhere.
+    """
+    inside = -0.5 * beta * (gain[winners] - gain[losers]).detach()
+    push, loss = 0.5 * beta * torch.sigmoid(-inside), 0.5 * torch.nn.functional.softplus(-inside)
+    right = 0.5 + 0.5 * inside.sign()
+    one, zero = torch.ones_like(push), torch.zeros_like(gain)
+    pairs = zero.index_add(0, winners, one).index_add(0, losers, one).clamp_min(1.0)
+
+    def both(of_winner: Tensor, of_loser: Tensor) -> Tensor:
+        return zero.index_add(0, winners, of_winner).index_add(0, losers, of_loser) / pairs
+
+    return PairLoss(both(push, -push), both(loss, loss), both(right, right), both(one, 0.0 * one))
 
 
 def _adaptive_error(prediction: Tensor, x0: Tensor, mask: Tensor | None) -> Tensor:

@@ -6,26 +6,31 @@ import hashlib
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+T = TypeVar("T")
+
 
 class Unit(NamedTuple):
-    """The smallest piece of work: one forward batch of the rollout, at one of its stochastic steps."""
+    """The smallest piece of work: one forward batch, at one step; of the rollout's own shape where it is replayed."""
 
     expert: int
     """0 = high noise (or the only expert), 1 = low noise."""
     shard: int
     group: str
     """Group key, `i000003-p000017`."""
-    first: int
-    """Number of the chunk's first sample in its group; training repeats whole chunks, in the rollout's own shape."""
-    size: int
-    """Samples in the chunk."""
+    samples: tuple[int, ...]
+    """Numbers of the samples in their group. A replayed transition takes a whole chunk of the rollout."""
     step: int
     """From `sigmas[step]` to `sigmas[step + 1]`."""
+
+    @property
+    def size(self) -> int:
+        """Samples in the batch."""
+        return len(self.samples)
 
 
 def chunks(group_size: int, batch_size: int) -> list[tuple[int, int]]:
@@ -47,12 +52,13 @@ def epoch_order(units: Iterable[Unit], *, seed: int, iteration: int, epoch: int,
 
 
 def minibatches(
-    units: Sequence[Unit], *, seed: int, iteration: int, expert: int, updates: int
+    units: Sequence[Unit], *, seed: int, iteration: int, expert: int, updates: int, whole_groups: bool = False
 ) -> list[tuple[Unit, ...]]:
     """The units of each of `updates` optimizer steps of one expert; empty when the expert has no unit at all.
 
     One epoch is cut into `updates` parts that differ by one unit at most. With fewer units than updates, further epochs
-    follow, each in its own order, so that no update is ever empty.
+    follow, each in its own order, so that no update is ever empty. With `whole_groups` all units of a group at a step
+    stay in one minibatch, for losses that compare samples.
     """
     batches: list[tuple[Unit, ...]] = []
     if not any(unit.expert == expert for unit in units):
@@ -60,12 +66,22 @@ def minibatches(
     epoch = 0
     while len(batches) < updates:
         order = epoch_order(units, seed=seed, iteration=iteration, epoch=epoch, expert=expert)
-        batches += split(order, min(len(order), updates - len(batches)))
+        parts = _inseparable(order) if whole_groups else [(unit,) for unit in order]
+        cut = split(parts, min(len(parts), updates - len(batches)))
+        batches += [tuple(itertools.chain.from_iterable(batch)) for batch in cut]
         epoch += 1
     return batches
 
 
-def split(order: Sequence[Unit], parts: int) -> list[tuple[Unit, ...]]:
+def _inseparable(order: Sequence[Unit]) -> list[tuple[Unit, ...]]:
+    """The units of each group and step together, where the first of them stands in the order."""
+    found: dict[tuple[str, int], list[Unit]] = {}
+    for unit in order:
+        found.setdefault((unit.group, unit.step), []).append(unit)
+    return [tuple(units) for units in found.values()]
+
+
+def split(order: Sequence[T], parts: int) -> list[tuple[T, ...]]:
     """Cut a list into consecutive parts whose lengths differ by one at most."""
     edges = [len(order) * part // parts for part in range(parts + 1)]
     return [tuple(order[start:stop]) for start, stop in itertools.pairwise(edges)]
@@ -111,12 +127,23 @@ class RankPlan:
         return float(per_rank.max() / per_rank.mean() - 1.0)
 
 
-def plan_ranks(units: Sequence[Unit], ranks: int, *, seed: int, iteration: int, expert: int, updates: int) -> RankPlan:
+def plan_ranks(
+    units: Sequence[Unit],
+    ranks: int,
+    *,
+    seed: int,
+    iteration: int,
+    expert: int,
+    updates: int,
+    whole_groups: bool = False,
+) -> RankPlan:
     """Divide the minibatches of one expert among ranks: a pure function, so that all of them know the whole plan.
 
     The order is that of one process; the ranks take its units in turn, and the last turn of a minibatch is padded.
     """
-    batches = minibatches(units, seed=seed, iteration=iteration, expert=expert, updates=updates)
+    batches = minibatches(
+        units, seed=seed, iteration=iteration, expert=expert, updates=updates, whole_groups=whole_groups
+    )
     return RankPlan(batches, [deal(len(batch), ranks) for batch in batches])
 
 

@@ -21,6 +21,7 @@ from train import checkpoint, signals
 from train.checkpoint import Checkpoints
 from train.data import Inputs, Rollouts
 from train.freeze import check_policy, policy_record, starting_policy
+from train.losses import is_published
 from train.metrics import MetricsLog
 from train.notes import notes
 from train.order import RankPlan, plan_ranks
@@ -217,9 +218,10 @@ def _train_expert(work: Work, expert: int) -> Trained:
         iteration=stage.iteration,
         expert=expert,
         updates=settings.updates_per_rollout,
+        whole_groups=bool(inputs.pairs),
     )
     with closing(trainer):
-        if settings.objective == "grpo" and settings.recompute_log_probs and done < len(plan.batches):
+        if is_published(settings) and settings.recompute_log_probs and done < len(plan.batches):
             trainer.recompute_log_probs([unit for unit in inputs.units() if unit.expert == expert])
         _update_all(work, trainer, plan, done)
     return Trained(trainer.averages(), trainer.unmoved())
@@ -311,11 +313,28 @@ def _check_lag(settings: TrainConfig, lag: int) -> None:
 
 
 def _check_settings(config: RunConfig) -> None:
-    if config.train.objective == "grpo" and config.rollout.law == "ode":
+    """UserError for settings that do not go together."""
+    train, law = config.train, config.rollout.law
+    hint = "choose a stochastic law, or train.estimator = fresh with train.error_weight = adaptive"
+    if law == "ode" and train.objective == "grpo" and train.estimator != "fresh":
         raise UserError(
-            "rollout.law = ode has no log-probs to train on", "choose a stochastic law, or train.objective = nft"
+            f"rollout.law = ode has no stochastic steps, which train.estimator = {train.estimator} needs", hint
         )
-    if config.train.ratio_norm and config.rollout.law == "cps-unnormalised":
+    by_law = train.error_weight in ("derived", "calibrated")
+    if law == "ode" and train.objective == "grpo" and by_law:
+        raise UserError(f"train.error_weight = {train.error_weight} weighs steps by a law, but rollout.law = ode", hint)
+    if train.objective == "grpo" and train.estimator == "noise" and train.error_weight != "derived":
+        problem = f"train.error_weight = {train.error_weight} does not apply to train.estimator = noise"
+        raise UserError(problem, "the noise of a step weighs as its law says: set train.error_weight = derived")
+    if train.objective == "grpo" and train.step_weight != "none" and not by_law:
+        problem = (
+            f"train.step_weight = {train.step_weight} and train.error_weight = {train.error_weight} both weigh steps"
+        )
+        raise UserError(problem, "set train.step_weight = none")
+    if train.ratio_norm and train.objective == "grpo" and not is_published(train):
+        problem = "train.ratio_norm corrects the clipped ratio of train.estimator = noise without train.proximal"
+        raise UserError(problem, "set train.ratio_norm = false: with a hold the ratio has no shift to correct")
+    if train.ratio_norm and law == "cps-unnormalised":
         raise UserError(
             "train.ratio_norm needs a density, which rollout.law = cps-unnormalised is not", "set rollout.law = cps"
         )

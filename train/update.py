@@ -18,7 +18,7 @@ from shards.usage import peak_memory_bytes
 from train import objectives
 from train.checkpoint import TrainerState
 from train.data import Inputs, read_chunk, row
-from train.losses import Losses, Rows
+from train.losses import Losses, Rows, is_published
 from train.masters import Masters, RolledOut
 from train.order import Slot, Unit, deal
 
@@ -80,21 +80,29 @@ class ExpertTrainer:
         started = time.monotonic()
         self.state.optimizer.zero_grad(set_to_none=True)
         total = self.inputs.weight(units)
-        self.losses.prepare([slot.unit for slot in slots])
+        self.losses.prepare([slot.unit for slot in slots], self.moved)
         after = [*(slot.unit for slot in slots[1:]), following]
-        collected = [
-            self.backward(slot.unit, total, measure=index == 0, counts=slot.counts, following=after[index])
-            for index, slot in enumerate(slots)
-        ]
+        collected, first_half = [], None
+        for index, slot in enumerate(slots):
+            if index == len(slots) // 2 > 0 and not self.policy.is_full:
+                first_half = self._gradients()
+            collected.append(
+                self.backward(slot.unit, total, measure=index == 0, counts=slot.counts, following=after[index])
+            )
+        signal = {} if first_half is None else {"signal": self._agreement(first_half)}
         norm = self._step()
         size = sum(value.numel() for value in self.state.parameters.values())
-        return _summary(self._of_all_ranks(collected)) | {
-            "gradient_norm": norm,
-            "gradient_rms": norm / math.sqrt(size),
-            "learning_rate": self.state.optimizer.param_groups[0]["lr"],
-            "seconds": time.monotonic() - started,
-            "peak_memory_bytes": float(peak_memory_bytes()),
-        }
+        return (
+            _summary(self._of_all_ranks(collected))
+            | signal
+            | {
+                "gradient_norm": norm,
+                "gradient_rms": norm / math.sqrt(size),
+                "learning_rate": self.state.optimizer.param_groups[0]["lr"],
+                "seconds": time.monotonic() - started,
+                "peak_memory_bytes": float(peak_memory_bytes()),
+            }
+        )
 
     def backward(
         self, unit: Unit, total: float, *, measure: bool = False, counts: bool = True, following: Unit | None = None
@@ -107,12 +115,14 @@ class ExpertTrainer:
         """
         chunk = self.losses.read(unit, following)
         pairs = [self.inputs.advantages[key] for key in chunk.keys]
-        weight = row([pair[1] if counts else 0.0 for pair in pairs], chunk.x)
-        advantage = objectives.clip_advantage(row([pair[0] for pair in pairs], chunk.x), self.config.advantage_clip)
+        weight = row([pair[1] if counts else 0.0 for pair in pairs], chunk.log_prob)
+        advantage = objectives.clip_advantage(
+            row([pair[0] for pair in pairs], chunk.log_prob), self.config.advantage_clip
+        )
         rows = self.losses.rows(chunk, advantage, measure=measure, moved=self.moved)
         loss = (rows.loss * (weight / total)).sum()
         (loss * self.world.size if self.world.size > 1 else loss).backward()
-        if measure and not self.config.ratio_norm and self.world.data_rank > 0:
+        if measure and is_published(self.config) and not self.config.ratio_norm and self.world.data_rank > 0:
             rows.shift = None  # all ranks measured it, to stay in step; the first chunk of the minibatch tells it
         return _detached(rows, advantage, weight)
 
@@ -170,6 +180,21 @@ class ExpertTrainer:
         """Rows of all chunks of the minibatch, in its order."""
         return [rows for turn in zip(*self.world.gather_data(mine), strict=True) for rows in turn]
 
+    def _gradients(self) -> list[Tensor]:
+        """Copies of the gradients so far."""
+        return [value.grad.detach().clone() for value in self.state.parameters.values() if value.grad is not None]
+
+    def _agreement(self, first: list[Tensor]) -> float:
+        """Cosine of the gradients of the two halves of a minibatch, of which `first` is one; 0 where one has none."""
+        whole = self._gradients()
+        second = [both - one for both, one in zip(whole, first, strict=True)]
+
+        def dot(one: list[Tensor], other: list[Tensor]) -> float:
+            return sum(full((a * b).sum()).item() for a, b in zip(one, other, strict=True))
+
+        lengths = math.sqrt(dot(first, first) * dot(second, second))
+        return dot(first, second) / lengths if lengths > 0 else 0.0
+
     def _step(self) -> float:
         """Clip the gradient, step, average; returns the norm before clipping."""
         state = self.state
@@ -220,6 +245,7 @@ def _detached(rows: Rows, advantage: Tensor, weight: Tensor) -> dict[str, Tensor
     counts = weight > 0
     found = {"weight": weight, "loss": rows.loss, "ratio": rows.ratio, "clipped": rows.clipped, "kl": rows.kl}
     found["advantage"] = advantage
+    found |= rows.more
     if rows.shift is not None:
         found["shift"] = rows.shift
     return {name: value.detach()[counts].float().cpu() for name, value in found.items()}
@@ -233,7 +259,7 @@ def _summary(collected: list[dict[str, Tensor]]) -> dict[str, float]:
     def mean(name: str) -> float:
         return float((joined[name] * weight).sum())
 
-    advantage = joined["advantage"]
+    advantage, strength = joined["advantage"], joined["weight"] * joined["advantage"].abs()
     summary = {
         "loss": mean("loss"),
         "ratio_mean": mean("ratio"),
@@ -245,7 +271,12 @@ def _summary(collected: list[dict[str, Tensor]]) -> dict[str, float]:
         "advantage_std": advantage.std(correction=0).item(),
         "advantage_max": advantage.abs().max().item(),
         "rows": float(len(weight)),
+        "effective_rows": (strength.sum().square() / strength.square().sum().clamp_min(1e-30)).item(),
     }
+    if "moved" in joined:
+        wanted = mean("wanted")
+        summary["movement"] = math.sqrt(mean("moved") / wanted) if wanted > 0 else 0.0
+    summary |= {name: mean(name) for name in ("pull", "hold", "gain", "pairs_right") if name in joined}
     if "shift" in joined:
         summary["mean_shift"] = joined["shift"].square().mean().sqrt().item()
     return summary

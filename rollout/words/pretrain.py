@@ -176,7 +176,7 @@ def random_prompts(count: int, rng: np.random.Generator, words: Sequence[str] = 
     for row in range(count):
         letters = rng.integers(0, 26, int(rng.integers(3, 6)))
         if row % 4:
-            letters = np.frombuffer(words[rng.integers(len(words))].encode(), np.uint8).astype(np.int64) - 65
+            letters = np.frombuffer(words[int(rng.integers(len(words)))].encode(), np.uint8).astype(np.int64) - 65
         ink, paper = int(rng.integers(len(INKS))), int(rng.integers(len(PAPERS)))
         word = "".join(chr(65 + int(letter)) for letter in letters)
         prompts.append(Scene(word, list(INKS)[ink], list(PAPERS)[paper]).prompt)
