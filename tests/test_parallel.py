@@ -18,6 +18,7 @@ from rollout.policy import Policy
 from shards.run import Run
 from tests import forks, parallel_ranks, training, workers
 from train.data import Rollouts
+from train.order import Unit
 from train.run import train
 
 CALM = {"epsilon": 1e-4}  # AdamW divides rounding noise by the gradient; the default lets it through at any size
@@ -27,6 +28,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "full": {"full": True, "learning_rate": 1e-4, "updates_per_rollout": 5},  # more than there are units: two epochs
     "full-once": {"full": True, "learning_rate": 1e-4, "updates_per_rollout": 1},
     "full-nft": {"full": True, "learning_rate": 1e-4, "objective": "nft"},
+    "held": {"estimator": "endpoint", "error_weight": "adaptive", "proximal": 1.0, "clip_range": 1.0},
+    "dpo": {"objective": "dpo", "pair_margin": 0.0, "dpo_beta": 20.0},
+    "full-sft": {"full": True, "learning_rate": 1e-4, "objective": "sft", "sft_best": 2},
     # one update: after it bfloat16 forwards round the last bits of the weights up to visible differences
     "bf16-lora": {"updates_per_rollout": 1},
     # the second iteration, after a first by one process
@@ -40,10 +44,14 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "bf16-lora dp": (2, {}),
     "bf16-full-next dp": (2, {}),
     "nft dp": (2, {}),
+    "held dp": (2, {}),
+    "dpo dp": (2, {}),
+    "full-sft dp": (2, {}),
     "lora dp ulysses": (4, {"ulysses": 2}),
     "lora hsdp checkpointing": (4, {"replicate": 2, "gradient_checkpointing": True}),
     "full-once dp ulysses": (4, {"ulysses": 2}),
     "nft dp ulysses": (4, {"ulysses": 2}),
+    "dpo dp ulysses": (4, {"ulysses": 2}),
 }
 Results = dict[str, list[dict[str, Any]]]
 Found = tuple[Path, Results]
@@ -152,9 +160,9 @@ def published(run: Path) -> dict[str, torch.Tensor]:
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    """The metrics of the last iteration, but for what one process used up."""
+    """The metrics of the last iteration, but for what one process used up, and what depends on its share of a batch."""
     lines = (last(run) / "policy" / "metrics.jsonl").read_text().splitlines()
-    own = ("seconds", "peak_memory_bytes")
+    own = ("seconds", "peak_memory_bytes", "signal")
     return [{name: value for name, value in json.loads(line).items() if name not in own} for line in lines]
 
 
@@ -214,7 +222,7 @@ def test_every_layout_replays_and_keeps_its_ranks_equal(name: str, request: pyte
 @pytest.mark.parametrize("name", ["lora dp", "nft dp", "lora dp ulysses"])
 def test_ranks_do_the_work_of_one_process_once(name: str, request: pytest.FixtureRequest, ground: Run) -> None:
     found = found_of(request, name)[1][name][:: LAYOUTS[name][1].get("ulysses", 1)]
-    units = [tuple(entry[2:]) for one in found for entry in one["used"] if entry[1]]
+    units = [Unit(*entry[2:5], tuple(entry[5]), entry[6]) for one in found for entry in one["used"] if entry[1]]
     assert sorted(units) == sorted(Rollouts.open(ground.iteration(0)).units())
     slots = [[entry[0] for entry in one["used"]] for one in found]
     assert all(slot == slots[0] for slot in slots)  # the same number of forwards in every update, padding included
