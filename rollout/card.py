@@ -33,6 +33,14 @@ class Base:
     takes_image: bool
 
 
+METHODS = {
+    "grpo": "GRPO",
+    "nft": "DiffusionNFT",
+    "dpo": "Diffusion-DPO on pairs of its own videos",
+    "sft": "supervised fine-tuning on its own best videos",
+}
+
+
 def model_card(run: Run, record: dict[str, Any], base: Base) -> str:
     """README.md of an export; `record` is its export.json."""
     config, iteration = run.config, record["iteration"]
@@ -40,7 +48,7 @@ def model_card(run: Run, record: dict[str, Any], base: Base) -> str:
     if not record["fused"]:
         kind = "a LoRA for each of two experts" if len(record["experts"]) == 2 else "a LoRA"
     weights = "averaged over the updates (EMA)" if record["average"] else "those of the last update"
-    method = "GRPO" if config.train.objective == "grpo" else "DiffusionNFT"
+    method = METHODS[config.train.objective]
     rewards = ", ".join(f"`{name}` × {weight:g}" for name, weight in config.score.rewards.items())
     name = run.path.resolve().name
     curve = ["![mean reward by iterations trained](reward.svg)", ""] if reward_curve(run, iteration) else []

@@ -186,7 +186,7 @@ def _check_eta(law: Law, eta: float) -> None:
     if eta == 0:
         raise UserError(
             f"rollout.eta is 0: the law {law} then adds no noise and has no log-prob",
-            "take an eta above 0 (flow-sde: 0.7), or rollout.law=ode with train.objective=nft",
+            "take an eta above 0 (flow-sde: 0.7), or rollout.law=ode with train.objective=nft, dpo or sft",
         )
     if law in ("cps", "cps-unnormalised") and eta > 1:
         problem = f"rollout.eta is {eta:g}, but {law} takes the angle eta * 90 degrees"

@@ -30,11 +30,21 @@ CHARTS = {  # by objective: title, metric, what is taken off it, explanation
         ("clip fraction", "clip_fraction", 0.0, "Share of samples whose ratio was clipped; 0 at the first update."),
     ],
     "nft": [("loss", "loss", 0.0, "Error of predicted clean latents; DiffusionNFT has no ratio and clips nothing.")],
+    "dpo": [
+        ("pairs right", "pairs_right", 0.0, "Share of pairs in which the policy moved more to the winner."),
+        ("loss", "loss", 0.0, "Of a pair, halved; ln 2 / 2 = 0.347 before the first update of an iteration."),
+    ],
+    "sft": [("loss", "loss", 0.0, "Flow-matching error of the best videos of each group.")],
     "every": [
         ("KL", "kl", 0.0, "Distance to the reference policy; 0 throughout when train.kl_beta is 0."),
         ("gradient norm", "gradient_norm", 0.0, "Before clipping to train.max_grad_norm."),
+        ("movement", "movement", 0.0, "Share of the way to the targets that the model has gone since the rollout."),
+        ("signal", "signal", 0.0, "Cosine of the gradients of the two halves of an update; noise alone gives 0."),
     ],
 }
+
+
+OPTIONAL = ("movement", "signal")  # metrics that not every objective has
 
 
 def write_report(run: Run, megabytes: float = MEGABYTES) -> Path:
@@ -180,6 +190,8 @@ def _training(facts: Facts) -> str:
             )
             for expert in report_data.experts(facts.updates)
         ]
+        if name in OPTIONAL and not any(one.points for one in series):
+            continue
         chart = lines(series, label=f"{title} by update", include=[0.0], width=520)
         panels.append(panel(title, chart, series, note))
     return "".join(panels)

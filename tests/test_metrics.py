@@ -54,7 +54,7 @@ def test_healthy_training_is_silent() -> None:
 def test_an_objective_without_a_ratio_hears_nothing_of_clipping() -> None:
     records = [record(update=number, clip_fraction=0.0) for number in range(1, 9)]
     assert any("clipped" in text for text in guard(records, epsilon=1e-15, on_policy_limit=1e-4))
-    assert not guard(records, epsilon=1e-15, on_policy_limit=1e-4, clips=False)
+    assert not guard(records, epsilon=1e-15, on_policy_limit=1e-4, clips="none")
 
 
 @pytest.mark.parametrize(("records", "words"), [

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from shards import mirror
 from shards.files import publish_replace, read_json_lines
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 Record = dict[str, Any]
+Clips = Literal["both", "high", "none"]
 CLIP_LOW = 0.05  # clip fraction below which the policy hardly moves
 
 
@@ -55,16 +56,24 @@ class MetricsLog:
                 self._board.add_scalar(f"{record['expert']}/{name}", value, record["total_updates"])
 
 
-def guard(records: Sequence[Record], *, epsilon: float, on_policy_limit: float, clips: bool = True) -> list[str]:
+def guard(
+    records: Sequence[Record],
+    *,
+    epsilon: float,
+    on_policy_limit: float,
+    clips: Clips = "both",
+) -> list[str]:
     """What a careful reader of the metrics would say: sentences, empty when all is well.
 
-    `records` are those of one iteration; `clips` is false for an objective without a ratio, where nothing is clipped.
+    `records` are those of one iteration. `clips` says what is said of clipping: `both` where the clip alone limits a
+    step, `high` where it stands outside a hold and rarely acts, `none` for an objective without a ratio.
     """
     sentences = []
     for expert in sorted({record["expert"] for record in records}):
         mine = [record for record in records if record["expert"] == expert]
         sentences += [f"{expert}: {text}" for text in _guard_expert(mine, epsilon, on_policy_limit)]
-        sentences += [f"{expert}: {text}" for text in _guard_clipping(mine) if clips]
+        if clips != "none":
+            sentences += [f"{expert}: {text}" for text in _guard_clipping(mine, low=clips == "both")]
     return sentences
 
 
@@ -99,7 +108,7 @@ def _guard_expert(records: list[Record], epsilon: float, on_policy_limit: float)
     return sentences + _guard_kl(records)
 
 
-def _guard_clipping(records: list[Record]) -> list[str]:
+def _guard_clipping(records: list[Record], low: bool) -> list[str]:
     # the first update of an iteration is on-policy and never clips
     fractions = [record["clip_fraction"] for record in records if record["update"] > 1][-CLIP_RUN:]
     if len(fractions) < CLIP_RUN:
@@ -108,7 +117,7 @@ def _guard_clipping(records: list[Record]) -> list[str]:
         return [
             f"more than {CLIP_HIGH:.0%} of the samples are clipped; lower the learning rate or raise train.clip_range"
         ]
-    if max(fractions) < CLIP_LOW:
+    if low and max(fractions) < CLIP_LOW:
         return [f"less than {CLIP_LOW:.0%} of the samples are clipped; train.learning_rate may be higher"]
     return []
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from shards.run import EXPERT_NAMES, group_of
 from train.data import Inputs
 from train.history import guard_history
-from train.metrics import Record, guard, guard_groups, guard_unmoved
+from train.losses import is_published
+from train.metrics import Clips, Record, guard, guard_groups, guard_unmoved
 
 if TYPE_CHECKING:
     from shards.run import Run
@@ -36,6 +37,6 @@ def notes(
         small = "clips nothing of the small ratios of ratio_norm; GRPO-Guard has 2e-6 to 4e-6"
         sentences.append(f"clip_range {settings.clip_range:g} {small}")
     sentences += guard_history(run, rollouts.stage.iteration, records)
-    on_policy = settings.clip_range / 10 if lag == 0 and settings.objective == "grpo" else float("inf")
-    clips = settings.objective == "grpo"
+    on_policy = settings.clip_range / 10 if lag == 0 and is_published(settings) else float("inf")
+    clips: Clips = "both" if is_published(settings) else "high" if settings.objective == "grpo" else "none"
     return sentences + guard(records, epsilon=settings.epsilon, on_policy_limit=on_policy, clips=clips)
