@@ -94,9 +94,12 @@ def init(
     from shards.config import apply_sets, parse_config, read_preset
     from shards.full_paths import in_full
     from shards.run import Run
+    from train.settings import check_settings
 
     values, said = in_full(apply_sets(read_preset(preset), sets))
-    created = Run.create(run, parse_config(values, f"preset {preset}"))
+    config = parse_config(values, f"preset {preset}")
+    check_settings(config)
+    created = Run.create(run, config)
     done = f"written from preset {preset}" if created.is_new else "is there already, with the same values"
     say(f"{created.config_path}: {done}; read it, change what you like")
     for sentence in said:
@@ -114,8 +117,11 @@ def rollout(
     sets: Sets = [],  # noqa: B006
 ) -> None:
     """Sample the shards of an iteration that do not exist yet."""
+    from train.settings import check_settings
+
     opened = open_run(run, sets)
     stage = stage_of(opened, iteration)
+    check_settings(opened.config)  # what cannot be trained is better refused before it is sampled
     if not dry_run:
         share = Share.of(worker, wait)
         with ranks(opened):
@@ -425,9 +431,11 @@ def load_policy(run: Run, stage: Stage | None = None) -> Policy:
     from rollout.planning import check_stage
     from rollout.policy import Policy
     from score.tables import select
+    from train.settings import check_settings
 
     if stage is not None:
         select(run.config.score)  # a reward that is not there is better told before hours of sampling
+        check_settings(run.config)
         check_stage(run, stage)
     return Policy.of(run.config.model)
 

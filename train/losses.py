@@ -19,6 +19,7 @@ from train.data import Chunk, Inputs, chunk_of, read_end, read_final, read_step
 from train.estimators import Compared
 from train.masters import RolledOut
 from train.order import Unit
+from train.settings import is_published, noised_afresh
 
 if TYPE_CHECKING:
     from rollout.parallel import World
@@ -42,16 +43,6 @@ class Rows:
     """Root mean square shift of the mean since the rollout, in standard deviations; None when not measured."""
     more: dict[str, Tensor] = field(default_factory=dict)
     """Measurements of the objective at hand, detached: see docs/metrics.md."""
-
-
-def is_published(config: TrainConfig) -> bool:
-    """Whether the loss is the clipped ratio of stored log-probs, as Flow-GRPO and DanceGRPO published it."""
-    return config.objective == "grpo" and config.estimator == "noise" and not config.proximal and not config.proximal_2
-
-
-def noised_afresh(config: TrainConfig) -> bool:
-    """Whether the model is shown final latents with fresh noise, so that no state before the end is needed."""
-    return config.objective != "grpo" or config.estimator == "fresh"
 
 
 class Losses:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from shards.run import EXPERT_NAMES, group_of
 from train.data import Inputs
 from train.history import guard_history
-from train.losses import is_published
 from train.metrics import Clips, Record, guard, guard_groups, guard_unmoved
+from train.settings import is_published
 
 if TYPE_CHECKING:
     from shards.run import Run

@@ -21,13 +21,13 @@ from train import checkpoint, signals
 from train.checkpoint import Checkpoints
 from train.data import Inputs, Rollouts
 from train.freeze import check_policy, policy_record, starting_policy
-from train.losses import is_published
 from train.metrics import MetricsLog
 from train.notes import notes
 from train.order import RankPlan, plan_ranks
 from train.publish import publish
 from train.ranks import agree_on_inputs, claimed
 from train.replay import prove, replay_limit
+from train.settings import check_settings, is_published
 from train.update import ExpertTrainer
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def train(
         if done:
             return done
         with ranks.together():
-            _check_settings(run.config)
+            check_settings(run.config)
             if stage.plan() is None:  # told before the claim, which would make the folder of the iteration
                 problem = f"{stage.path} has no rollouts"
                 raise UserError(problem, f"run `rushes rollout {run.path} --iteration {iteration}` first")
@@ -309,34 +309,6 @@ def _check_lag(settings: TrainConfig, lag: int) -> None:
         raise UserError(
             f"train.ratio_norm needs the means of the policy that sampled the shards, but that is {lag} policies old",
             "set train.recompute_log_probs = true, or train.ratio_norm = false",
-        )
-
-
-def _check_settings(config: RunConfig) -> None:
-    """UserError for settings that do not go together."""
-    train, law = config.train, config.rollout.law
-    hint = "choose a stochastic law, or train.estimator = fresh with train.error_weight = adaptive"
-    if law == "ode" and train.objective == "grpo" and train.estimator != "fresh":
-        raise UserError(
-            f"rollout.law = ode has no stochastic steps, which train.estimator = {train.estimator} needs", hint
-        )
-    by_law = train.error_weight in ("derived", "calibrated")
-    if law == "ode" and train.objective == "grpo" and by_law:
-        raise UserError(f"train.error_weight = {train.error_weight} weighs steps by a law, but rollout.law = ode", hint)
-    if train.objective == "grpo" and train.estimator == "noise" and train.error_weight != "derived":
-        problem = f"train.error_weight = {train.error_weight} does not apply to train.estimator = noise"
-        raise UserError(problem, "the noise of a step weighs as its law says: set train.error_weight = derived")
-    if train.objective == "grpo" and train.step_weight != "none" and not by_law:
-        problem = (
-            f"train.step_weight = {train.step_weight} and train.error_weight = {train.error_weight} both weigh steps"
-        )
-        raise UserError(problem, "set train.step_weight = none")
-    if train.ratio_norm and train.objective == "grpo" and not is_published(train):
-        problem = "train.ratio_norm corrects the clipped ratio of train.estimator = noise without train.proximal"
-        raise UserError(problem, "set train.ratio_norm = false: with a hold the ratio has no shift to correct")
-    if train.ratio_norm and law == "cps-unnormalised":
-        raise UserError(
-            "train.ratio_norm needs a density, which rollout.law = cps-unnormalised is not", "set rollout.law = cps"
         )
 
 

@@ -18,9 +18,10 @@ from shards.usage import peak_memory_bytes
 from train import objectives
 from train.checkpoint import TrainerState
 from train.data import Inputs, read_chunk, row
-from train.losses import Losses, Rows, is_published
+from train.losses import Losses, Rows
 from train.masters import Masters, RolledOut
 from train.order import Slot, Unit, deal
+from train.settings import is_published
 
 if TYPE_CHECKING:
     from rollout.policy import Policy
