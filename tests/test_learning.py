@@ -12,14 +12,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rollout.transitions import kernel as kernel_of
 from rollout.transitions import log_prob, transition
-from train.objectives import clip_advantage, policy_loss
+from train.estimators import adaptive_weight, compare
+from train.objectives import clip_advantage, held_loss, policy_loss
 from train.order import Unit, minibatches
 
 STEPS, GROUPS, SIZE = 10, 8, 16
 SIGMAS = [3.0 * u / (1.0 + 2.0 * u) for u in ((STEPS - i) / STEPS for i in range(STEPS + 1))]
 TARGET = torch.tensor([1.5, 0.0])
-Stored = dict[int, tuple[Tensor, Tensor, Tensor]]  # step -> x, x_next, log_prob
+Stored = dict[int, tuple[Tensor, Tensor, Tensor]]  # step -> x, x_next, log_prob; under STEPS the final x three times
 
 
 class Velocity(nn.Module):
@@ -51,6 +53,7 @@ def roll(model: Velocity, kernel: tuple[str, str, float], generator: torch.Gener
         if std > 0:
             stored[step] = (x, x_next, log_prob(x_next, mean, std))
         x = x_next
+    stored[STEPS] = (x, x, x)
     return stored, -(x - TARGET).norm(dim=1).view(GROUPS, SIZE)
 
 
@@ -68,7 +71,12 @@ def test_reward_rises_under_every_law(kernel: tuple[str, str, float]) -> None:
         history.append(rewards.mean().item())
         spread = rewards.std(dim=1, correction=0, keepdim=True)
         advantage = clip_advantage((rewards - rewards.mean(dim=1, keepdim=True)) / spread, 5.0)
-        units = [Unit(0, 0, str(group), tuple(range(SIZE)), step) for group in range(GROUPS) for step in stored]
+        units = [
+            Unit(0, 0, str(group), tuple(range(SIZE)), step)
+            for group in range(GROUPS)
+            for step in stored
+            if step < STEPS
+        ]
         for number, batch in enumerate(minibatches(units, seed=0, iteration=iteration, expert=0, updates=2)):
             optimizer.zero_grad()
             for step in sorted({unit.step for unit in batch}):
@@ -83,3 +91,46 @@ def test_reward_rises_under_every_law(kernel: tuple[str, str, float]) -> None:
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
     assert sum(history[-3:]) / 3 - sum(history[:3]) / 3 > 0.25
+
+
+@pytest.mark.parametrize("estimator", ["noise", "endpoint", "fresh"])
+def test_reward_rises_under_every_estimator_with_a_hold(estimator: str) -> None:
+    """The same problem; targets and weights are those of `train.estimators`, one minibatch of everything an update."""
+    torch.manual_seed(0)
+    generator, kernel = torch.Generator().manual_seed(1), ("flow-sde", "exact", 0.7)
+    model, sampler = Velocity(), Velocity()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.0)
+    history = []
+    for _ in range(20):
+        sampler.load_state_dict(model.state_dict())
+        stored, rewards = roll(sampler, kernel, generator)
+        history.append(rewards.mean().item())
+        spread = rewards.std(dim=1, correction=0, keepdim=True)
+        advantage = clip_advantage((rewards - rewards.mean(dim=1, keepdim=True)) / spread, 5.0).flatten()
+        for _ in range(4):
+            optimizer.zero_grad()
+            for step in range(1, STEPS - 1):
+                x, old, target = asked(estimator, sampler, kernel, stored, step, generator)
+                weight = adaptive_weight(old, target, SIGMAS[step])
+                compared = compare(model(x, SIGMAS[step]), old, target, weight)
+                held_loss(compared.pull, compared.square, advantage, 1.0, 10.0).loss.mean().backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+    assert sum(history[-3:]) / 3 - sum(history[:3]) / 3 > 0.25
+
+
+def asked(
+    estimator: str, sampler: Velocity, kernel: tuple[str, str, float], stored: Stored, step: int, rng: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """State, velocity of the policy that sampled, and target of a step, [n, 2] each."""
+    (x, x_next, _), x0, sigma = stored[step], stored[STEPS][0], SIGMAS[step]
+    if estimator == "fresh":
+        x = (1 - sigma) * x0 + sigma * torch.randn(x0.shape, generator=rng)
+    with torch.no_grad():
+        old = sampler(x, sigma)
+        mean, _ = score(sampler, *kernel, step, x)
+    if estimator == "noise":
+        law, form, eta = kernel
+        slope = kernel_of(law, form, sigma, SIGMAS[step + 1], eta, SIGMAS[1]).on_velocity  # type: ignore[arg-type]
+        return x, old, old + (x_next - mean) / slope
+    return x, old, (x - x0) / sigma
