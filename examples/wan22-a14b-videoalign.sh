@@ -20,8 +20,8 @@ learn=(train.learning_rate=1e-4)
 [ -z "${FULL:-}" ] || learn=(train.full=true train.learning_rate=8e-6)
 
 # of the 10 steps 1 to 4 run the high-noise expert and 5 to 8 the low-noise one; half of all 10 are trained
-# (timestep_fraction 0.5 of the recipe), on both experts. Rewards, clip range and optimizer are those of the recipe too:
-# coefficients 1, 0, 0 for VQ, MQ and TA, warm-up 10, AdamW of 0.9 and 0.999.
+# (timestep_fraction 0.5 of the recipe), on both experts. Objective, rewards, clip range and optimizer are those of the
+# recipe too: the clipped ratio as published, coefficients 1, 0, 0 for VQ, MQ and TA, warm-up 10, AdamW of 0.9 and 0.999.
 begin wan22-a14b \
   "rollout.prompts=$here/prompts/scenes.txt" "eval.prompts=$here/prompts/scenes-eval.txt" \
   "rollout.group_size=${GROUP:-16}" "score.best_of_n=${BEST:-8}" \
@@ -30,7 +30,7 @@ begin wan22-a14b \
   "score.options.videoalign.checkpoint=${CHECKPOINT:?set CHECKPOINT to the folder of VideoReward}" \
   "score.options.videoalign.base_model=${BASE:?set BASE to the folder of Qwen2-VL-2B-Instruct}" \
   "score.options.videoalign.template=${TEMPLATE:?set TEMPLATE to a VideoAlign checkout}" \
-  "${learn[@]}" train.clip_range=1e-4 train.advantage_clip=5.0 train.warmup=10 \
-  train.beta1=0.9 train.beta2=0.999 train.weight_decay=1e-4
+  "${learn[@]}" train.estimator=noise train.error_weight=derived train.proximal=0.0 train.clip_range=1e-4 \
+  train.advantage_clip=5.0 train.warmup=10 train.beta1=0.9 train.beta2=0.999 train.weight_decay=1e-4
 together loop "$RUN" --iterations "$ITERATIONS"
 together eval "$RUN" --iteration 0 --iteration "$ITERATIONS"

@@ -143,6 +143,7 @@ def check(run: Run, name: str) -> None:
         assert all(len(group["window"]) == len(plan["sampler"]["timesteps"]) // 2 for group in plan["groups"])
         train = config.train
         assert (train.clip_range, train.advantage_clip, train.warmup) == (1e-4, 5.0, 10)
+        assert (train.objective, train.estimator, train.proximal) == ("grpo", "noise", 0.0)
         assert (train.full, train.learning_rate) == (True, 8e-6)
         assert (train.beta1, train.beta2, train.weight_decay, config.score.best_of_n) == (0.9, 0.999, 1e-4, 8)
     if name in ("wan22-i2v", "wan22-ti2v-5b"):
