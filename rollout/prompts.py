@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from shards.errors import UserError
-from shards.mirror import fetch_file
-from shards.progress import counted
+from shards.process.progress import counted
 from shards.quotes import quoted
-from shards.urls import is_url, url_of, working_copy
+from shards.store.mirror import fetch_file
+from shards.store.urls import is_url, url_of, working_copy
 
 LARGEST = 100_000  # bytes of a prompt
 FIELDS = ("target", "image", "negative", "tags")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rollout.policy import Policy
-from rollout.policy_folder import DTYPES
+from rollout.policy.folder import DTYPES
 from rollout.schedule import Plan
 from rollout.step import Inputs, looks_back, take_step
 from rollout.transitions import noise, noise_seed

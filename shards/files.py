@@ -17,7 +17,7 @@ from typing import Any
 
 from shards.errors import RunFailed, UserError
 from shards.locks import flock, is_still, name_new, open_creating
-from shards.urls import url_of, working_copy
+from shards.store.urls import url_of, working_copy
 
 Buffer = bytes | bytearray | memoryview
 TEMPORARY = ".tmp-"  # Arrow, pandas and our own listings skip names that begin with a dot
@@ -37,13 +37,13 @@ def publish_new(path: str | Path, data: Buffer | Iterable[Buffer]) -> bool:
     path = working_copy(path)
     if os.path.lexists(path):
         if url_of(path):
-            from shards import mirror
+            from shards.store import mirror
 
             mirror.agree(path, put_back=True)
         return False
     with _written_aside(path, data) as temporary:
         if url_of(path):
-            from shards import mirror
+            from shards.store import mirror
 
             return mirror.publish_new(temporary, path)
         with _disk_errors(path):
@@ -55,7 +55,7 @@ def publish_replace(path: str | Path, data: Buffer | Iterable[Buffer]) -> None:
     path = working_copy(path)
     with _written_aside(path, data) as temporary:
         if url_of(path):
-            from shards import mirror
+            from shards.store import mirror
 
             mirror.put(temporary, path)
         with _disk_errors(path):

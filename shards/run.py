@@ -12,10 +12,10 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from shards import mirror
 from shards.errors import UserError
 from shards.files import publish_new, read_json, sha256_file, to_json
-from shards.urls import shown, url_of, working_copy
+from shards.store import mirror
+from shards.store.urls import shown, url_of, working_copy
 
 if TYPE_CHECKING:
     from shards.config import RunConfig

@@ -12,12 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from shards import store
 from shards.errors import RunFailed
 from shards.files import aside
 from shards.run import Stage
+from shards.store import objects
+from shards.store.urls import cache_folder, url_of
 from shards.tar import BLOCK, REPAIR, Damaged
-from shards.urls import cache_folder, url_of
 
 OPEN = 64  # tars that stay open in a process: it may have 1,024 files, and other things need theirs
 
@@ -145,7 +145,7 @@ class RemoteTar:
         if not missing:
             return
         first, last = missing[0][0], missing[-1][0] + len(missing[-1][1])
-        data = store.read(self.url, first, last)
+        data = objects.read(self.url, first, last)
         for at, piece in missing:
             piece[:] = data[at - first : at - first + len(piece)]
             self._keep(at, piece)
@@ -181,7 +181,7 @@ def open_source(stage: Stage, shard: int, manifest: dict[str, Any]) -> Source:
     url = url_of(path)
     if url is None or _is_here(path, size):
         return LocalTar(stage, shard, manifest)
-    entry = store.head(url)
+    entry = objects.head(url)
     if entry is None:
         raise Damaged(f"{url}: is not there, but its manifest is", REPAIR)
     if entry.size != size:

@@ -15,9 +15,9 @@ from shards import index, tensors
 from shards.errors import RunFailed, UserError
 from shards.files import Buffer, publish_new, sha256_file, sweep_temporary, to_json
 from shards.run import GROUP_KEY, SAMPLE_KEY, SCHEMA, Stage
+from shards.store.urls import url_of
 from shards.tar import END, EXTENSIONS, Damaged, Member, group_name, members, padding, wrap
 from shards.tar import header as tar_header
-from shards.urls import url_of
 
 if TYPE_CHECKING:
     import torch

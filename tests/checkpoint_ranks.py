@@ -10,9 +10,9 @@ from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from rollout.parallel import World
+from rollout.ranks.world import World
 from shards.errors import RunFailed, UserError
-from train import checkpoint, checkpoint_writer
+from train import checkpoint, checkpoint_files
 from train.checkpoint import Checkpoints, TrainerState
 
 
@@ -85,7 +85,7 @@ def one_rank(folder: Path, first: int, last: int, result: Path, fail: bool = Fal
     """
     distributed.init_process_group("gloo")
     torch.manual_seed(100 + distributed.get_rank())
-    checkpoint_writer.FILE_BYTES = 200  # several files of each rank
+    checkpoint_files.FILE_BYTES = 200  # several files of each rank
     seen: dict[str, object] = {"losses": go_on(folder, first, last)[0]}
     state = make()[1]
     checkpoint.load(folder / f"update-{last:06d}", state)

@@ -13,12 +13,12 @@ from typing import Any, NoReturn
 
 import torch.utils.tensorboard  # noqa: F401
 
-import rollout.policy_parallel  # noqa: F401 (like the next ones: what children use, they have then)
+import rollout.policy.sharding  # noqa: F401 (like the next ones: what children use, they have then)
 import score.run  # noqa: F401
 import train.run  # noqa: F401
-from rollout.crew import helpers
-from score.work import processes
-from shards import claims
+from rollout.helpers import helpers
+from score.process import processes
+from shards.workers import claims
 from tests.ports import free_port
 
 PATIENCE = 900.0  # seconds after which a child hangs; less than the half hour that a rank waits for another one

@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 
-from rollout import meet
-from rollout.parallel import World, local
+from rollout.ranks import meet
+from rollout.ranks.world import World, local
 from shards.errors import RunFailed, UserError
+from shards.process.signals import stopped
 from shards.run import Run
-from shards.signals import stopped
 from train import losses, ranks, replay
 from train.data import Inputs, Stored
 from train.order import Unit
 from train.run import train
-from train.update import ExpertTrainer
+from train.trainer import ExpertTrainer
 
 Case = dict[str, Any]
 Change = Callable[..., Any]

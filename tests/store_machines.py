@@ -19,7 +19,7 @@ from shards.reader import open_shard
 from shards.run import Run, Stage
 from tests.training import equal, kill_self, killed, weights
 from train.run import train
-from train.update import ExpertTrainer
+from train.trainer import ExpertTrainer
 
 ROOT = Path(__file__).parents[1]
 SETTINGS: dict[str, Any] = {

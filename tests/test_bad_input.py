@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rollout.generate import rollout
 from rollout.policy import Policy
-from rollout.policy_inputs import find_device
+from rollout.ranks.device import find_device
+from rollout.run import rollout
 from shards.errors import UserError
 from shards.run import Run
 from tests import training

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rollout.generate import regenerate, rollout
 from rollout.policy import Policy
+from rollout.run import regenerate, rollout
 from score.run import score
 from shards.reader import open_shard
 from shards.run import Run, Stage

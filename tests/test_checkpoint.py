@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from rollout.parallel import World
+from rollout.ranks.world import World
 from shards.errors import RunFailed, UserError
-from train import checkpoint, checkpoint_writer
+from train import checkpoint, checkpoint_files
 from train.checkpoint import Checkpoints, TrainerState
 
 PATIENCE = 300.0  # seconds; a busy machine may let no thread on for a while
@@ -157,7 +157,7 @@ def test_one_flipped_bit_is_found(tmp_path: Path) -> None:
 
 
 def test_large_states_are_cut_into_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint_writer, "FILE_BYTES", 100)
+    monkeypatch.setattr(checkpoint_files, "FILE_BYTES", 100)
     state = make_state()
     step(state)
     path = checkpoint.save(tmp_path, state, 1)
@@ -193,9 +193,9 @@ class Held:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.go, self.begun, self.most = threading.Event(), threading.Event(), 0
-        write, at_work = checkpoint_writer.Writer.write_data, []
+        write, at_work = checkpoint_files.Writer.write_data, []
 
-        def held(writer: checkpoint_writer.Writer, plan: object, planner: object) -> object:
+        def held(writer: checkpoint_files.Writer, plan: object, planner: object) -> object:
             at_work.append(writer)
             self.most = max(self.most, len(at_work))
             self.begun.set()
@@ -204,7 +204,7 @@ class Held:
             at_work.remove(writer)
             return result
 
-        monkeypatch.setattr(checkpoint_writer.Writer, "write_data", held)
+        monkeypatch.setattr(checkpoint_files.Writer, "write_data", held)
 
 
 def test_training_goes_on_while_a_snapshot_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from shards import claims, owners
-from shards.claims import Claim, claim
 from shards.errors import RunFailed, UserError
-from shards.owners import _seen, claims_of, life, sweep
+from shards.process.versions import our_version
 from shards.run import Run, Stage
-from shards.versions import our_version
-from shards.worker import order
+from shards.workers import claims, owners
+from shards.workers.claims import Claim, claim
+from shards.workers.owners import _seen, claims_of, life, sweep
+from shards.workers.worker import order
 from tests.clock import Clock
 
 ROOT = Path(__file__).parents[1]
@@ -34,7 +34,7 @@ HOUR = 3600.0
 OWNER = """
 import sys
 from pathlib import Path
-from shards import claims
+from shards.workers import claims
 from shards.run import Run
 if sys.argv[2] == "no locks":
     def flock(*arguments): raise OSError(37, "no locks available")

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from rollout import crew, generate
+from rollout import helpers
+from rollout import run as rollout_run
 from rollout.policy import Policy
 from shards.errors import UserError
 from shards.files import read_json
@@ -28,7 +29,7 @@ PATIENCE = 300.0  # seconds; a loaded machine starts Python slowly
 def no_helpers_left() -> Iterator[None]:
     """Helpers end with their test."""
     yield
-    crew.helpers.discard()
+    helpers.helpers.discard()
 
 
 def make(path: Path, model: Path, workers: int) -> Run:
@@ -57,12 +58,12 @@ def test_two_processes_sample_what_one_samples(
 ) -> None:
     """The helper begins when the first process has its first shard, which ends when the two others are sampled."""
     one, two = make(tmp_path / "one", tiny_t2v2, 1), make(tmp_path / "two", tiny_t2v2, 2)
-    alone = generate.rollout(one, one.iteration(0), Policy.of(one.config.model))
+    alone = rollout_run.rollout(one, one.iteration(0), Policy.of(one.config.model))
     policy, stage = Policy.of(two.config.model), two.iteration(0)
-    monkeypatch.setattr(crew, "MOMENT", PATIENCE)  # a busy machine may bring the helper's report late
+    monkeypatch.setattr(helpers, "MOMENT", PATIENCE)  # a busy machine may bring the helper's report late
     seen: list[tuple[int, int, str]] = []
     waiting: list[Callable[[], None]] = []
-    hand_out = crew._hand_out
+    hand_out = helpers._hand_out
 
     def hand_out_late(*work: Any) -> list[Future[int]]:
         late: Future[int] = Future()
@@ -78,19 +79,19 @@ def test_two_processes_sample_what_one_samples(
             time.sleep(0.02)
         seen.append((done, total, note))
 
-    monkeypatch.setattr(crew, "_hand_out", hand_out_late)
-    report = crew.rollout(two, stage, policy, progress)
+    monkeypatch.setattr(helpers, "_hand_out", hand_out_late)
+    report = helpers.rollout(two, stage, policy, progress)
     assert samplers(stage) == {0: "0/2", 1: "1/2", 2: "1/2"}
     assert seen[0] == (0, alone.done, "shard 0")
     assert (report.done, report.skipped, report.busy) == (alone.done, 0, 0)
-    again = crew.rollout(two, stage, policy)
+    again = helpers.rollout(two, stage, policy)
     assert (again.done, again.skipped) == (0, alone.done)
     assert samples(stage) == samples(one.iteration(0)) != {}
 
 
 def kill_helpers() -> None:
     """As a machine that is out of memory does."""
-    for executor in crew.helpers.executors.values():
+    for executor in helpers.helpers.executors.values():
         for child in list(executor._processes.values()):
             child.kill()
 
@@ -98,15 +99,15 @@ def kill_helpers() -> None:
 def test_helpers_that_die_leave_no_hole(tiny_t2v2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One between two stages, and the one that takes its place in the middle of the next stage."""
     run = make(tmp_path / "run", tiny_t2v2, 2)
-    monkeypatch.setattr(crew, "MOMENT", PATIENCE)  # a busy machine may be late to tell of a death
+    monkeypatch.setattr(helpers, "MOMENT", PATIENCE)  # a busy machine may be late to tell of a death
     with pytest.raises(BrokenProcessPool):
-        crew._start(1).submit(os._exit, 1).result()
-    report = crew.rollout(
+        helpers._start(1).submit(os._exit, 1).result()
+    report = helpers.rollout(
         run, run.iteration(0), Policy.of(run.config.model), lambda done, total, unit, note="": kill_helpers()
     )
     assert report.busy == 0
     assert samplers(run.iteration(0)) == dict.fromkeys(range(3), "0/2")
-    assert not crew.helpers.executors
+    assert not helpers.helpers.executors
 
 
 def test_a_helper_that_dies_while_the_next_gets_its_part_leaves_no_hole(
@@ -122,14 +123,14 @@ def test_a_helper_that_dies_while_the_next_gets_its_part_leaves_no_hole(
         return future
 
     monkeypatch.setattr(ProcessPoolExecutor, "submit", deadly)
-    report = crew.rollout(run, run.iteration(0), Policy.of(run.config.model))
+    report = helpers.rollout(run, run.iteration(0), Policy.of(run.config.model))
     assert (report.done, report.busy) == (9, 0)
     assert samplers(run.iteration(0)) == dict.fromkeys(range(3), "0/3")
-    assert not crew.helpers.executors
+    assert not helpers.helpers.executors
 
 
 def test_what_is_wrong_is_told_by_the_first_process(tiny_t2v2: Path, tmp_path: Path) -> None:
     run = make(tmp_path / "run", tiny_t2v2, 2)
     with pytest.raises(UserError, match="iteration 3 samples with the policy"):
-        crew.rollout(run, run.iteration(3), Policy.of(run.config.model))
-    assert not crew.helpers.executors
+        helpers.rollout(run, run.iteration(3), Policy.of(run.config.model))
+    assert not helpers.helpers.executors

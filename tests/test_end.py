@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 import cli
-from rollout.parallel import World
+from rollout.ranks.world import World
 from shards.errors import Stopped, UserError
-from shards.signals import stoppable
+from shards.process.signals import stoppable
 from tests import forks
 from train import signals
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 LATE = 0.5  # seconds
 ENDING = """
 import atexit, sys
-from shards.world import run_to_end
+from shards.process.torchrun import run_to_end
 
 class Last:
     def __del__(self):

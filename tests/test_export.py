@@ -13,10 +13,10 @@ import pytest
 import torch
 from diffusers import WanPipeline
 
-from rollout.export import export, prove
+from rollout.export.export import export, prove
 from rollout.policy import Policy
-from rollout.policy_folder import read_layout
-from rollout.policy_plain import open_plain, probe, settle, wear
+from rollout.policy.folder import read_layout
+from rollout.policy.plain import open_plain, probe, settle, wear
 from shards.config import apply_sets
 from shards.errors import RunFailed, UserError
 from shards.files import publish_new, read_json, to_json

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from score import networks, winograd
-from score.detector import FastDetector
-from score.networks import _load_weights, fuse_batch_norm, weights_folder
-from score.recogniser import FastRecogniser
-from score.winograd import Plane, Winograd
+from score.ocr import networks, winograd
+from score.ocr.detector import FastDetector
+from score.ocr.networks import _load_weights, fuse_batch_norm, weights_folder
+from score.ocr.recogniser import FastRecogniser
+from score.ocr.winograd import Plane, Winograd
 
 
 def convolution(inputs: int, outputs: int) -> nn.Conv2d:

@@ -10,16 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rollout.generate import rollout
 from rollout.policy import Policy
+from rollout.run import rollout
 from shards.errors import UserError
 from shards.run import Run
 from tests import training
 from train import checkpoint
 from train.data import Rollouts
-from train.masters import Masters
 from train.replay import prove
 from train.run import train
+from train.weights import Masters
 
 FULL = {"full": True, "learning_rate": 1e-4}
 EXPERTS = ("high_noise", "low_noise")

@@ -13,7 +13,7 @@ import pytest
 import cli
 from rollout.policy import Policy
 from shards import files
-from shards.verify import verify
+from shards.verify.shards import verify
 from tests.tiny_models import TEXT_LENGTH
 from tests.workers import small_run
 

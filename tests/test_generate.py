@@ -12,17 +12,17 @@ import pytest
 import torch
 from PIL import Image
 
-from rollout import generate
-from rollout.generate import regenerate, rollout
+from rollout import run as rollout_run
 from rollout.policy import Policy
+from rollout.run import regenerate, rollout
 from rollout.sampler import Chunk, Sampler
 from rollout.schedule import Plan
 from rollout.step import step_log_prob
-from shards.claims import claim
 from shards.config import RunConfig, parse_config
 from shards.errors import RunFailed, UserError
 from shards.reader import open_shard
 from shards.run import Run, Stage
+from shards.workers.claims import claim
 from shards.writer import Sample, spooled
 from tests.tiny_models import TEXT_LENGTH
 
@@ -151,7 +151,7 @@ def test_a_stage_run_twice_does_nothing_and_loads_no_model(
     def forbidden(config: RunConfig) -> Policy:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(generate.Policy, "of", forbidden)
+    monkeypatch.setattr(rollout_run.Policy, "of", forbidden)
     report = rollout(run, stage)
     assert (report.done, report.skipped, report.busy) == (0, 6, 0)
     assert before == {path: path.stat().st_mtime_ns for path in sorted(run.path.rglob("*")) if path.is_file()}

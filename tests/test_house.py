@@ -25,8 +25,8 @@ ALLOWED = {
         "rollout.schedule",
         "rollout.policy",
         "rollout.step",
-        "rollout.parallel",
-        "rollout.meet",
+        "rollout.ranks.world",
+        "rollout.ranks.meet",
     },
 }
 YARDSTICK = "import asyncio, email.mime.text, http.server, unittest.mock, xml.dom.minidom"
@@ -85,7 +85,9 @@ def test_only_the_policy_touches_diffusers_models() -> None:
     assert users - allowed <= {"rollout/grids.py"}  # the grids ask diffusers' own schedulers for their sigmas
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "shards").glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "shards").rglob("*.py")), ids=lambda path: path.relative_to(ROOT).as_posix()
+)
 def test_the_ground_floor_imports_nothing_heavy(path: Path) -> None:
     top = {name.partition(".")[0] for name in imports(path, nested=False)}
     assert not top & set(HEAVY)

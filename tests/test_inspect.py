@@ -13,9 +13,10 @@ import pandas
 import pytest
 from PIL import Image
 
-from shards import query, sample, sidecar, table
+from shards import sidecar
 from shards.config import ScoreConfig
 from shards.errors import UserError
+from shards.inspect import query, sample, table
 from shards.reader import open_shard
 from shards.run import Stage
 from shards.video import decode_mp4

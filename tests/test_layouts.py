@@ -14,10 +14,10 @@ from score.run import score
 from shards.run import Run
 from tests import training
 from train.data import Rollouts, read_chunk
-from train.freeze import freeze
+from train.inputs import freeze
 from train.replay import prove
 from train.run import train
-from train.update import ExpertTrainer
+from train.trainer import ExpertTrainer
 
 CASES: dict[str, dict[str, Any]] = {
     "t2v": {},

@@ -14,7 +14,7 @@ import pytest
 from shards import locks
 from shards.errors import RunFailed
 from shards.files import publish_new
-from shards.verify import verify
+from shards.verify.shards import verify
 from tests.shard_fixtures import committed_stage
 
 ROOT = Path(__file__).parents[1]

@@ -14,13 +14,12 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from typer.testing import CliRunner
 
 import cli
-from rollout import memory, memory_plan
-from rollout.generate import rollout
-from rollout.parallel import World
+from rollout.memory import model as memory_model
+from rollout.memory import needs as memory_needs
 from rollout.policy import Policy
-from rollout.policy_folder import find_folder, read_layout, tokens
-from rollout.policy_lora import add_adapter
-from rollout.policy_sizes import (
+from rollout.policy.folder import find_folder, read_layout, tokens
+from rollout.policy.lora import add_adapter
+from rollout.policy.sizes import (
     ExpertSize,
     Pass,
     decode_bytes,
@@ -32,6 +31,8 @@ from rollout.policy_sizes import (
     working_bytes,
 )
 from rollout.preview import gradient_shares, preview
+from rollout.ranks.world import World
+from rollout.run import rollout
 from shards.errors import UserError
 from shards.reader import open_shard
 from shards.run import Run
@@ -97,8 +98,8 @@ def write_configs(folder: Path, name: str, **index: Any) -> Path:
 def test_sizes_of_the_family(name: str, parameters: float, bfloat16: float, full: float, lora: float) -> None:
     size = size_of(name)
     assert abs(size.parameters - parameters) < 0.6e6
-    assert round(memory.weight_bytes(size.parameters, "bfloat16") / GIB, 1) == bfloat16
-    state = memory.full_state(size.parameters, size.kept, "bfloat16", average=False)
+    assert round(memory_model.weight_bytes(size.parameters, "bfloat16") / GIB, 1) == bfloat16
+    state = memory_model.full_state(size.parameters, size.kept, "bfloat16", average=False)
     assert round((sum(state.values()) + 4 * size.kept) / GIB) == full  # what is fp32 is its own master
     assert abs(size.lora - lora) < 0.6e6
     assert 0 < size.kept < 0.03 * size.parameters
@@ -117,8 +118,8 @@ def test_sizes_of_the_family(name: str, parameters: float, bfloat16: float, full
 def test_tokens_states_and_block_inputs(name: str, shape: Any, count: int, state: float, inputs: float) -> None:
     size = size_of(name)
     assert tokens(shape, (1, 2, 2)) == count
-    assert round(memory.state_bytes(shape, "bfloat16") / 2**20, 1) == state
-    assert round(memory.block_input_bytes(count, size, "bfloat16") / GIB, 1) == inputs
+    assert round(memory_model.state_bytes(shape, "bfloat16") / 2**20, 1) == state
+    assert round(memory_model.block_input_bytes(count, size, "bfloat16") / GIB, 1) == inputs
 
 
 def test_encoder_and_decoder_sizes() -> None:
@@ -182,7 +183,7 @@ def test_decoding_is_predicted_from_three_latent_frames() -> None:
 
 def test_a_run_is_planned_from_its_configurations(tiny_t2v2: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", tiny_t2v2)
-    needs = {need.stage: need for need in memory_plan.plan_memory(run)}
+    needs = {need.stage: need for need in memory_needs.plan_memory(run)}
     size = expert_size(dict(tiny_transformer(1).config), rank=2)
     assert needs["rollout"].parts["weights"] == size.parameters * 4
     assert all(need.device == sum(need.parts.values()) for need in needs.values())
@@ -191,23 +192,23 @@ def test_a_run_is_planned_from_its_configurations(tiny_t2v2: Path, tmp_path: Pat
     names = ("LoRA", "gradients", "AdamW", "average", "weights of the rollout")
     assert [lora.parts[name] / size.lora for name in names] == [4, 4, 8, 4, 4]
     assert lora.device < needs["train LoRA, no checkpointing"].device
-    text = memory_plan.render(run, list(needs.values()))
+    text = memory_needs.render(run, list(needs.values()))
     (marked,) = [line for line in text.splitlines() if line.startswith("* train")]
     assert marked.startswith("* train LoRA, no checkpointing")
 
 
 def test_the_trainer_state_is_what_training_holds(tiny_t2v: Path) -> None:
-    from train.masters import Masters
+    from train.weights import Masters
 
     policy = Policy.load(tiny_t2v, dtype="bfloat16", device="cpu")
     size = expert_size(dict(tiny_transformer(1).config), rank=2)
     module = policy.module(0)
     held = sum(value.nbytes for value in module.parameters())
-    assert held == memory.weight_bytes(size.parameters, "bfloat16", size.kept)
+    assert held == memory_model.weight_bytes(size.parameters, "bfloat16", size.kept)
     module.requires_grad_(True)
     masters = Masters(dict(policy.trainable(0)))
     apart = [master for name, master in masters.parameters.items() if master is not masters.weights[name]]
-    state = memory.full_state(size.parameters, size.kept, "bfloat16", average=True)
+    state = memory_model.full_state(size.parameters, size.kept, "bfloat16", average=True)
     assert state["fp32 masters"] == sum(master.nbytes for master in apart)
     optimizer = torch.optim.AdamW(masters.parameters.values())
     for master in masters.parameters.values():
@@ -248,7 +249,7 @@ def test_plan_memory_of_a14b_from_configurations_alone(tmp_path: Path) -> None:
     model = write_configs(tmp_path / "model", "A14B", boundary_ratio=0.875)
     output = call("plan-memory", config_run(tmp_path / "run", "wan22-a14b", model))
     needs = planned(output)
-    weights = memory.weight_bytes(size_of("A14B").parameters, "bfloat16", size_of("A14B").kept) / GIB
+    weights = memory_model.weight_bytes(size_of("A14B").parameters, "bfloat16", size_of("A14B").kept) / GIB
     assert needs["encode prompts"][0] == pytest.approx(10.58, abs=0.02)  # UMT5-xxl in bfloat16
     assert weights < needs["rollout"][0] < weights + 6
     assert needs["rollout"][1] > 2 * weights + 10.58
@@ -264,14 +265,14 @@ def test_kl_and_average_change_the_plan(tmp_path: Path) -> None:
     model = write_configs(tmp_path / "model", "A14B", boundary_ratio=0.875)
     run = config_run(tmp_path / "run", "wan22-a14b", model, "train.full=true", "train.gradient_checkpointing=false")
     name = "train all weights, no checkpointing"
-    with_both = {need.stage: need for need in memory_plan.plan_memory(Run.open(run))}[name]
-    plain = memory.read_model(Run.open(run, ["train.kl_beta=0.0", "train.ema=0"]).config)
-    without = memory_plan._train(plain, full=True, checkpointing=False)
+    with_both = {need.stage: need for need in memory_needs.plan_memory(Run.open(run))}[name]
+    plain = memory_model.read_model(Run.open(run, ["train.kl_beta=0.0", "train.ema=0"]).config)
+    without = memory_needs._train(plain, full=True, checkpointing=False)
     parameters = size_of("A14B").parameters
     assert with_both.parts["average"] == 4 * parameters
     assert with_both.device - without.device == 4 * parameters
-    answers = 2 * 2 * 16 * 16 * memory.state_bytes((16, 4, 60, 104), "float32")
-    weights = memory.weight_bytes(parameters, "bfloat16", size_of("A14B").kept)
+    answers = 2 * 2 * 16 * 16 * memory_model.state_bytes((16, 4, 60, 104), "float32")
+    weights = memory_model.weight_bytes(parameters, "bfloat16", size_of("A14B").kept)
     # averages wait in the dtype of the model, both experts'; in a checkpoint's copy they are fp32
     assert with_both.host - without.host == 2 * weights + 4 * parameters + answers
     # two of the base, the other expert, the rollout's, a moment the trained ones; a checkpoint and one of its files
@@ -280,8 +281,8 @@ def test_kl_and_average_change_the_plan(tmp_path: Path) -> None:
 
 def test_ranks_share_weights_and_their_states(tmp_path: Path) -> None:
     run = config_run(tmp_path / "run", "wan22-a14b", write_configs(tmp_path / "model", "A14B", boundary_ratio=0.875))
-    model, size = memory.read_model(Run.open(run).config), size_of("A14B")
-    lora, full = (memory_plan._train(model, every, checkpointing=True, world=World(0, 8)) for every in (False, True))
+    model, size = memory_model.read_model(Run.open(run).config), size_of("A14B")
+    lora, full = (memory_needs._train(model, every, checkpointing=True, world=World(0, 8)) for every in (False, True))
     assert lora.parts["weights"] == model.weights // 8
     states = [full.parts[name] for name in ("weights", "gradients", "AdamW", "average")]
     assert states == [number * size.parameters // 8 for number in (4, 4, 8, 4)]
@@ -291,10 +292,10 @@ def test_ranks_share_weights_and_their_states(tmp_path: Path) -> None:
     # a checkpoint's copy, masters of the other expert, of the rollout and of a moment, the base model of both experts
     shared = (16 + 3 * 4) * size.parameters + 2 * model.weights
     assert full.host > shared / 8 + 2 * model.weights  # and both averages, whole
-    together = memory_plan._train(model, full=False, checkpointing=True, world=World(0, 8, ulysses=4, replicate=2))
+    together = memory_needs._train(model, full=False, checkpointing=True, world=World(0, 8, ulysses=4, replicate=2))
     assert together.parts["weights"] == model.weights // 4
     assert together.parts["working"] == pytest.approx(lora.parts["working"] / 4, rel=1e-3)
-    assert "first of 8 ranks" in memory_plan.render(Run.open(run), [], 8)
+    assert "first of 8 ranks" in memory_needs.render(Run.open(run), [], 8)
 
 
 @pytest.mark.parametrize(("sets", "ranks", "problem", "hint"), [
@@ -318,7 +319,7 @@ def test_ranks_that_cannot_be(sets: list[str], ranks: int, problem: str, hint: s
 def test_ti2v_counts_a_timestep_for_every_token(tmp_path: Path) -> None:
     model = write_configs(tmp_path / "model", "5B", expand_timesteps=True)
     run = Run.open(config_run(tmp_path / "run", "wan22-ti2v-5b", model))
-    found = memory.read_model(run.config)
+    found = memory_model.read_model(run.config)
     assert found.forward().per_token
     count = tokens(found.shape, (1, 2, 2))
     working = working_bytes(found.transformer, found.forward())

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from rollout import memory, memory_plan
-from rollout.planning import batch_size, stage_plan
+from rollout.memory import model as memory_model
+from rollout.memory import needs as memory_needs
+from rollout.plan import batch_size, stage_plan
 from rollout.policy import Policy
-from rollout.policy_sizes import decode_bytes, text_parameters
+from rollout.policy.sizes import decode_bytes, text_parameters
 from rollout.preview import preview
 from shards.errors import UserError
 from shards.reader import open_shard
@@ -58,8 +59,8 @@ def test_activations_by_hand(tmp_path: Path) -> None:
     """What a block saves for each token: with checkpointing its input, without it the inputs of all its products."""
     model = write_configs(tmp_path / "model", "1.3B")
     run = Run.open(config_run(tmp_path / "run", "wan21-1.3b", model, "train.kl_beta=0.0"))
-    read = memory.read_model(run.config)
-    needs = {saving: memory_plan._train(read, full=False, checkpointing=saving).parts for saving in (True, False)}
+    read = memory_model.read_model(run.config)
+    needs = {saving: memory_needs._train(read, full=False, checkpointing=saving).parts for saving in (True, False)}
     video, config = run.config.rollout, {**COMMON, **CONFIGS["1.3B"]}
     d, f, layers = config["num_attention_heads"] * 128, config["ffn_dim"], config["num_layers"]
     tokens = ((video.frames - 1) // 4 + 1) * (video.height // 16) * (video.width // 16)
@@ -87,7 +88,7 @@ def test_a_batch_by_tokens_is_planned_as_it_is_rolled_out(limit: int | None, bat
     sets = [] if limit is None else [f"rollout.batch_tokens={limit}"]
     sets += ["rollout.frames=5"] if limit == 5000 else []
     run = Run.open(config_run(tmp_path / "run", "wan22-a14b", model, *sets))
-    found = memory.read_model(run.config)
+    found = memory_model.read_model(run.config)
     assert found.layout.tokens(480, 832, 13) == 6240
     assert found.forward().batch == batch
 
@@ -104,7 +105,7 @@ def test_a_batch_by_tokens_is_frozen_in_the_plan_and_replayed(tiny_t2v: Path, tm
     training.advise(stage)
     assert train(run, 0, policy).replay == 0.0
     assert "batch: 2 (videos in one forward pass, 2 tokens each)" in preview(run, stage)
-    assert "batch 2" in memory_plan.render(run, [])
+    assert "batch 2" in memory_needs.render(run, [])
     wide = Run.open(run.path, ["rollout.batch_tokens=1000"])
     assert batch_size(wide.config.rollout, policy.layout) == 3  # never more than a group
     again = stage_plan(wide, stage, policy.layout, plan["policy"])

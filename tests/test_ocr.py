@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from score import networks
-from score.networks import WEIGHTS, load_networks, weights_folder
-from score.ocr import OCR, as_uint8
-from score.order import reading_order, tilt
-from score.reading import TextReader
+from score.ocr import OCR, networks
+from score.ocr.networks import WEIGHTS, load_networks, weights_folder
+from score.ocr.reading import TextReader
+from score.ocr.reading_order import reading_order, tilt
+from score.ocr.reward import as_uint8
+from score.process import judge_all
 from score.reward import Video
-from score.work import judge_all
 from shards.errors import UserError
 
 WHITE, BLUE = (255, 255, 255), (20, 20, 60)
@@ -264,7 +264,7 @@ def test_loading_leaves_nothing_behind(reader: TextReader, monkeypatch: pytest.M
     import subprocess
     import sys
 
-    program = "import os, score.networks as n; n.load_networks(); print(os.environ.get('LRU_CACHE_CAPACITY'))"
+    program = "import os, score.ocr.networks as n; n.load_networks(); print(os.environ.get('LRU_CACHE_CAPACITY'))"
     environment = {**os.environ, "HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[1])}
     environment.pop("LRU_CACHE_CAPACITY", None)
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rollout import memory_plan
-from rollout.memory import read_model
-from rollout.parallel import World
+from rollout.memory import needs as memory_needs
+from rollout.memory.model import read_model
 from rollout.policy import Policy
+from rollout.ranks.world import World
 from shards.run import Run
 from tests import forks, parallel_ranks, training, workers
 from train.data import Rollouts
@@ -225,7 +225,7 @@ def test_ranks_do_the_work_of_one_process_once(name: str, request: pytest.Fixtur
 @pytest.mark.parametrize("name", ["lora dp", "bf16-lora dp", "bf16-full-next dp"])
 def test_ranks_hold_together_what_plan_memory_divides(name: str, on_two: Found, grounds: dict[str, Run]) -> None:
     config = grounds[name.split()[0]].config
-    whole = memory_plan._state(read_model(config), config.train.full, World(size=2))
+    whole = memory_needs._state(read_model(config), config.train.full, World(size=2))
     for update in zip(*(one["held"] for one in on_two[1][name]), strict=True):
         assert {part: sum(one[part] for one in update) for part in whole if whole[part]} == {
             part: size for part, size in whole.items() if size

@@ -9,13 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rollout.parallel import World, full, local
-from shards import world
+from rollout.ranks.world import World, full, local
 from shards.config import RunConfig
 from shards.errors import UserError
+from shards.process import torchrun
 from tests.test_order import make_units
 from train.order import Unit, deal, minibatches, plan_ranks
-from train.update import checksum
+from train.trainer import checksum
 
 
 @settings(deadline=None)
@@ -90,10 +90,10 @@ def test_one_process_is_a_world_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert (world.rank(), world.world_size(), world.local_rank(), world.is_first()) == (3, 8, 1, False)
+    assert (torchrun.rank(), torchrun.world_size(), torchrun.local_rank(), torchrun.is_first()) == (3, 8, 1, False)
     monkeypatch.setenv("RANK", "three")
     with pytest.raises(UserError, match="RANK = 'three' in the environment is no number"):
-        world.rank()
+        torchrun.rank()
 
 
 def test_ranks_that_nobody_started_are_told_how(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline, 
 from PIL import Image
 
 from rollout.policy import Policy
-from rollout.policy_folder import find_folder
+from rollout.policy.folder import find_folder
 from rollout.schedule import Plan
 from rollout.step import Inputs, step_log_prob, take_step
 from shards.errors import UserError

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from shards.pool import Pool
+from shards.process.pool import Pool
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 120.0  # seconds; a loaded machine starts Python slowly

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rollout.prompts import load_prompts
-from score.text import target_of
+from score.ocr.text import target_of
 from shards.quotes import quoted
 
 PROMPTS = [

@@ -19,11 +19,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shards import board_clips, report_clips, report_data, sidecar
-from shards.board import NAME, send_wandb, write_board
+from shards import sidecar
 from shards.errors import UserError
-from shards.report import duration, write_report
-from shards.report_svg import Point, Series, lines, nice_ticks, number
+from shards.report import clips as report_clips
+from shards.report import facts as report_facts
+from shards.report import tracked_clips
+from shards.report.page import duration, write_report
+from shards.report.svg import Point, Series, lines, nice_ticks, number
+from shards.report.trackers import NAME, send_wandb, write_board
 from shards.run import Run, Stage
 from shards.video import encode_mp4
 from tests import chromium
@@ -159,26 +162,26 @@ def test_a_run_without_shards_has_none(tmp_path: Path) -> None:
 
 
 def test_rewards_come_with_their_spread(run: Run) -> None:
-    facts = report_data.gather(run)
-    point = report_data.middle_points(facts.of("rollout"), "reward")[1]
+    facts = report_facts.gather(run)
+    point = report_facts.middle_points(facts.of("rollout"), "reward")[1]
     assert (point.x, point.y) == (1.0, pytest.approx(0.15))
     assert (point.low, point.high) == (pytest.approx(0.0), pytest.approx(0.3))
-    held_out = report_data.error_points(facts.of("eval"), "reward")[0]
+    held_out = report_facts.error_points(facts.of("eval"), "reward")[0]
     error = float(np.std([0.0, 0.1, 0.0, 0.1], ddof=1) / 2)
     assert (held_out.low, held_out.high) == (pytest.approx(0.05 - error), pytest.approx(0.05 + error))
-    assert [p.y for p in report_data.used_points(facts.of("rollout"))] == [1.0, 1.0]
-    assert report_data.spread_points(facts.of("rollout"))[0].y == pytest.approx(np.std([0.0, 0.1, 0.2, 0.3]))
+    assert [p.y for p in report_facts.used_points(facts.of("rollout"))] == [1.0, 1.0]
+    assert report_facts.spread_points(facts.of("rollout"))[0].y == pytest.approx(np.std([0.0, 0.1, 0.2, 0.3]))
 
 
 def test_updates_lie_between_their_iteration_and_the_next(run: Run) -> None:
-    updates = report_data.gather(run).updates
+    updates = report_facts.gather(run).updates
     assert len(updates) == 8  # the line that was cut off is none
-    points = report_data.update_points(updates, "low_noise", "ratio_mean", 1.0)
+    points = report_facts.update_points(updates, "low_noise", "ratio_mean", 1.0)
     assert [(p.x, p.y, p.low, p.high) for p in points] == [(x, 0.0, 0.0, 0.0) for x in (0.0, 0.5, 1.0, 1.5)]
 
 
 def test_costs_come_from_the_records(run: Run) -> None:
-    costs = {(cost.stage, cost.work): cost for cost in report_data.gather(run).costs}
+    costs = {(cost.stage, cost.work): cost for cost in report_facts.gather(run).costs}
     assert costs["iter-0000", "rollout"].videos == 8
     assert costs["iter-0000", "rollout"].seconds == pytest.approx(4.0)
     assert costs["iter-0001", "train"].seconds == pytest.approx(6.0)
@@ -215,13 +218,13 @@ def guard_table(values: list[list[float]]) -> pandas.DataFrame:
     ],
 )
 def test_a_guard_rings_when_it_moves_more_than_a_fifth(values: list[list[float]], expected: list[bool]) -> None:
-    assert [move.alarm for move in report_data.guard_moves(guard_table(values))] == expected
+    assert [move.alarm for move in report_facts.guard_moves(guard_table(values))] == expected
 
 
 def test_alarms_say_what_moved(tmp_path: Path) -> None:
     changed = make_run(tmp_path / "dark", dark_after=0.1)
     write_updates(changed.iteration(1), ratio_max=1.5)
-    found = report_data.alarms(report_data.gather(changed))
+    found = report_facts.alarms(report_facts.gather(changed))
     assert any(sentence.startswith("Guard: luma moved −50%") for sentence in found)
     assert any("ratio 0.5 away from 1" in sentence for sentence in found)
     assert not any("saturation" in sentence for sentence in found)
@@ -299,14 +302,14 @@ def test_tensorboard_shows_the_best_the_worst_and_the_same_held_out_clips(run: R
         picture = Image.open(io.BytesIO(shown[0].encoded_image_string))
         assert (shown[0].width, shown[0].height, picture.size) == (64, 32, (64, 32))
         assert (picture.n_frames, picture.info["duration"], picture.info["loop"]) == (5, 60, 0)  # GIF counts 10 ms
-    rewards = {clip.tag: clip.caption for clip in board_clips.clips(report_data.gather(run))}
+    rewards = {clip.tag: clip.caption for clip in tracked_clips.clips(report_facts.gather(run))}
     assert "reward 0.300" in rewards["training/best"]
     assert "reward 0.000" in rewards["training/worst"]
 
 
 def test_a_large_clip_becomes_a_smaller_sparser_picture() -> None:
     frames = np.zeros((81, 96, 640, 3), np.uint8)
-    data, width, height = board_clips.gif(
+    data, width, height = tracked_clips.gif(
         encode_mp4(frames + np.arange(81, dtype=np.uint8)[:, None, None, None], 16), 16
     )
     assert (width, height) == (320, 48)

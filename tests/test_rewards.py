@@ -18,7 +18,7 @@ from transformers import CLIPModel, CLIPProcessor
 from score import tables
 from score.aesthetic import Aesthetic
 from score.clip import CLIP, load_embedder
-from score.content import digest
+from score.digests import digest
 from score.frames import spread
 from score.motion import Motion
 from score.pickscore import PickScore
@@ -261,14 +261,14 @@ def test_the_fingerprint_follows_the_content_of_a_model(clip_folder: Path, tmp_p
 
 
 def test_large_files_are_hashed_in_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from score import content
+    from score import digests
 
     path = tmp_path / "weights.bin"
     path.write_bytes(bytes(range(256)) * 64)
     whole = digest(tmp_path, [path])
-    monkeypatch.setattr(content, "WHOLE", 1000)
-    monkeypatch.setattr(content, "BLOCK", 16)
-    content._content.cache_clear()
+    monkeypatch.setattr(digests, "WHOLE", 1000)
+    monkeypatch.setattr(digests, "BLOCK", 16)
+    digests._content.cache_clear()
     sampled = digest(tmp_path, [path])
     assert sampled != whole
     for place in (0, -1):

@@ -145,7 +145,7 @@ def test_probes_reach_functions_imported_by_name_and_the_ends_of_context_manager
 
 
 HOMES = {"shards.files": "write", "os:": "write", "train.checkpoint": "write", "train.data": "read",
-         "torch.distributed": "wait", "shards.claims": "wait", "torch.optim": "model"}  # fmt: skip
+         "torch.distributed": "wait", "shards.workers.claims": "wait", "torch.optim": "model"}  # fmt: skip
 
 
 @pytest.mark.slow
@@ -449,7 +449,7 @@ def test_the_page_has_both_sections_and_the_assumptions_of_the_code() -> None:
 @pytest.mark.slow
 def test_the_flop_of_a_forward_by_hand() -> None:
     from bench.scale_units import A14B, flop, latent_shape, pass_flop
-    from rollout.policy_sizes import Pass
+    from rollout.policy.sizes import Pass
 
     shape = latent_shape(480, 832, 81)
     assert shape == (16, 21, 60, 104)

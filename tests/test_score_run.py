@@ -13,15 +13,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from score import tables, work
+from score import process, tables
 from score.guards import Guards, measure
 from score.reward import Scored, Video, choose, known, split_name
 from score.run import ScoreReport, score
 from shards import sidecar
-from shards.claims import claim
 from shards.config import RunConfig, ScoreConfig
 from shards.errors import RunFailed, StillBusy, UserError
 from shards.run import Run, Stage
+from shards.workers.claims import claim
 from shards.writer import seal
 from tests import shard_fixtures
 
@@ -306,7 +306,7 @@ def test_processes_give_the_same_tables_as_one(tmp_path: Path) -> None:
         run, stage = make(tmp_path / f"run{workers}", config={"rewards": rewards, "workers": workers}, groups=3)
         reports.append(score(run, stage))
         stages.append(stage)
-    work.processes.discard()
+    process.processes.discard()
     for name in [choose(reward).directory for reward in ("brightness", "contrast", "guards")]:
         left, right = (sidecar.read_scores(stage, name) for stage in stages)
         pd.testing.assert_frame_equal(left, right, check_exact=True)

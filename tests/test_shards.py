@@ -24,13 +24,13 @@ from hypothesis import strategies as st
 from shards import run as run_module
 from shards import source as source_module
 from shards import tensors
-from shards.claims import claim
 from shards.errors import UserError
 from shards.files import publish_new, publish_replace, read_json
 from shards.reader import open_shard, webdataset_pipeline
 from shards.run import Run
 from shards.tar import header
-from shards.verify import verify
+from shards.verify.shards import verify
+from shards.workers.claims import claim
 from shards.writer import read_group, read_phase, seal, spooled, write_group, write_phase, write_sample
 from tests.clock import tick
 from tests.shard_fixtures import (
@@ -473,12 +473,13 @@ def test_a_missing_shard_says_what_to_do(tmp_path: Path) -> None:
 def test_nothing_heavy_is_imported_to_write_read_and_verify(tmp_path: Path) -> None:
     committed_stage(tmp_path)
     code = (
-        "import sys, shards.writer, shards.reader, shards.sidecar, shards.verify, shards.table, shards.video\n"
+        "import sys, shards.writer, shards.reader, shards.sidecar, shards.video\n"
+        "import shards.verify.shards, shards.inspect.table\n"
         "names = {'torch', 'pandas', 'pyarrow', 'pydantic', 'diffusers', 'av', 'webdataset', 'numpy'}\n"
         "heavy = names & set(sys.modules)\n"
         "assert not heavy, heavy\n"
-        f"assert not shards.verify.verify({str(tmp_path)!r})\n"
-        f"assert len(shards.table.samples({str(tmp_path)!r})) == 6\n"
+        f"assert not shards.verify.shards.verify({str(tmp_path)!r})\n"
+        f"assert len(shards.inspect.table.samples({str(tmp_path)!r})) == 6\n"
         "assert 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])

@@ -32,7 +32,7 @@ from shards.sidecar import (
     write_scores,
 )
 from shards.tar import REPAIR, Damaged
-from shards.verify import verify
+from shards.verify.shards import verify
 from shards.writer import Sample, seal, spooled, write_group, write_sample
 from tests.shard_fixtures import (
     advantage_frame,
@@ -729,6 +729,6 @@ def test_verify_says_what_it_cannot_verify(tmp_path: Path) -> None:
         verify(tmp_path / "nowhere")
     with pytest.raises(UserError, match="is neither a run, nor a stage, nor a shard"):
         verify(tmp_path)
-    code = f"import shards.verify, sys; shards.verify.verify({str(tmp_path)!r})"
+    code = f"import shards.verify.shards, sys; shards.verify.shards.verify({str(tmp_path)!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert "UserError" in done.stderr

@@ -17,7 +17,7 @@ from shards.files import sha256_file
 from shards.reader import open_shard
 from shards.run import Run, Stage
 from shards.tar import Damaged, Member, members
-from shards.verify import verify
+from shards.verify.shards import verify
 from tests.shard_fixtures import planned_stage
 
 ROOT = Path(__file__).parents[1]

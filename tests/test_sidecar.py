@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from shards.errors import UserError
+from shards.inspect.table import groups, samples, write
 from shards.reader import read_manifest
 from shards.run import Stage
 from shards.sidecar import (
@@ -22,7 +23,6 @@ from shards.sidecar import (
     write_advantages,
     write_scores,
 )
-from shards.table import groups, samples, write
 from tests.shard_fixtures import advantage_frame, committed_stage, planned_stage, score_frame
 
 SCORER, SPEC = "ocr-12345678", "aaaaaaaa"

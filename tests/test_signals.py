@@ -18,11 +18,11 @@ import cli
 from rollout.policy import Policy
 from score.run import score
 from shards.errors import RunFailed, Stopped
+from shards.process.signals import check, stoppable, stopping
 from shards.run import Run
-from shards.signals import check, stoppable, stopping
 from tests import forks, training
 from tests.test_score_run import make
-from train import checkpoint_writer, signals
+from train import checkpoint_files, signals
 from train.run import train
 
 UPDATES = 3
@@ -248,7 +248,7 @@ def test_a_rank_that_dies_while_it_writes_is_not_taken_for_a_full_disk(rolled: R
 
     def work() -> None:
         if os.environ["RANK"] == "1":
-            checkpoint_writer.Writer.write_data = training.kill_self  # type: ignore[assignment]
+            checkpoint_files.Writer.write_data = training.kill_self  # type: ignore[assignment]
         forks.rushes("train", run.path, "--iteration", 0)()
 
     one, other = forks.ranks(tmp_path / "ranks", work, work)

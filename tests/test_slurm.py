@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 import cli
-from shards.owners import claims_of
 from shards.run import Stage
+from shards.workers.owners import claims_of
 from tests.slurm_cluster import Cluster, cluster, why_not
 from tests.test_generate import contents, differences
 from tests.workers import same_tables, small_run
@@ -33,7 +33,7 @@ import os, sys, time
 sys.path.insert(0, {root!r})
 import cli
 from rollout import work
-from shards.signals import stopping
+from shards.process.signals import stopping
 from train.metrics import MetricsLog
 
 def held(until):

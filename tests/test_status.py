@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 
 import cli
-from shards import owners, sidecar
-from shards.claims import claim
+from shards import sidecar
 from shards.errors import UserError
+from shards.process.versions import our_version
 from shards.run import Run, Stage
-from shards.status import Part, render, status
-from shards.versions import our_version
+from shards.workers import owners
+from shards.workers.claims import claim
+from shards.workers.status import Part, render, status
 from shards.writer import seal, write_group, write_sample
 from tests.clock import Clock
 from tests.shard_fixtures import advantage_frame, fill, make_group, make_sample, planned_stage, score_frame
@@ -123,7 +124,7 @@ def test_workers_are_told_alive_from_dead(stage: Stage, monkeypatch: pytest.Monk
         killed.stdout.readline()
         clock = Clock(meanwhile=elsewhere.beat)
         monkeypatch.setattr(owners, "time", clock)
-        monkeypatch.setattr("shards.status.time", clock)
+        monkeypatch.setattr("shards.workers.status.time", clock)
         assert states(run) == {0: "alive", 1: "alive", 2: "silent", 3: "alive"}
         killed.kill()
         killed.communicate()

@@ -15,15 +15,17 @@ from typing import Any
 
 import pytest
 
-from shards import beacons, claims, mirror, owners, sidecar, store
+from shards import sidecar
 from shards.config import apply_sets, parse_config, read_preset
 from shards.errors import RunFailed, UserError
 from shards.files import publish_new, publish_replace, read_json, sha256_file
 from shards.reader import open_shard, webdataset_pipeline
 from shards.run import Run, Stage
+from shards.store import mirror, objects
+from shards.store.urls import is_url, shown, url_of, working_copy
 from shards.tar import Damaged
-from shards.urls import is_url, shown, url_of, working_copy
-from shards.verify import verify
+from shards.verify.shards import verify
+from shards.workers import claims, owners, remote_claims
 from tests.clock import Clock
 from tests.s3_server import KEYS, Fault, Proxy, proxied, served
 from tests.shard_fixtures import (
@@ -47,11 +49,11 @@ def server() -> Iterator[Proxy]:
     with served() as port, proxied(port) as proxy, pytest.MonkeyPatch.context() as patch:
         for name, value in {**KEYS, "AWS_ENDPOINT_URL": proxy.url, "AWS_MAX_ATTEMPTS": "2"}.items():
             patch.setenv(name, value)
-        patch.setattr(store, "PAUSES", (0.01, 0.05, 0.1))
-        store._open.cache_clear()
-        store._store(BUCKET).mkdir("bucket")
+        patch.setattr(objects, "PAUSES", (0.01, 0.05, 0.1))
+        objects._open.cache_clear()
+        objects._store(BUCKET).mkdir("bucket")
         yield proxy
-        store._open.cache_clear()
+        objects._open.cache_clear()
 
 
 @pytest.fixture
@@ -73,7 +75,7 @@ def machine_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     def go(name: str) -> None:
         monkeypatch.setenv("RUSHES_CACHE", str(folder / name))
         mirror._looked.clear()
-        store._keeps_the_first.cache_clear()
+        objects._keeps_the_first.cache_clear()
 
     return go
 
@@ -209,10 +211,10 @@ def test_a_tar_that_is_gone_or_other_is_refused(s3: Proxy, url: str, machine: Ma
     stage = Run(url).iteration(0)
     tar = url_of(stage.shard_path(0))
     assert tar
-    store.remove(tar)
+    objects.remove(tar)
     with pytest.raises(Damaged, match="is not there, but its manifest is"):
         open_shard(stage, 0)
-    store._store(tar).pipe_file(store._key(tar), b"other")
+    objects._store(tar).pipe_file(objects._key(tar), b"other")
     with pytest.raises(Damaged, match="has 5 bytes"):
         open_shard(stage, 0)
 
@@ -265,10 +267,10 @@ def test_a_store_that_stays_down_ends_in_one_sentence(s3: Proxy, url: str) -> No
 
 def test_nobody_answers(monkeypatch: pytest.MonkeyPatch, s3: Proxy) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    store._open.cache_clear()
+    objects._open.cache_clear()
     with pytest.raises(RunFailed, match=r"s3://bucket/x: .*127\.0\.0\.1:9"):
         Run.open("s3://bucket/x")
-    store._open.cache_clear()
+    objects._open.cache_clear()
 
 
 def test_errors_of_a_user_are_one_sentence(s3: Proxy, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,10 +287,10 @@ def test_errors_of_a_user_are_one_sentence(s3: Proxy, url: str, monkeypatch: pyt
         Run.open(url)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
-    store._open.cache_clear()
+    objects._open.cache_clear()
     with pytest.raises(UserError, match=r"no credentials for s3://.*AWS_ACCESS_KEY_ID"):
         Run.open(url)
-    store._open.cache_clear()
+    objects._open.cache_clear()
 
 
 def test_a_missing_package_is_named(s3: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,9 +322,9 @@ def test_the_first_writer_wins_on_any_server(s3: Proxy, url: str, machine: Machi
     path = working_copy(url) / "model.json"
     assert not publish_new(path, b"second")
     assert path.read_bytes() == b"first"
-    assert store.read(f"{url}/model.json", 0, 5) == b"first"
+    assert objects.read(f"{url}/model.json", 0, 5) == b"first"
     publish_replace(path, b"third")
-    assert store.read(f"{url}/model.json", 0, 5) == b"third"
+    assert objects.read(f"{url}/model.json", 0, 5) == b"third"
 
 
 def test_what_the_store_refuses_is_not_here_either(s3: Proxy, url: str) -> None:
@@ -434,7 +436,7 @@ def test_a_new_run_at_the_same_url_meets_nothing_of_the_old_one(s3: Proxy, url: 
     stage = committed_stage(url)
     fill(planned_stage(url, 1), 0)  # a spool that stays
     machine("second")
-    store._store(url).rm(store._key(url), recursive=True)
+    objects._store(url).rm(objects._key(url), recursive=True)
     planned_stage(url, prompt="a dog")
     machine("first")
     mirror.pull(Run(url).path)
@@ -463,8 +465,8 @@ def test_files_whose_tag_is_no_checksum_are_fetched_once(
 ) -> None:
     committed_stage(url)
     machine("second")
-    known = store._entry
-    monkeypatch.setattr(store, "_entry", lambda info: dataclasses.replace(known(info), checksum=None))
+    known = objects._entry
+    monkeypatch.setattr(objects, "_entry", lambda info: dataclasses.replace(known(info), checksum=None))
     mirror.pull(Run(url).path)
     s3.log.clear()
     mirror.pull(Run(url).path)
@@ -497,7 +499,7 @@ def test_a_folder_is_put_with_its_commit_last_and_only_whole_ones_are_fetched(
     (folder / "update-000002" / "z.safetensors").write_text("cut")  # a download that was killed is gone on with
     mirror.fetch_newest(folder, "commit.json")
     assert (folder / "update-000002" / "z.safetensors").read_text() == "update-000002 z.safetensors"
-    assert {name.partition("/")[0] for name in store.listing(url_of(folder) or "")} == {
+    assert {name.partition("/")[0] for name in objects.listing(url_of(folder) or "")} == {
         "update-000002",
         "update-000003",
     }
@@ -507,13 +509,13 @@ def test_an_object_that_is_replaced_while_it_is_fetched(s3: Proxy, url: str, tmp
     """A log grows between the listing and the transfer, a table gets other values of the same length."""
     path, entries = tmp_path / "one", []
     for content in (b"one line", b"one line\ntwo", b"one line\nTWO"):
-        store._store(url).pipe_file(store._key(url), content)
-        entries.append(store.head(url))
+        objects._store(url).pipe_file(objects._key(url), content)
+        entries.append(objects.head(url))
     for entry in entries:
         assert entry
-        assert store.get(url, path, entry) == entries[-1]
+        assert objects.get(url, path, entry) == entries[-1]
         assert path.read_bytes() == b"one line\nTWO"
-    assert not store._untold
+    assert not objects._untold
 
 
 def test_no_memo_speaks_for_a_file_of_another_process(
@@ -545,17 +547,17 @@ def test_what_was_deleted_in_the_store_is_published_again(s3: Proxy, url: str) -
 
     stage = committed_stage(url, groups=1)
     for path in (stage.shard_path(0), stage.index_path(0), stage.manifest_path(0)):
-        store.remove(url_of(path) or "")
+        objects.remove(url_of(path) or "")
     run = Run.open(url) if stage.run_path.joinpath("run.toml").exists() else Run(url)
     mirror.pull(run.path)
     assert stage.shards() == []
     fill(stage, 0)
     assert seal(stage, 0, {})
     assert verify(url) == []
-    other = store._store(url)
-    other.pipe_file(store._key(f"{url}/model.json"), b"theirs")
+    other = objects._store(url)
+    other.pipe_file(objects._key(f"{url}/model.json"), b"theirs")
     assert not publish_new(run.path / "model.json", b"ours")  # fetched, for it was not here
-    other.pipe_file(store._key(f"{url}/model.json"), b"others")
+    other.pipe_file(objects._key(f"{url}/model.json"), b"others")
     assert not publish_new(run.path / "model.json", b"ours")  # and again, for it is another one now
     assert (run.path / "model.json").read_bytes() == b"others"
 
@@ -566,11 +568,11 @@ def test_a_run_is_made_anew_where_one_was_deleted(s3: Proxy, url: str) -> None:
     Run.create(url, old)
     with pytest.raises(UserError, match="exists already"):
         Run.create(url, new)
-    store.remove(f"{url}/run.toml")
+    objects.remove(f"{url}/run.toml")
     assert Run.create(url, new).config == new
-    entry = store.head(f"{url}/run.toml")
+    entry = objects.head(f"{url}/run.toml")
     assert entry
-    assert b"seed = 2" in store.read(f"{url}/run.toml", 0, entry.size)
+    assert b"seed = 2" in objects.read(f"{url}/run.toml", 0, entry.size)
 
 
 def test_what_was_put_is_not_fetched_back(s3: Proxy, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -578,8 +580,8 @@ def test_what_was_put_is_not_fetched_back(s3: Proxy, url: str, monkeypatch: pyte
     folder = working_copy(url) / "iter-0000" / "policy"
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(bytes(1000))
-    known = store._entry
-    monkeypatch.setattr(store, "_entry", lambda info: dataclasses.replace(known(info), checksum=None))
+    known = objects._entry
+    monkeypatch.setattr(objects, "_entry", lambda info: dataclasses.replace(known(info), checksum=None))
     mirror.put_folder(folder)
     s3.log.clear()
     mirror.fetch(folder)
@@ -587,21 +589,21 @@ def test_what_was_put_is_not_fetched_back(s3: Proxy, url: str, monkeypatch: pyte
     assert [line for line in s3.log if "safetensors" in line[1]] == []
     (folder / "model.safetensors").write_bytes(bytes(999) + b"1")
     mirror.put_folder(folder)
-    assert store.read(f"{url_of(folder)}/model.safetensors", 999, 1000) == b"1"
+    assert objects.read(f"{url_of(folder)}/model.safetensors", 999, 1000) == b"1"
 
 
 def test_prompts_and_their_images_at_urls(s3: Proxy, url: str, tmp_path: Path) -> None:
     from PIL import Image
 
-    from rollout.policy_inputs import open_image
     from rollout.prompts import load_prompts
+    from rollout.ranks.device import open_image
 
     Image.new("RGB", (16, 16)).save(tmp_path / "first.png")
-    objects = store._store(url)
-    objects.put_file(str(tmp_path / "first.png"), store._key(f"{url}/images/first.png"))
+    files = objects._store(url)
+    files.put_file(str(tmp_path / "first.png"), objects._key(f"{url}/images/first.png"))
     rows = ["../images/first.png", f"{url}/images/first.png", str(tmp_path / "first.png"), "gone.png"]
     lines = "".join(json.dumps({"prompt": "a sign", "image": image}) + "\n" for image in rows)
-    objects.pipe_file(store._key(f"{url}/sets/i2v.jsonl"), lines.encode())
+    files.pipe_file(objects._key(f"{url}/sets/i2v.jsonl"), lines.encode())
     images = [prompt.image for prompt in load_prompts(Path(f"{url}/sets/i2v.jsonl"), False)]
     assert images == [f"{url}/images/first.png"] * 2 + [str(tmp_path / "first.png"), f"{url}/sets/gone.png"]
     assert [open_image(image).size for image in images[:3]] == [(16, 16)] * 3
@@ -613,14 +615,14 @@ def test_prompts_and_their_images_at_urls(s3: Proxy, url: str, tmp_path: Path) -
     with pytest.raises(UserError, match=r"local\.jsonl, line 1: https:// is no store"):
         load_prompts(tmp_path / "local.jsonl", False)
 
-    objects.pipe_file(store._key(f"{url}/prompts.txt"), b"a cat\n")
+    files.pipe_file(objects._key(f"{url}/prompts.txt"), b"a cat\n")
     assert [prompt.text for prompt in load_prompts(f"{url}/prompts.txt", False)] == ["a cat"]
     s3.log.clear()
     load_prompts(f"{url}/prompts.txt", False)
     assert s3.asked("GET", r"prompts\.txt") == []
-    objects.pipe_file(store._key(f"{url}/prompts.txt"), b"a dog\n")
+    files.pipe_file(objects._key(f"{url}/prompts.txt"), b"a dog\n")
     assert [prompt.text for prompt in load_prompts(f"{url}/prompts.txt", False)] == ["a dog"]
-    store.remove(f"{url}/prompts.txt")
+    objects.remove(f"{url}/prompts.txt")
     with pytest.raises(UserError) as error:
         load_prompts(f"{url}/prompts.txt", False)
     assert shown(error.value.problem) == f"{url}/prompts.txt: no such file"
@@ -652,8 +654,8 @@ def test_options_of_rewards_at_urls(s3: Proxy, url: str, tmp_path: Path) -> None
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_bytes(b"folder")
     (tmp_path / "head.bin").write_bytes(b"file ")
-    store._store(url).put(f"{tmp_path}/model", f"{store._key(url)}/model", recursive=True)
-    store._store(url).put_file(f"{tmp_path}/head.bin", f"{store._key(url)}/head.bin")
+    objects._store(url).put(f"{tmp_path}/model", f"{objects._key(url)}/model", recursive=True)
+    objects._store(url).put_file(f"{tmp_path}/head.bin", f"{objects._key(url)}/head.bin")
     target = f"{__name__}:Needy"
     stored = choose(target, {"head": f"{url}/head.bin", "model": f"{url}/model"})
     local = choose(target, {"head": f"{tmp_path}/head.bin", "model": f"{tmp_path}/model"})
@@ -666,11 +668,13 @@ def test_status_goes_by_the_clock_of_the_store(
     s3: Proxy, url: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Seen alike from the machine that works and from one that looks, whose copies all came at the same moment."""
-    from shards.status import status
+    from shards.workers.status import status
     from shards.writer import seal
 
     minutes = {"plan.json": 0.0, "shard-000000.json": 4.0, "shard-000001.json": 8.0}
-    monkeypatch.setattr(store, "_written", lambda info: 1.7e9 + 60 * minutes.get(info["name"].rpartition("/")[2], 0.0))
+    monkeypatch.setattr(
+        objects, "_written", lambda info: 1.7e9 + 60 * minutes.get(info["name"].rpartition("/")[2], 0.0)
+    )
     monkeypatch.setattr(mirror, "LOOK_AGAIN", 0.0)
     publish_new(working_copy(url) / "run.toml", b"schema = 1\n")
     stage = planned_stage(url, groups=4)
@@ -697,7 +701,7 @@ def test_status_goes_by_the_clock_of_the_store(
 
 HOLDER = """
 import sys
-from shards.claims import claim
+from shards.workers.claims import claim
 from shards.run import Run
 with claim(Run(sys.argv[1]).iteration(0), 0, "rollout", 3.0, (1, 4)) as held:
     print(bool(held), flush=True)
@@ -709,7 +713,7 @@ print("released", flush=True)
 def test_claims_are_seen_by_other_machines_and_end_with_them(
     s3: Proxy, url: str, tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(beacons, "LOOK_AGAIN", 0.0)
+    monkeypatch.setattr(remote_claims, "LOOK_AGAIN", 0.0)
     stage = planned_stage(url)
     clock = Clock()
     monkeypatch.setattr(owners, "time", clock)
@@ -739,24 +743,24 @@ def test_claims_are_seen_by_other_machines_and_end_with_them(
     clock.now += 0.25
     with claims.claim(stage, 0, "rollout", 3.0) as held:
         assert held
-    assert store.listing(f"{url}/iter-0000/claims") == {}
+    assert objects.listing(f"{url}/iter-0000/claims") == {}
 
 
 def test_two_machines_cannot_hold_one_claim(s3: Proxy, url: str, machine: Machine) -> None:
     stage = planned_stage(url)
     path = stage.path / "work" / "shard-000000.rollout.claim-0001"
-    assert beacons.begin(path, b"mine\n")
+    assert remote_claims.begin(path, b"mine\n")
     machine("second")
     path = Run(url).iteration(0).path / "work" / path.name
-    assert not beacons.begin(path, b"yours\n")
+    assert not remote_claims.begin(path, b"yours\n")
     with claims.claim(Run(url).iteration(0), 0, "rollout", 60.0) as held:
         assert held is None
-    assert beacons.keep(path, b"again\n")
-    beacons.end(path)
-    assert not beacons.keep(path, b"again\n")
-    assert beacons.begin(path, b"mine\n")
-    assert beacons.begin(path.with_name("shard-000000.rollout.claim-0002"), b"yours\n")  # void, and taken over
-    assert not beacons.keep(path, b"I slept\n")
+    assert remote_claims.keep(path, b"again\n")
+    remote_claims.end(path)
+    assert not remote_claims.keep(path, b"again\n")
+    assert remote_claims.begin(path, b"mine\n")
+    assert remote_claims.begin(path.with_name("shard-000000.rollout.claim-0002"), b"yours\n")  # void, and taken over
+    assert not remote_claims.keep(path, b"I slept\n")
 
 
 def test_a_store_that_refuses_claims_stops_nobody(s3: Proxy, url: str) -> None:
@@ -776,8 +780,8 @@ def test_verify_reads_the_store_and_not_the_cache(s3: Proxy, url: str) -> None:
     tar, manifest = (f"{url}/iter-0000/rollout/{name}" for name in ("shard-000000.tar", "manifest/shard-000001.json"))
     data = bytearray(stage.shard_path(0).read_bytes())
     data[5000] ^= 1
-    store._store(tar).pipe_file(store._key(tar), bytes(data))
-    store._store(tar).pipe_file(store._key(manifest), b"{}")
+    objects._store(tar).pipe_file(objects._key(tar), bytes(data))
+    objects._store(tar).pipe_file(objects._key(manifest), b"{}")
     problems = [one.problem for one in verify(url)]
     assert any(tar in problem and "sha256" in problem for problem in problems)
     assert any(manifest in problem for problem in problems)
@@ -788,7 +792,7 @@ def test_verify_reads_the_store_and_not_the_cache(s3: Proxy, url: str) -> None:
 
 FETCHER = """
 import sys
-from shards.mirror import fetch_model
+from shards.store.mirror import fetch_model
 print(fetch_model(sys.argv[1], lambda name: name.endswith((".json", ".safetensors"))))
 """
 
@@ -796,7 +800,7 @@ print(fetch_model(sys.argv[1], lambda name: name.endswith((".json", ".safetensor
 def test_a_model_folder_is_fetched_once_by_several_processes(s3: Proxy, url: str, tmp_path: Path) -> None:
     files = {"model_index.json": b"{}", "transformer/a.safetensors": bytes(300_000), "transformer/b.bin": b"pickle"}
     for name, data in files.items():
-        store._store(url).pipe_file(store._key(f"{url}/{name}"), data)
+        objects._store(url).pipe_file(objects._key(f"{url}/{name}"), data)
     s3.log.clear()
     s3.faults.append(Fault("cut", "GET", r"a\.safetensors"))
     processes = [run_python(FETCHER, url, cache=tmp_path / "node") for _ in range(2)]
@@ -821,35 +825,35 @@ def test_we_check_what_the_client_does_not(
     """Objects that were put without a checksum of the client's own, as other tools do."""
     monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
     monkeypatch.setenv("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
-    store._open.cache_clear()
-    store._store(url).pipe_file(store._key(url), b"content")
-    entry = store.head(url)
+    objects._open.cache_clear()
+    objects._store(url).pipe_file(objects._key(url), b"content")
+    entry = objects.head(url)
     assert entry
     s3.faults += [Fault("short"), Fault("flip")]
-    store.get(url, tmp_path / "one", entry)
+    objects.get(url, tmp_path / "one", entry)
     assert (tmp_path / "one").read_bytes() == b"content"
     s3.faults.append(Fault("short", times=1000))
     with pytest.raises(RunFailed, match="3 bytes arrived of 7"):
-        store.get(url, tmp_path / "two", dataclasses.replace(entry, checksum=None))
-    store._open.cache_clear()
+        objects.get(url, tmp_path / "two", dataclasses.replace(entry, checksum=None))
+    objects._open.cache_clear()
 
 
 def test_a_tag_that_is_no_checksum_is_found_out(
     s3: Proxy, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in a bucket that a key encrypts: the tag of every object looks like an md5 and is none."""
-    store._store(url).pipe_file(store._key(url), b"content")
-    entry = store.head(url)
+    objects._store(url).pipe_file(objects._key(url), b"content")
+    entry = objects.head(url)
     assert entry
     assert entry.checksum
-    other = store.Entry(entry.size, "0" * 32, "md5:" + "0" * 32)
-    monkeypatch.setattr(store, "_entry", lambda info: other)
+    other = objects.Entry(entry.size, "0" * 32, "md5:" + "0" * 32)
+    monkeypatch.setattr(objects, "_entry", lambda info: other)
     s3.log.clear()
-    store.get(url, tmp_path / "one", other)
-    store.get(url, tmp_path / "two", other)
+    objects.get(url, tmp_path / "one", other)
+    objects.get(url, tmp_path / "two", other)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes() == b"content"
     assert len([1 for verb, _, _ in s3.log if verb == "GET"]) == 3
-    store._untold.clear()
+    objects._untold.clear()
 
 
 def _everything(stage: Stage, shard: int, key: str) -> dict[str, Any]:

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from shards import beacons, mirror, store
 from shards.errors import UserError
 from shards.files import publish_new, publish_replace
 from shards.reader import open_shard
 from shards.run import Run
-from shards.urls import working_copy
-from shards.verify import verify
+from shards.store import mirror, objects
+from shards.store.urls import working_copy
+from shards.verify.shards import verify
+from shards.workers import remote_claims
 from tests.ports import free_port
 from tests.shard_fixtures import committed_stage
 from tests.test_store import Machine, machine_of
@@ -39,10 +40,10 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine
     monkeypatch.setenv("TZ", "UTC")  # the server tells the local time, gcsfs reads that of Google alone
     with Server(port=free_port()) as running:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", running.url)
-        store._open.cache_clear()
-        store._store(URL).mkdir("bucket")
+        objects._open.cache_clear()
+        objects._store(URL).mkdir("bucket")
         yield machine_of(tmp_path, monkeypatch)
-        store._open.cache_clear()
+        objects._open.cache_clear()
 
 
 def test_a_run_at_google(machine: Machine) -> None:
@@ -51,11 +52,11 @@ def test_a_run_at_google(machine: Machine) -> None:
     key = here.keys(0)[0]
     with open_shard(here, 0) as shard:
         video, pair = shard.video(key), shard.latents(key, [1, 2])
-    assert store._keeps_the_first(URL)
+    assert objects._keeps_the_first(URL)
     assert publish_new(working_copy(URL) / "model.json", b"first")
     claim = here.path / "work" / "shard-000001.rollout.claim-0001"
-    assert beacons.begin(claim, b"mine\n")
-    entry = store.head(f"{URL}/model.json")
+    assert remote_claims.begin(claim, b"mine\n")
+    entry = objects.head(f"{URL}/model.json")
     assert entry
     assert entry.checksum
     assert entry.modified
@@ -70,7 +71,7 @@ def test_a_run_at_google(machine: Machine) -> None:
     assert not stage.shard_path(0).exists()
     assert not publish_new(working_copy(URL) / "model.json", b"second")
     assert (working_copy(URL) / "model.json").read_bytes() == b"first"
-    assert not beacons.begin(stage.path / "work" / claim.name, b"yours\n")
+    assert not remote_claims.begin(stage.path / "work" / claim.name, b"yours\n")
     third = b'{"base": "%s"}' % (b"b" * 64)  # that of the plan, so that the whole run is sound
     publish_replace(working_copy(URL) / "model.json", third)
 

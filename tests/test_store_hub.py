@@ -13,16 +13,17 @@ from types import ModuleType
 import pytest
 from huggingface_hub import HfFileSystem, constants
 
-from rollout.generate import rollout
 from rollout.policy import Policy
+from rollout.run import rollout
 from score.run import score
-from shards import claims, mirror, store
 from shards.errors import RunFailed, UserError
 from shards.files import publish_new, publish_replace, read_json_lines
 from shards.reader import open_shard
 from shards.run import Run
-from shards.urls import url_of, working_copy
-from shards.verify import verify
+from shards.store import mirror, objects
+from shards.store.urls import url_of, working_copy
+from shards.verify.shards import verify
+from shards.workers import claims
 from shards.writer import seal
 from tests.hub_server import Fault, Hub, served
 from tests.shard_fixtures import committed_stage, fill, planned_stage
@@ -50,11 +51,11 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)  # all were read with the import
         monkeypatch.setattr(constants, "ENDPOINT", running.url)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(store, "PAUSES", (0.01, 0.02, 0.05))
-        store._open.cache_clear()
+        monkeypatch.setattr(objects, "PAUSES", (0.01, 0.02, 0.05))
+        objects._open.cache_clear()
         machine_of(tmp_path, monkeypatch)("first")
         yield running
-        store._open.cache_clear()
+        objects._open.cache_clear()
 
 
 @pytest.fixture
@@ -153,14 +154,14 @@ def test_files_that_xet_keeps_go_through_the_file_system_of_the_client(
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     hub.put(REPO, "large.safetensors", bytes(5000))
     hub.lfs_from, hub.xet = 1000, True
-    entry = store.head(f"hf://{REPO}/large.safetensors")
+    entry = objects.head(f"hf://{REPO}/large.safetensors")
     assert entry
     called: list[str] = []
     known = HfFileSystem.get_file
     monkeypatch.setattr(
         HfFileSystem, "get_file", lambda self, *names, **more: called.append(names[0]) or known(self, *names, **more)
     )
-    store.get(f"hf://{REPO}/large.safetensors", tmp_path / "one", entry)
+    objects.get(f"hf://{REPO}/large.safetensors", tmp_path / "one", entry)
     assert (tmp_path / "one").read_bytes() == bytes(5000)
     assert called == [f"{REPO}/large.safetensors"]
 
@@ -170,9 +171,9 @@ def test_no_bar_for_each_of_many_files(
 ) -> None:
     monkeypatch.setenv("TQDM_POSITION", "-1")  # as on a terminal
     hub.put(REPO, "one", b"1")
-    entry = store.head(f"hf://{REPO}/one")
+    entry = objects.head(f"hf://{REPO}/one")
     assert entry
-    store.get(f"hf://{REPO}/one", tmp_path / "one", entry)
+    objects.get(f"hf://{REPO}/one", tmp_path / "one", entry)
     assert capfd.readouterr() == ("", "")
 
 
@@ -259,9 +260,9 @@ def test_a_run_at_the_top_of_a_repository(hub: Hub, machine: Machine) -> None:
 
 def test_the_first_writer_wins_whatever_the_client_remembers(hub: Hub, machine: Machine) -> None:
     path = working_copy(URL) / "model.json"
-    assert store.listing(URL) == {}
+    assert objects.listing(URL) == {}
     hub.put(REPO, "runs/a/other.json", b"{}")
-    assert list(store.listing(URL)) == ["other.json"]
+    assert list(objects.listing(URL)) == ["other.json"]
     hub.put(REPO, "runs/a/model.json", b"theirs")  # after we looked
     assert not publish_new(path, b"ours")
     assert path.read_bytes() == content(hub, "runs/a/model.json") == b"theirs"
@@ -289,7 +290,7 @@ def test_many_writers_of_the_same_names(hub: Hub, tmp_path: Path) -> None:
         mine = tmp_path / f"writer-{number}"
         mine.write_bytes(b"%d" % number)
         for name in sorted(won, key=lambda name: hash((name, number))):
-            if store.put_new(mine, name, URL):
+            if objects.put_new(mine, name, URL):
                 won[name].append(number)
 
     threads = [threading.Thread(target=write, args=(number,)) for number in range(5)]
@@ -313,10 +314,10 @@ def test_machines_see_each_other_at_once(hub: Hub, machine: Machine, monkeypatch
     machine("first")
     assert stage.shards() == [1]
     for path in (other.shard_path(1), other.index_path(1), other.manifest_path(1)):
-        store.remove(url_of(working_copy(URL) / path.relative_to(other.run_path)) or "")
-    store.remove(f"{URL}/gone")
+        objects.remove(url_of(working_copy(URL) / path.relative_to(other.run_path)) or "")
+    objects.remove(f"{URL}/gone")
     assert stage.shards() == []
-    assert store.head(f"{URL}/iter-0000/rollout/shard-000001.tar") is None
+    assert objects.head(f"{URL}/iter-0000/rollout/shard-000001.tar") is None
 
 
 def test_claims_are_not_shown_on_the_hub(hub: Hub, machine: Machine) -> None:
@@ -387,14 +388,14 @@ def test_the_hub_says_how_long_to_wait(hub: Hub, naps: list[float]) -> None:
 def test_a_hub_that_stays_down_ends_in_one_sentence(hub: Hub, naps: list[float]) -> None:
     hub.faults.append(Fault("503", "POST", "paths-info", times=1000))
     with pytest.raises(RunFailed, match=r"hf://me/run/runs/a/plan\.json: .*503.*\(hint: what was published") as error:
-        store.head(f"{URL}/plan.json")
+        objects.head(f"{URL}/plan.json")
     assert "\n" not in str(error.value)
-    assert hub.faults[0].seen == len(store.PAUSES) + 1
+    assert hub.faults[0].seen == len(objects.PAUSES) + 1
 
 
 def test_nobody_answers(hub: Hub, naps: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    store._open.cache_clear()
+    objects._open.cache_clear()
     with pytest.raises(RunFailed, match=r"hf://me/run/runs/a: .*refused"):
         Run.open(URL)
 
@@ -428,7 +429,7 @@ def test_refused_tokens(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
         assert error.value.exit_code == 2
         return str(error.value)
 
-    for ask in (lambda: store.head(f"{URL}/x"), lambda: store.listing(URL), lambda: publish_new(path, b"ours")):
+    for ask in (lambda: objects.head(f"{URL}/x"), lambda: objects.listing(URL), lambda: publish_new(path, b"ours")):
         assert "access denied: Invalid credentials" in said("hf_stolen", ask)
         assert "no such repository, or it is private" in said("", ask)
     assert "access denied: Forbidden: you must use a write token" in said(
@@ -455,7 +456,7 @@ def test_a_client_that_is_told_to_stay_offline(hub: Hub, monkeypatch: pytest.Mon
 
 
 def test_a_client_that_is_missing_or_too_old(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "shards.store_hub", raising=False)
+    monkeypatch.delitem(sys.modules, "shards.store.hub", raising=False)
     monkeypatch.setitem(sys.modules, "huggingface_hub", ModuleType("huggingface_hub"))
     with pytest.raises(UserError, match=r"needs the package huggingface_hub, which is too old .*pip install -U hugg"):
         Run.open(URL)
@@ -466,14 +467,14 @@ def test_a_client_that_is_missing_or_too_old(hub: Hub, monkeypatch: pytest.Monke
 
 def test_a_file_that_is_not_there(hub: Hub, tmp_path: Path) -> None:
     hub.put(REPO, "one", b"1")
-    entry = store.head(f"hf://{REPO}/one")
+    entry = objects.head(f"hf://{REPO}/one")
     assert entry
-    assert store.head(f"{URL}/none") is None
+    assert objects.head(f"{URL}/none") is None
     with pytest.raises(UserError, match=r"runs/a/none: no such object"):
-        store.get(f"{URL}/none", tmp_path / "none", entry)
+        objects.get(f"{URL}/none", tmp_path / "none", entry)
     with pytest.raises(UserError, match=r"runs/a/none: no such object"):
-        store.read(f"{URL}/none", 0, 1)
+        objects.read(f"{URL}/none", 0, 1)
     hub.put(REPO, "one", b"two")
-    store.get(f"hf://{REPO}/one", tmp_path / "one", entry)  # replaced since it was looked at
+    objects.get(f"hf://{REPO}/one", tmp_path / "one", entry)  # replaced since it was looked at
     assert (tmp_path / "one").read_bytes() == b"two"
-    assert store.read(f"hf://{REPO}/one", 1, 3) == b"wo"
+    assert objects.read(f"hf://{REPO}/one", 1, 3) == b"wo"

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from rollout.generate import rollout
 from rollout.policy import Policy
+from rollout.run import rollout
 from score.run import score
-from shards import mirror, store
 from shards.config import ModelConfig, WorkersConfig
 from shards.files import read_json_lines
 from shards.run import Run
-from shards.urls import working_copy
+from shards.store import mirror, objects
+from shards.store.urls import working_copy
 from tests.s3_server import KEYS, Fault, Proxy, proxied, served
 from tests.store_machines import SETTINGS, assert_same, die_in_second_update, look, take_over
 from tests.training import make_run
@@ -29,11 +29,11 @@ def s3(tiny_t2v2: Path) -> Iterator[Proxy]:
     with served() as port, proxied(port) as proxy, pytest.MonkeyPatch.context() as patch:
         for name, value in {**KEYS, "AWS_ENDPOINT_URL": proxy.url}.items():
             patch.setenv(name, value)
-        store._open.cache_clear()
-        store._store(URL).mkdir("bucket")
-        store._store(URL).put(str(tiny_t2v2), "bucket/tiny", recursive=True)
+        objects._open.cache_clear()
+        objects._store(URL).mkdir("bucket")
+        objects._store(URL).put(str(tiny_t2v2), "bucket/tiny", recursive=True)
         yield proxy
-        store._open.cache_clear()
+        objects._open.cache_clear()
 
 
 def sampled_and_scored(run: Run, iteration: int, policy: Policy) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from shards.run import Run
-from shards.worker import Tally, Worker
+from shards.workers.worker import Tally, Worker
 
 
 @pytest.mark.parametrize("part", [(0, 2), (0, 1)])
@@ -17,7 +17,7 @@ def test_every_unit_counts_once_and_only_where_there_are_others(
     """Shard 0 is ours; shard 1 is finished by another worker meanwhile, shard 2 after our last report."""
     files = {0: 0, 1: 0, 2: 0}
     seen: list[tuple[int, int, str, str]] = []
-    monkeypatch.setattr("shards.worker.LOOK_EVERY", 0.0)
+    monkeypatch.setattr("shards.workers.worker.LOOK_EVERY", 0.0)
     tally = Tally(
         Worker(Run(tmp_path).iteration(0), "rollout", part, 60.0),
         lambda done, total, unit, note="": seen.append((done, total, unit, note)),
@@ -28,7 +28,7 @@ def test_every_unit_counts_once_and_only_where_there_are_others(
     tally.take(0)
     files |= {0: 3, 1: 4}
     tally.count(3, "shard 0")
-    monkeypatch.setattr("shards.worker.LOOK_EVERY", 3600.0)
+    monkeypatch.setattr("shards.workers.worker.LOOK_EVERY", 3600.0)
     files |= {0: 4, 2: 4}
     tally.count(1)
     tally.tell_rest()

@@ -18,27 +18,27 @@ from typing import Any
 import pytest
 import torch
 
-from rollout.planning import stage_plan
+from rollout.plan import stage_plan
 from rollout.policy import Policy
 from rollout.sampler import Sampler
 from rollout.schedule import step_std
 from rollout.transitions import noise, noise_seed
-from shards.claims import claim
 from shards.errors import RunFailed, StillBusy, UserError
+from shards.process.signals import stoppable
 from shards.reader import open_shard
 from shards.run import Run
-from shards.signals import stoppable
+from shards.workers.claims import claim
 from shards.writer import seal, write_group, write_sample
 from tests import training
 from train import run as train_run
-from train.ahead import Ahead
 from train.data import Inputs, Rollouts, Stored, keys_of, read_chunk, read_step
-from train.freeze import check_policy, freeze
+from train.inputs import check_policy, freeze
 from train.objectives import nft_loss
 from train.order import Slot, Unit
+from train.prefetch import Ahead
 from train.replay import log_probs
 from train.run import train
-from train.update import ExpertTrainer
+from train.trainer import ExpertTrainer
 
 
 @pytest.fixture(scope="module")
@@ -437,7 +437,7 @@ def test_kill_and_resume_end_in_the_same_bits(
     with monkeypatch.context() as patch:
         progress = at_update(*where) if isinstance(where, tuple) else None
         if where == "in a checkpoint":
-            patch.setattr("train.checkpoint_writer.os.rename", training.kill_self)
+            patch.setattr("train.checkpoint_files.os.rename", training.kill_self)
         if where == "in the commit":
             patch.setattr("train.publish.publish_new", training.kill_self)
         training.killed(lambda: train(run, 0, policy, progress))

@@ -12,7 +12,7 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 from rollout.policy import Policy
-from rollout.policy_folder import load_text
+from rollout.policy.folder import load_text
 from rollout.schedule import Plan, make_plan
 from rollout.step import Inputs, take_step
 from shards.config import ModelConfig, RolloutConfig, parse_config, read_preset

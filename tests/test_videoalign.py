@@ -15,10 +15,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from score.videoalign import Recent, VideoAlign
-from score.videoalign_network import BfloatVisionRotary
-from score.videoalign_text import chat, read_template
-from score.videoalign_video import Request, frame_count, frame_indices, load_video, patchify, prepare, resized_shape
+from score.videoalign import VideoAlign
+from score.videoalign.network import BfloatVisionRotary
+from score.videoalign.reward import Recent
+from score.videoalign.text import chat, read_template
+from score.videoalign.video import Request, frame_count, frame_indices, load_video, patchify, prepare, resized_shape
 from tests.videoalign_fixtures import (  # noqa: F401 - fixtures count as used
     CLIP,
     GOLDEN,

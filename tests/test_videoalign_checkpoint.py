@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 from score.videoalign import VideoAlign
-from score.videoalign_checkpoint import find_checkpoint
-from score.videoalign_network import read_base_config
+from score.videoalign.checkpoint import find_checkpoint
+from score.videoalign.network import read_base_config
 from shards.errors import UserError
 from tests.videoalign_fixtures import (  # noqa: F401 - fixtures count as used
     AGAIN,

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from score.reward import Video, choose
-from score.videoalign import VideoAlign, score_videos
-from score.videoalign_text import TEMPLATE_SHA256, read_template
-from score.videoalign_video import Request, load_video
+from score.videoalign import VideoAlign
+from score.videoalign.reward import score_videos
+from score.videoalign.text import TEMPLATE_SHA256, read_template
+from score.videoalign.video import Request, load_video
 from shards.errors import UserError
 from tests.videoalign_fixtures import (  # noqa: F401 - fixtures count as used
     CLIP,

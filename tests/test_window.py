@@ -259,8 +259,8 @@ def test_the_steps_that_are_ever_trained_are_known_before(window, law):
 
 
 def test_groups_of_an_iteration_draw_their_own_windows_and_videos_share_them(tiny_t2v2, tmp_path):
-    from rollout.planning import stage_plan
-    from rollout.policy_folder import read_layout
+    from rollout.plan import stage_plan
+    from rollout.policy.folder import read_layout
     from tests.training import make_run
 
     run = make_run(tmp_path / "run", tiny_t2v2, prompts_per_iteration=3, steps=12, shift=5.0)

@@ -18,20 +18,21 @@ import torch
 
 import cli
 from rollout import work as rollout_work
-from rollout.generate import rollout
-from rollout.parallel import World
 from rollout.policy import Policy
-from rollout.policy_ulysses import shared_tokens
+from rollout.policy.ulysses import shared_tokens
+from rollout.ranks.world import World
+from rollout.run import rollout
 from score.run import score
-from shards import claims, files, sidecar
-from shards.claims import claim
+from shards import files, sidecar
 from shards.errors import NothingLeft, RunFailed, StillBusy, UserError
-from shards.owners import claims_of
-from shards.progress import Progress
+from shards.process.progress import Progress
 from shards.reader import open_shard
 from shards.run import Run, Stage
-from shards.share import Share
-from shards.verify import verify
+from shards.verify.shards import verify
+from shards.workers import claims
+from shards.workers.claims import claim
+from shards.workers.owners import claims_of
+from shards.workers.share import Share
 from shards.writer import spooled
 from tests.forks import Fork, finish, ranks, rushes
 from tests.test_generate import contents, differences
@@ -228,7 +229,7 @@ def test_progress_is_that_of_the_stage(
     """While the first worker has its first shard in hand, the second one does all the others."""
     run = small_run(tmp_path / "run", tiny_t2v2)
     stage = run.iteration(0)
-    monkeypatch.setattr("shards.worker.LOOK_EVERY", 0.0)
+    monkeypatch.setattr("shards.workers.worker.LOOK_EVERY", 0.0)
     if what == "score":
         rollout(run, stage, policy)
     seen: list[tuple[int, int]] = []
@@ -284,7 +285,7 @@ def test_ranks_that_do_not_mean_the_same_run_are_ended(
 ) -> None:
     one, other = small_run(tmp_path / "run", tiny_t2v2), Run(tmp_path / "copy")
     shutil.copytree(one.path, other.path)
-    monkeypatch.setattr("rollout.meet.PATIENCE", 1.0)
+    monkeypatch.setattr("rollout.ranks.meet.PATIENCE", 1.0)
     said = refused(tmp_path / "first", one.path, other.path)
     assert said == (
         f"rushes: rank 1 of 2: {other.path} is not the run directory that rank 0 has as {one.path} (hint: all ranks "
@@ -305,7 +306,7 @@ def test_a_stage_of_another_version_is_refused(
     stage = run.iteration(0)
     with claim(stage, 3, "rollout"):
         rollout(run, stage, policy)
-    monkeypatch.setattr("rollout.generate.our_version", lambda: "99.0")
+    monkeypatch.setattr("rollout.run.our_version", lambda: "99.0")
     with pytest.raises(UserError, match=r"was begun by rushes .*, this is 99\.0"):
         rollout(run, stage, policy)
     assert stage.shards() == [0, 1, 2, 4, 5]

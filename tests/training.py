@@ -16,8 +16,8 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from rollout.generate import rollout
 from rollout.policy import Policy
+from rollout.run import rollout
 from shards.config import ModelConfig, RolloutConfig, RunConfig, ScoreConfig, TrainConfig
 from shards.reader import open_shard
 from shards.run import Run, Stage

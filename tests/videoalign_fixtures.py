@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import save_file
 
 from score.videoalign import VideoAlign
-from score.videoalign_text import TEMPLATE_SHA256, load_tokenizer
-from score.videoalign_video import Request
+from score.videoalign.text import TEMPLATE_SHA256, load_tokenizer
+from score.videoalign.video import Request
 from shards.errors import UserError
 
 DATA = Path(__file__).parent / "data" / "videoalign"

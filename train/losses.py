@@ -14,14 +14,14 @@ from rollout.schedule import step_scale, step_std
 from rollout.step import step_log_prob
 from rollout.transitions import noise, noise_seed
 from train import objectives
-from train.ahead import Ahead
 from train.data import Chunk, Inputs, chunk_of, read_final, read_step
-from train.masters import RolledOut
 from train.order import Unit
+from train.prefetch import Ahead
+from train.weights import RolledOut
 
 if TYPE_CHECKING:
-    from rollout.parallel import World
     from rollout.policy import Policy
+    from rollout.ranks.world import World
     from shards.config import TrainConfig
 
 NFT_NOISE = 1_000_000  # step number of DiffusionNFT's noise: no schedule is that long, so no rollout noise is repeated

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
-from shards.claims import BEATS, Claim, Pause, claim
 from shards.errors import StillBusy
-from shards.owners import holder, life
-from train.freeze import freeze
+from shards.workers.claims import BEATS, Claim, Pause, claim
+from shards.workers.owners import holder, life
+from train.inputs import freeze
 
 if TYPE_CHECKING:
-    from rollout.parallel import World
+    from rollout.ranks.world import World
     from shards.run import Run, Stage
     from train.data import Inputs
 

@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rollout.parallel import World
+from rollout.ranks.world import World
 from rollout.step import step_log_prob
 from shards.errors import RunFailed
 from shards.run import EXPERT_NAMES
 from train import signals
 from train.data import Chunk, Rollouts, read_chunk
-from train.freeze import check_policy, starting_policy
+from train.inputs import check_policy, starting_policy
 from train.order import Unit, deal, generator
 
 if TYPE_CHECKING:
     from rollout.policy import Policy
-    from shards.progress import Progress
+    from shards.process.progress import Progress
     from shards.run import Run
 
 

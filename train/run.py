@@ -10,30 +10,30 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from rollout.meet import meet
-from rollout.parallel import World
 from rollout.policy import Policy
+from rollout.ranks.meet import meet
+from rollout.ranks.world import World
 from shards.errors import UserError
-from shards.progress import counted
+from shards.process.progress import counted
+from shards.process.signals import stopped
 from shards.run import EXPERT_NAMES, Stage
-from shards.signals import stopped
 from train import checkpoint, signals
 from train.checkpoint import Checkpoints
 from train.data import Inputs, Rollouts
-from train.freeze import check_policy, policy_record, starting_policy
+from train.inputs import check_policy, policy_record, starting_policy
 from train.metrics import MetricsLog
 from train.notes import notes
 from train.order import RankPlan, plan_ranks
 from train.publish import publish
 from train.ranks import agree_on_inputs, claimed
 from train.replay import prove, replay_limit
-from train.update import ExpertTrainer
+from train.trainer import ExpertTrainer
 
 if TYPE_CHECKING:
-    from shards.claims import Claim
     from shards.config import RunConfig, TrainConfig
-    from shards.progress import Progress
+    from shards.process.progress import Progress
     from shards.run import Run
+    from shards.workers.claims import Claim
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 import torch
 from torch import distributed
 
-from rollout.parallel import World
+from rollout.ranks.world import World
 from shards.errors import RunFailed
-from shards.signals import stopped, stopping
+from shards.process.signals import stopped, stopping
 
 LOST = re.compile(r"gloo|nccl|connection (closed|reset)|socket|broken pipe|timed out", re.IGNORECASE)
 """What torch says, in a RuntimeError without a kind of its own, when the other end of a collective is gone."""
