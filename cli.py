@@ -92,8 +92,8 @@ def init(
 ) -> None:
     """Make a run directory with its run.toml, from a preset."""
     from shards.absolute_paths import in_full
-    from shards.config import apply_sets, parse_config, read_preset
     from shards.run import Run
+    from shards.run_toml import apply_sets, parse_config, read_preset
 
     values, said = in_full(apply_sets(read_preset(preset), sets))
     created = Run.create(run, parse_config(values, f"preset {preset}"))
@@ -510,7 +510,7 @@ def ranks(run: Run) -> Iterator[Barrier]:
         yield lambda: None
         return
     from rollout.ranks.meet import meet
-    from train.signals import lost_ranks
+    from train.ranks import lost_ranks
 
     with lost_ranks():
         world = meet(run)

@@ -23,8 +23,8 @@ import pandas as pd
 
 import cli
 from shards import sidecar
-from shards.config import apply_sets, parse_config, read_preset
 from shards.run import Run, Stage
+from shards.run_toml import apply_sets, parse_config, read_preset
 
 GAIN = 0.15  # what a run has to reach
 

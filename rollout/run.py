@@ -8,7 +8,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from rollout.plan import check_stage, stage_plan, take_policy
+from rollout.lineage import take_policy
+from rollout.plan import check_stage, stage_plan
 from rollout.policy import Policy
 from rollout.policy.ulysses import shared_tokens
 from rollout.ranks.device import find_device
@@ -20,8 +21,8 @@ from shards.files import read_json
 from shards.process.progress import Progress
 from shards.process.versions import our_version
 from shards.run import SAMPLE_KEY, Run, Stage
+from shards.spool import Sample
 from shards.workers.worker import Part, Worker
-from shards.writer import Sample
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from rollout.schedule import Plan
 from rollout.step import Inputs, looks_back, take_step
 from rollout.transitions import noise, noise_seed
 from shards.run import SCHEMA, sample_key
+from shards.spool import Sample
 from shards.video import encode_mp4
-from shards.writer import Sample
 
 INITIAL = -1  # the step number of the initial noise in a seed
 EVALUATION = -1  # the iteration number in the seeds of an evaluation: the same noise for every policy

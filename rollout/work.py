@@ -13,8 +13,9 @@ from rollout.sampler import Chunk, Sampler, State, Tensors
 from shards.process.peak_memory import peak_memory_bytes
 from shards.process.signals import check
 from shards.process.versions import version_of
+from shards.spool import read_group, read_phase, spooled, write_group, write_phase, write_sample
 from shards.workers.worker import Tally, Worker, order
-from shards.writer import read_group, read_phase, seal, spooled, write_group, write_phase, write_sample
+from shards.writer import seal
 
 if TYPE_CHECKING:
     from shards.process.progress import Progress

@@ -44,7 +44,7 @@ def judge(
 def _records(
     videos: Sequence[Path], prompts: Sequence[str], targets: Sequence[str], chosen: Sequence[Chosen]
 ) -> Iterator[dict[str, Any]]:
-    from score.videoalign.video import load_video
+    from shards.video import load_video
 
     built: list[tuple[Chosen, Reward]] | None = None
     for path, prompt, target in zip(videos, prompts, targets, strict=True):

@@ -77,7 +77,7 @@ class Run:
     @classmethod
     def create(cls, path: str | Path, config: RunConfig) -> Run:
         """A run with `config` as its run.toml. Raises UserError when there is one already that says something else."""
-        from shards.config import dump_config
+        from shards.run_toml import dump_config
 
         run = cls(path)
         try:
@@ -104,7 +104,7 @@ class Run:
     @cached_property
     def config(self) -> RunConfig:
         """The configuration in run.toml. Raises UserError for a wrong one."""
-        from shards.config import load_config
+        from shards.run_toml import load_config
 
         return load_config(self.config_path, self.sets)
 

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shards import parquet
-from shards.errors import UserError
+from shards.errors import Damaged, UserError
 from shards.files import publish_replace, sweep_temporary
 from shards.reader import checked_index, read_manifest
 from shards.run import SCHEMA, Stage
 from shards.store import mirror
-from shards.tar import Damaged
 
 if TYPE_CHECKING:
     import pandas

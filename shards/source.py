@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import stat
 import threading
@@ -12,12 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from shards.errors import RunFailed
+from shards import index
+from shards.errors import REPAIR, Damaged, RunFailed
 from shards.files import aside
 from shards.run import Stage
 from shards.store import objects
 from shards.store.urls import cache_folder, url_of
-from shards.tar import BLOCK, REPAIR, Damaged
+from shards.tar import BLOCK
 
 OPEN = 64  # tars that stay open in a process: it may have 1,024 files, and other things need theirs
 
@@ -201,6 +203,26 @@ def open_tar(stage: Stage, shard: int, manifest: dict[str, Any]) -> int:
         os.close(handle)
         raise Damaged(f"{path}: has {found.st_size} bytes, committed were {manifest['tar']['bytes']}", REPAIR)
     return handle
+
+
+def scan_tar(path: Path) -> list[index.Row]:
+    """The rows of a tar, all its checksums verified. Raises Damaged."""
+    return index.scan(map_plain(path), str(path))
+
+
+def map_plain(path: Path) -> memoryview:
+    """The bytes of a file that is no link. Raises Damaged."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise Damaged(f"{path}: cannot be opened as a plain file: {error.strerror}", REPAIR) from error
+    try:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode) or not found.st_size:
+            raise Damaged(f"{path}: is empty or no plain file", REPAIR)
+        return memoryview(mmap.mmap(handle, 0, access=mmap.ACCESS_READ))
+    finally:
+        os.close(handle)
 
 
 def _is_here(path: Path, size: int) -> bool:

@@ -28,7 +28,7 @@ for name in [*os.environ]:
 # Modules that take longest, which `make test` begins with: one that came last would leave the other process idle.
 LONGEST = (
     "test_words", "test_slurm", "test_parallel", "test_examples", "test_gpu_bench", "test_store_loop", "test_cli",
-    "test_house", "test_workers", "test_store", "test_shards_kill", "test_report", "test_ocr", "test_score_run",
+    "test_light", "test_workers", "test_store", "test_shards_kill", "test_report", "test_ocr", "test_score_run",
 )  # fmt: skip
 
 # A busy machine is no failure, and the same code has the same result: `--hypothesis-profile search` looks elsewhere.

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from shards.run import Run, Stage, group_key, sample_key
-from shards.writer import Sample, seal, write_group, write_sample
+from shards.spool import Sample, write_group, write_sample
+from shards.writer import seal
 
 STEPS = 4
 SIGMAS = [1.0, 0.875, 0.625, 0.25, 0.0]

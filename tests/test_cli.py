@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests import forks
-from tests.test_house import seconds_of_processor
+from tests.support.cost import seconds_of_processor
 
 ROOT = Path(__file__).parents[1]
 Result = subprocess.CompletedProcess[str]

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shards.config import RunConfig, Section, apply_sets, dump_config, load_config, parse_config, read_preset
+from shards.config import RunConfig, Section
 from shards.errors import UserError
+from shards.run_toml import apply_sets, dump_config, load_config, parse_config, read_preset
 
 PRESETS = sorted(path.stem for path in (Path(__file__).parents[1] / "shards" / "presets").glob("*.toml"))
 

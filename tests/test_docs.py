@@ -25,9 +25,10 @@ import pytest
 import typer
 
 import cli
-from shards.config import RunConfig, Section, apply_sets, parse_config, read_preset
+from shards.config import RunConfig, Section
 from shards.errors import NothingLeft, StillBusy
 from shards.run import Run, Stage
+from shards.run_toml import apply_sets, parse_config, read_preset
 from shards.sidecar import write_advantages, write_scores
 from tests.shard_fixtures import committed_stage, score_frame
 from tests.tiny_models import TEXT_LENGTH

@@ -17,7 +17,7 @@ from rollout.ranks.world import World
 from shards.errors import Stopped, UserError
 from shards.process.signals import stoppable
 from tests import forks
-from train import signals
+from train import ranks
 
 ROOT = Path(__file__).parents[1]
 LATE = 0.5  # seconds
@@ -98,7 +98,7 @@ def stop(_: World) -> None:
     with stoppable():
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(Stopped):
-            signals.check("here")
+            ranks.check("here")
 
 
 @pytest.mark.parametrize("leave", [World.close, fail, stop])

@@ -17,10 +17,10 @@ from rollout.export.export import export, prove
 from rollout.policy import Policy
 from rollout.policy.folder import read_layout
 from rollout.policy.plain import open_plain, probe, settle, wear
-from shards.config import apply_sets
 from shards.errors import RunFailed, UserError
 from shards.files import publish_new, read_json, to_json
 from shards.run import Run
+from shards.run_toml import apply_sets
 from tests.tiny_models import TEXT_LENGTH, build, tiny_transformer
 from tests.training import kill_self, killed, make_run
 

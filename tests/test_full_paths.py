@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from shards.absolute_paths import in_full
-from shards.config import apply_sets, parse_config, read_preset
+from shards.run_toml import apply_sets, parse_config, read_preset
 
 SAID = "written in full, so that it holds wherever a command is given"
 

@@ -18,12 +18,13 @@ from rollout.run import regenerate, rollout
 from rollout.sampler import Chunk, Sampler
 from rollout.schedule import Plan
 from rollout.step import step_log_prob
-from shards.config import RunConfig, parse_config
+from shards.config import RunConfig
 from shards.errors import RunFailed, UserError
 from shards.reader import open_shard
 from shards.run import Run, Stage
+from shards.run_toml import parse_config
+from shards.spool import Sample, spooled
 from shards.workers.claims import claim
-from shards.writer import Sample, spooled
 from tests.tiny_models import TEXT_LENGTH
 
 PROMPTS = 'a sign "ONE"\na sign "TWO"\na sign "THREE"\na sign "FOUR"\n'

@@ -11,8 +11,8 @@ import pytest
 from shards.config import RunConfig
 from shards.files import read_json_lines
 from shards.run import Run
-from train.history import guard_drift, guard_history
 from train.metrics import MetricsLog, guard, guard_groups, guard_unmoved
+from train.notes import guard_drift, guard_history
 
 
 def record(update: int, expert: str = "high_noise", **values: Any) -> dict[str, Any]:

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from rollout import plan as rollout_plan
 from rollout.prompts import Prompt, load_prompts, prompts_of_iteration, split
-from shards.config import apply_sets, parse_config, read_preset
 from shards.errors import UserError
 from shards.process.progress import counted
 from shards.run import Run
+from shards.run_toml import apply_sets, parse_config, read_preset
 
 
 def write(folder: Path, name: str, content: str | bytes) -> Path:

@@ -25,7 +25,8 @@ from shards.report import clips as report_clips
 from shards.report import facts as report_facts
 from shards.report import tracked_clips
 from shards.report.page import duration, write_report
-from shards.report.svg import Point, Series, lines, nice_ticks, number
+from shards.report.points import Point, number
+from shards.report.svg import Series, lines, nice_ticks
 from shards.report.trackers import NAME, send_wandb, write_board
 from shards.run import Run, Stage
 from shards.video import encode_mp4

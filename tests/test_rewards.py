@@ -25,9 +25,10 @@ from score.pickscore import PickScore
 from score.reward import Reward, Scored, Video, choose
 from score.run import score
 from shards import sidecar
-from shards.config import RunConfig, ScoreConfig, apply_sets, dump_config, load_config, parse_config
+from shards.config import RunConfig, ScoreConfig
 from shards.errors import UserError
 from shards.run import Run
+from shards.run_toml import apply_sets, dump_config, load_config, parse_config
 from tests import shard_fixtures
 from tests.clip_models import SIZE, moving_video, noise_video, save_clip, save_head
 from tests.clock import tick

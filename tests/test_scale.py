@@ -278,22 +278,23 @@ def test_the_parts_of_an_iteration_add_up(gpus: int) -> None:
 
 
 def test_the_files_of_a_sample_are_counted_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from shards import writer
+    from shards import spool, writer
     from shards.run import Stage
     from tests.shard_fixtures import make_group, make_plan, make_sample
 
     published: list[Path] = []
-    monkeypatch.setattr(
-        writer, "publish_new", lambda path, data: published.append(path) or files.publish_new(path, data)
-    )
+    for module in (spool, writer):
+        monkeypatch.setattr(
+            module, "publish_new", lambda path, data: published.append(path) or files.publish_new(path, data)
+        )
     stage = Stage(tmp_path, "iter-0000", 0, "rollout")
     stage.publish_plan(make_plan(groups=2, group_size=4, groups_per_shard=2))
     for group in stage.groups(0):
-        writer.write_group(stage, 0, group, make_group(group))
+        spool.write_group(stage, 0, group, make_group(group))
     for key in stage.keys(0):
         sample = make_sample(stage, key.rpartition("-")[0], int(key[-2:]))
-        writer.write_phase(stage, 0, key, {"x": sample.tensors["latents"]})
-        writer.write_sample(stage, 0, sample)
+        spool.write_phase(stage, 0, key, {"x": sample.tensors["latents"]})
+        spool.write_sample(stage, 0, sample)
     writer.seal(stage, 0, {})
     assert len(published) / 8 == scene(2).files
 

@@ -28,10 +28,11 @@ from shards.errors import UserError
 from shards.files import publish_new, publish_replace, read_json
 from shards.reader import open_shard, webdataset_pipeline
 from shards.run import Run
+from shards.spool import read_group, read_phase, spooled, write_group, write_phase, write_sample
 from shards.tar import header
 from shards.verify.shards import verify
 from shards.workers.claims import claim
-from shards.writer import read_group, read_phase, seal, spooled, write_group, write_phase, write_sample
+from shards.writer import seal
 from tests.clock import tick
 from tests.shard_fixtures import (
     STATES,

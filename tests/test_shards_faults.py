@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from shards import index
-from shards.errors import RunFailed, UserError
+from shards.errors import REPAIR, Damaged, RunFailed, UserError
 from shards.files import read_json_lines, sha256_file
 from shards.reader import open_shard, webdataset_pipeline
 from shards.run import Stage
@@ -31,9 +31,9 @@ from shards.sidecar import (
     write_advantages,
     write_scores,
 )
-from shards.tar import REPAIR, Damaged
+from shards.spool import Sample, spooled, write_group, write_sample
 from shards.verify.shards import verify
-from shards.writer import Sample, seal, spooled, write_group, write_sample
+from shards.writer import seal
 from tests.shard_fixtures import (
     advantage_frame,
     committed_stage,

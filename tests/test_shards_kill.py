@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from shards import index
+from shards.errors import Damaged
 from shards.files import sha256_file
 from shards.reader import open_shard
 from shards.run import Run, Stage
-from shards.tar import Damaged, Member, members
+from shards.tar import Member, members
 from shards.verify.shards import verify
 from tests.shard_fixtures import planned_stage
 
@@ -33,7 +34,8 @@ import os, signal, sys
 import numpy as np
 from tests.shard_fixtures import make_group, make_sample
 from shards.run import Run
-from shards.writer import Sample, seal, spooled, write_group, write_sample
+from shards.writer import seal
+from shards.spool import Sample, spooled, write_group, write_sample
 
 run, names, (salt, start, fatal, signum) = sys.argv[1], sys.argv[2].split(), map(int, sys.argv[3:])
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started the tests with it ignored

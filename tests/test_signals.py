@@ -22,7 +22,7 @@ from shards.process.signals import check, stoppable, stopping
 from shards.run import Run
 from tests import forks, training
 from tests.test_score_run import make
-from train import checkpoint_files, signals
+from train import checkpoint_files, ranks
 from train.run import train
 
 UPDATES = 3
@@ -104,7 +104,7 @@ def test_another_thread_may_use_it_too() -> None:
 
 
 def test_a_plain_error_of_one_process_is_no_lost_rank() -> None:
-    with pytest.raises(RuntimeError, match="Connection closed by peer") as caught, signals.lost_ranks():
+    with pytest.raises(RuntimeError, match="Connection closed by peer") as caught, ranks.lost_ranks():
         raise RuntimeError("Connection closed by peer")
     assert not isinstance(caught.value, RunFailed)
 

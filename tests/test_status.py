@@ -18,13 +18,14 @@ from shards import sidecar
 from shards.errors import UserError
 from shards.process.versions import our_version
 from shards.run import Run, Stage
+from shards.spool import write_group, write_sample
 from shards.workers import owners
 from shards.workers.claims import claim
 from shards.workers.status import Part, render, status
-from shards.writer import seal, write_group, write_sample
+from shards.writer import seal
 from tests.clock import Clock
 from tests.shard_fixtures import advantage_frame, fill, make_group, make_sample, planned_stage, score_frame
-from tests.test_house import loaded_by
+from tests.support.cost import loaded_by
 
 SCORER = "ocr-00000000"
 NOON = 1_700_000_000.0

@@ -16,14 +16,13 @@ from typing import Any
 import pytest
 
 from shards import sidecar
-from shards.config import apply_sets, parse_config, read_preset
-from shards.errors import RunFailed, UserError
+from shards.errors import Damaged, RunFailed, UserError
 from shards.files import publish_new, publish_replace, read_json, sha256_file
 from shards.reader import open_shard, webdataset_pipeline
 from shards.run import Run, Stage
+from shards.run_toml import apply_sets, parse_config, read_preset
 from shards.store import mirror, objects
 from shards.store.urls import is_url, shown, url_of, working_copy
-from shards.tar import Damaged
 from shards.verify.shards import verify
 from shards.workers import claims, owners, remote_claims
 from tests.clock import Clock
@@ -339,7 +338,8 @@ def test_what_the_store_refuses_is_not_here_either(s3: Proxy, url: str) -> None:
 RACER = """
 import sys
 from shards.run import Run
-from shards.writer import Sample, seal, write_group, write_sample
+from shards.writer import seal
+from shards.spool import Sample, write_group, write_sample
 from tests.shard_fixtures import make_group, make_sample
 url, salt = sys.argv[1], float(sys.argv[2])
 stage = Run(url).iteration(0)
@@ -380,7 +380,7 @@ def test_two_machines_race_for_the_same_shards(s3: Proxy, url: str, tmp_path: Pa
 
 
 def test_a_tar_whose_machine_died_is_committed_by_the_next(s3: Proxy, url: str, machine: Machine) -> None:
-    from shards import writer
+    from shards import spool, writer
 
     stage = planned_stage(url, groups=1)
     fill(stage, 0)
@@ -396,7 +396,7 @@ def test_a_tar_whose_machine_died_is_committed_by_the_next(s3: Proxy, url: str, 
     path = stage.work_path(0) / f"{key}.tar"
     path.unlink()
     sample = make_sample(stage, stage.groups(0)[0], 0)
-    writer.write_sample(stage, 0, writer.Sample(key, sample.meta | {"seconds": 9.0}, sample.video, sample.tensors))
+    spool.write_sample(stage, 0, spool.Sample(key, sample.meta | {"seconds": 9.0}, sample.video, sample.tensors))
     assert writer.seal(stage, 0, {})
     assert read_json(stage.manifest_path(0))["tar"]["sha256"] == tar
     assert open_shard(stage, 0).meta(key)["seconds"] == 0.5
@@ -595,8 +595,8 @@ def test_what_was_put_is_not_fetched_back(s3: Proxy, url: str, monkeypatch: pyte
 def test_prompts_and_their_images_at_urls(s3: Proxy, url: str, tmp_path: Path) -> None:
     from PIL import Image
 
+    from rollout.policy.images import open_image
     from rollout.prompts import load_prompts
-    from rollout.ranks.device import open_image
 
     Image.new("RGB", (16, 16)).save(tmp_path / "first.png")
     files = objects._store(url)

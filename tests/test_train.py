@@ -27,8 +27,9 @@ from shards.errors import RunFailed, StillBusy, UserError
 from shards.process.signals import stoppable
 from shards.reader import open_shard
 from shards.run import Run
+from shards.spool import write_group, write_sample
 from shards.workers.claims import claim
-from shards.writer import seal, write_group, write_sample
+from shards.writer import seal
 from tests import training
 from train import run as train_run
 from train.data import Inputs, Rollouts, Stored, keys_of, read_chunk, read_step

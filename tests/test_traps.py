@@ -15,8 +15,9 @@ from rollout.policy import Policy
 from rollout.policy.folder import load_text
 from rollout.schedule import Plan, make_plan
 from rollout.step import Inputs, take_step
-from shards.config import ModelConfig, RolloutConfig, parse_config, read_preset
+from shards.config import ModelConfig, RolloutConfig
 from shards.errors import RunFailed, UserError
+from shards.run_toml import parse_config, read_preset
 from tests import training
 from tests.tiny_models import TEXT_LENGTH
 

@@ -19,7 +19,8 @@ from score.videoalign import VideoAlign
 from score.videoalign.network import BfloatVisionRotary
 from score.videoalign.reward import Recent
 from score.videoalign.text import chat, read_template
-from score.videoalign.video import Request, frame_count, frame_indices, load_video, patchify, prepare, resized_shape
+from score.videoalign.video import Request, frame_count, frame_indices, patchify, prepare, resized_shape
+from shards.video import load_video
 from tests.videoalign_fixtures import (  # noqa: F401 - fixtures count as used
     CLIP,
     GOLDEN,

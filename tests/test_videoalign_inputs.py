@@ -18,8 +18,9 @@ from score.reward import Video, choose
 from score.videoalign import VideoAlign
 from score.videoalign.reward import score_videos
 from score.videoalign.text import TEMPLATE_SHA256, read_template
-from score.videoalign.video import Request, load_video
+from score.videoalign.video import Request
 from shards.errors import UserError
+from shards.video import load_video
 from tests.videoalign_fixtures import (  # noqa: F401 - fixtures count as used
     CLIP,
     DATA,

@@ -28,12 +28,12 @@ from shards.errors import NothingLeft, RunFailed, StillBusy, UserError
 from shards.process.progress import Progress
 from shards.reader import open_shard
 from shards.run import Run, Stage
+from shards.spool import spooled
 from shards.verify.shards import verify
 from shards.workers import claims
 from shards.workers.claims import claim
 from shards.workers.owners import claims_of
 from shards.workers.share import Share
-from shards.writer import spooled
 from tests.forks import Fork, finish, ranks, rushes
 from tests.test_generate import contents, differences
 from tests.tiny_models import TEXT_LENGTH

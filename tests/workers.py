@@ -11,8 +11,8 @@ from pathlib import Path
 import pandas as pd
 
 from shards import sidecar
-from shards.config import apply_sets, parse_config, read_preset
 from shards.run import Run, Stage
+from shards.run_toml import apply_sets, parse_config, read_preset
 from tests.tiny_models import TEXT_LENGTH
 
 WORDS = ("FILM", "CAT", "DOG", "SUN", "REEL", "CUT")

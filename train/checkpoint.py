@@ -29,7 +29,7 @@ from shards.files import sha256_file
 from shards.run import COMMIT
 from shards.store import mirror
 from train.checkpoint_files import Writer, found
-from train.signals import is_lost
+from train.ranks import is_lost
 
 KEEP = 2
 PATIENCE = timedelta(minutes=30)  # for the slowest rank to write its part

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shards.errors import UserError
@@ -67,24 +66,6 @@ def choose_specification(stage: Stage, config: RunConfig) -> str:
             "name the one that is meant with --advantage",
         )
     return matching[0]
-
-
-def policy_record(stage: Stage) -> dict[str, Any] | None:
-    """policy.json, the commit record of the policy an iteration trained; None before it is whole."""
-    return read_json(stage.policy_dir / "policy.json") if stage.trained() else None
-
-
-def starting_policy(run: Run, iteration: int) -> Path | None:
-    """Folder of the policy an iteration starts from; None for iteration 0, which starts from the model itself.
-
-    UserError when the iteration before was not trained to its end.
-    """
-    if iteration == 0:
-        return None
-    before = run.iteration(iteration - 1)
-    if policy_record(before) is None:
-        raise UserError(f"{before.policy_dir} holds no policy", f"run `{run.way_to_policy(iteration - 1)}` first")
-    return before.fetched_policy()
 
 
 def check_policy(rollouts: Rollouts, fingerprint: str, settings: TrainConfig) -> int:

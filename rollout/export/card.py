@@ -9,7 +9,8 @@ from typing import Any
 
 from shards.config import RunConfig
 from shards.files import read_json
-from shards.report.svg import Point, Series
+from shards.report.points import Point
+from shards.report.svg import Series
 from shards.report.svg import lines as line_chart
 from shards.run import Run, Stage
 from shards.sidecar import specifications

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rollout.export.card import Base, base_name, model_card, reward_curve
-from rollout.plan import averaged, check_committed, take_policy
+from rollout.lineage import averaged, check_committed, take_policy
 from rollout.policy import Policy
 from rollout.policy.folder import EXPERT_FOLDERS, Layout
 from rollout.policy.full import is_full

@@ -1,4 +1,4 @@
-"""The policy: a Wan model with its experts. The only room, beside rollout/grids.py, that imports diffusers."""
+"""The policy: a Wan model with its experts. Beside rollout/grids.py the only user of diffusers."""
 
 from rollout.policy.wan import Policy
 

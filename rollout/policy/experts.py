@@ -17,7 +17,6 @@ from rollout.policy.full import copy_base, full_hashes, is_full, load_full, save
 from rollout.policy.lora import (
     adapter_hashes,
     add_adapter,
-    canonical_sha256,
     expert_folder,
     has_adapter,
     load_adapter,
@@ -28,7 +27,7 @@ from rollout.policy.place import Places
 from rollout.policy.sharding import Experts, check_ulysses, distribute
 from rollout.ranks.world import World, full
 from shards.errors import UserError
-from shards.files import read_json
+from shards.files import canonical_sha256, read_json
 from shards.run import EXPERT_NAMES
 
 

@@ -18,8 +18,9 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 from transformers.utils import logging as transformers_logging
 
+from rollout.words.paths import words_folder
 from shards.errors import RunFailed, UserError
-from shards.files import sha256_file
+from shards.files import canonical_sha256, sha256_file
 from shards.store.mirror import fetch_model
 from shards.store.urls import is_url
 
@@ -92,12 +93,7 @@ def find_folder(path: str, *, weights: bool = True) -> Path:
     if is_url(path):
         suffixes = FINGERPRINTED if weights else (".json",)
         return fetch_model(path, lambda name: name.endswith(suffixes))
-    if path == "words":
-        from rollout.prompts import words_folder
-
-        folder = words_folder() / "model"
-    else:
-        folder = Path(path).expanduser()
+    folder = words_folder() / "model" if path == "words" else Path(path).expanduser()
     if not folder.exists() and path.count("/") == 1 and not path.startswith((".", "~", "/")):
         folder = _download(path, FINGERPRINTED if weights else (".json",))
     if not folder.is_dir():
@@ -177,8 +173,6 @@ def load_text(layout: Layout, dtype: str, device: torch.device) -> tuple[PreTrai
 
 def fingerprint_folder(layout: Layout) -> str:
     """sha256 over the names and sha256 of every weight and configuration file of the parts in use."""
-    from rollout.policy.lora import canonical_sha256
-
     files = [layout.folder / "model_index.json"]
     for part in layout.parts:
         files += [path for path in sorted((layout.folder / part).rglob("*")) if path.suffix in FINGERPRINTED]

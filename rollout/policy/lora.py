@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import struct
 import tempfile
@@ -23,11 +22,6 @@ ADAPTER = "policy"
 WEIGHTS = "pytorch_lora_weights.safetensors"
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 PREFIX = "transformer."  # diffusers uses it in the files of both experts
-
-
-def canonical_sha256(value: Any) -> str:
-    """sha256 of a value as JSON with sorted keys and no spaces."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def add_adapter(module: nn.Module, rank: int, alpha: float, seed: int) -> None:

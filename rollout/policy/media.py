@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rollout.policy.folder import Layout, load_text, load_vae
+from rollout.policy.images import open_image
 from rollout.policy.place import Places
-from rollout.ranks.device import open_image
 
 
 class Media(Places):

@@ -1,16 +1,11 @@
-"""What a policy is given from outside: the device it shall run on, and the images its prompts begin with."""
+"""The device of a process: what [model] names, checked; under torchrun each rank of a machine has its own."""
 
 from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from shards.errors import UserError
 from shards.process.torchrun import local_rank, world_size
-from shards.store.mirror import fetch_file
-from shards.store.urls import is_url
 
 
 def find_device(name: str, dtype: str = "float32") -> torch.device:
@@ -36,20 +31,3 @@ def find_device(name: str, dtype: str = "float32") -> torch.device:
         problem = "model.dtype: float16, which a CPU computes badly or not at all"
         raise UserError(problem, "set model.dtype = float32, or bfloat16")
     return device
-
-
-def open_image(image: Any) -> Any:
-    """A PIL image in RGB; paths and URLs are opened. UserError when the file is missing or no image."""
-    from PIL import Image
-
-    if not isinstance(image, str | Path):
-        return image.convert("RGB")
-    image = fetch_file(image) if is_url(image) else image
-    if not Path(image).is_file():
-        raise UserError(f"{image}: no such image", "correct the path in the prompts file; it counts from that file")
-    try:
-        with Image.open(image) as opened:
-            return opened.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
-        problem = f"{image}: cannot be read as an image: {error}"
-        raise UserError(problem, "correct the path in the prompts file, or convert the file to PNG") from None

@@ -21,8 +21,9 @@ from score.reward import Scored, Video
 from score.videoalign.checkpoint import DIMENSIONS, find_checkpoint
 from score.videoalign.network import Network, Tokens, load_network, mode_named, pad
 from score.videoalign.text import chat, check_prompt, load_tokenizer, read_template
-from score.videoalign.video import Clip, Request, frame_count, frame_indices, load_video, prepare
+from score.videoalign.video import Clip, Request, frame_count, frame_indices, prepare
 from shards.errors import UserError
+from shards.video import load_video
 
 if TYPE_CHECKING:
     import numpy as np

@@ -8,8 +8,6 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
-from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,30 +52,6 @@ class Clip:
     def tokens(self) -> int:
         """Tokens the video takes in the text."""
         return self.grid[0] * self.grid[1] * self.grid[2] // MERGE**2
-
-
-def load_video(path: str | Path) -> tuple[np.ndarray[Any, Any], float]:
-    """All frames [T,H,W,3] uint8 RGB of a video file, and the frames per second its container states.
-
-    Raises UserError for a file that is missing, holds no video, cannot be decoded or states no frame rate.
-    """
-    import av
-
-    if not Path(path).is_file():
-        raise UserError(f"no video file at {path}", "give the path of an existing file")
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise UserError(f"{path} holds no video stream", "give a video file")
-            rate: Fraction | None = container.streams.video[0].average_rate
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    except (av.error.FFmpegError, ValueError) as error:
-        raise UserError(f"{path} cannot be decoded as a video: {error}", "write the file again") from None
-    if not frames:
-        raise UserError(f"{path} holds no frames", "write the file again")
-    if not rate:
-        raise UserError(f"{path} states no frame rate", "write the video with its true frames per second")
-    return np.stack(frames), float(rate)
 
 
 def frame_count(total: int, source_fps: float, request: Request, name: str = "the video") -> int:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from shards.reader import Shard, open_shard
 from shards.report.facts import Facts
-from shards.report.svg import number
+from shards.report.points import number
 
 if TYPE_CHECKING:
     import pandas

@@ -11,7 +11,7 @@ from shards import sidecar
 from shards.files import read_json_lines
 from shards.inspect import table
 from shards.reader import read_manifest
-from shards.report.svg import Point, number
+from shards.report.points import Point, number
 from shards.run import Run, Stage
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from shards.files import publish_replace
 from shards.report import clips as report_clips
 from shards.report import facts as report_facts
 from shards.report.facts import Cost, Facts
-from shards.report.svg import Point, Series, histogram, legend, lines, number
+from shards.report.points import Point, number
+from shards.report.svg import Series, histogram, legend, lines
 from shards.run import Run
 
 if TYPE_CHECKING:

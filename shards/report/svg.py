@@ -7,19 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from shards.report.points import Point, number
+
 LEFT, RIGHT, TOP, BOTTOM = 52.0, 14.0, 12.0, 34.0
 MARKERS = 60  # points of a line that are drawn as dots; above that the line alone is clearer
-
-
-@dataclass(frozen=True)
-class Point:
-    """A value and, where known, its spread."""
-
-    x: float
-    y: float
-    low: float | None = None
-    high: float | None = None
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -118,18 +109,6 @@ def nice_ticks(values: Sequence[float], count: int = 4) -> list[float]:
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [index * step for index in range(first, last + 1)]
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """A number for eyes: a minus sign that is one, exponents only where needed, an en dash for what is not there."""
-    if value is None or not math.isfinite(value):
-        return "–"
-    if value == 0 or 1e-3 <= abs(value) < 1e5:
-        text = f"{value:.{digits}g}" if abs(value) < 1000 else f"{value:.0f}"
-        return text.replace("-", "\N{MINUS SIGN}")
-    mantissa, _, exponent = f"{value:.{digits - 1}e}".partition("e")
-    mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
-    return f"{mantissa}e{int(exponent)}".replace("-", "\N{MINUS SIGN}")
 
 
 def _finite(point: Point) -> bool:

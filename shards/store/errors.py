@@ -6,8 +6,7 @@ import errno
 import re
 from typing import Any
 
-from shards.errors import RunFailed, UserError
-from shards.files import FULL
+from shards.errors import FULL, RunFailed, UserError
 
 HINTS = {
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile in ~/.aws; for a public bucket "

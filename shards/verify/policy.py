@@ -8,12 +8,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from shards.errors import UserError
+from shards.errors import ANEW, Damaged, UserError
 from shards.files import read_json, sha256_file
 from shards.run import AVERAGE, COMMIT, Stage
-from shards.tar import Damaged
-
-ANEW = "restore it from a copy, or delete the iteration's train/ and policy/ folders to train it anew"
 
 
 def policy_faults(stage: Stage) -> Iterator[Damaged]:

@@ -5,24 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import mmap
 import os
-import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from shards import index, sidecar
-from shards.errors import UserError
+from shards.errors import REPAIR, Damaged, UserError
 from shards.files import TEMPORARY, is_abandoned, read_json
 from shards.locate import locate
 from shards.process.progress import counted
 from shards.reader import checked_index, read_manifest
 from shards.run import Run, Stage
+from shards.source import map_plain, scan_tar
 from shards.store import mirror
 from shards.store.urls import is_url, shown, working_copy
-from shards.tar import REPAIR, Damaged
 from shards.verify.policy import policy_faults
 
 if TYPE_CHECKING:
@@ -74,11 +72,6 @@ def _verify_store(url: str | Path) -> list[Problem]:
         return [Problem(one.kind, shown(one.problem), shown(one.hint)) for one in problems]
 
 
-def scan_tar(path: Path) -> list[index.Row]:
-    """The rows of a tar, all its checksums verified. Raises Damaged."""
-    return index.scan(_map_plain(path), str(path))
-
-
 def _stage_problems(stage: Stage) -> Iterator[Problem]:
     yield from _attempt(_check_plan, stage)
     yield from _leftovers(stage.path, recursive=True)
@@ -125,7 +118,7 @@ def _faults(stage: Stage, shard: int) -> Iterator[Problem]:
 
 def _check_bytes(stage: Stage, shard: int, manifest: dict[str, Any]) -> None:
     path, expected = stage.shard_path(shard), manifest["tar"]
-    buffer = _map_plain(path)
+    buffer = map_plain(path)
     if len(buffer) != expected["bytes"]:
         raise Damaged(f"{path}: has {len(buffer)} bytes, committed were {expected['bytes']}", REPAIR)
     if hashlib.sha256(buffer).hexdigest() != expected["sha256"]:
@@ -141,7 +134,7 @@ def _check_rows(stage: Stage, shard: int, manifest: dict[str, Any], rows: list[i
         raise Damaged(f"{stage.manifest_path(shard)}: its samples are not those of {path.name}", REPAIR)
     if manifest["plan_sha256"] != stage.plan_sha256():
         raise Damaged(f"{stage.manifest_path(shard)}: committed for another plan.json", REPAIR)
-    buffer = _map_plain(path)
+    buffer = map_plain(path)
     wanted = {"plan_sha256": manifest["plan_sha256"], "policy": (manifest["policy"] or {}).get("fingerprint")}
     for row in rows:
         record = json.loads(bytes(buffer[row["json_offset"] : row["json_offset"] + row["json_bytes"]]))
@@ -295,21 +288,6 @@ def _leftovers(folder: Path, *, recursive: bool) -> list[Problem]:
 
 def _specification_folders(stage: Stage) -> list[Path]:
     return [stage.advantage_dir(name) for name in sidecar.specifications(stage)]
-
-
-def _map_plain(path: Path) -> memoryview:
-    """The bytes of a file that is no link. Raises Damaged."""
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError as error:
-        raise Damaged(f"{path}: cannot be opened as a plain file: {error.strerror}", REPAIR) from error
-    try:
-        found = os.fstat(handle)
-        if not stat.S_ISREG(found.st_mode) or not found.st_size:
-            raise Damaged(f"{path}: is empty or no plain file", REPAIR)
-        return memoryview(mmap.mmap(handle, 0, access=mmap.ACCESS_READ))
-    finally:
-        os.close(handle)
 
 
 def _attempt(check: Callable[..., object], *arguments: Any) -> list[Problem]:

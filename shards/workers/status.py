@@ -13,10 +13,10 @@ from typing import Any
 from shards.files import read_json_lines
 from shards.run import Run, Stage
 from shards.sidecar import scorers, specifications
+from shards.spool import spooled
 from shards.store import mirror
 from shards.store.urls import shown, url_of
 from shards.workers import owners
-from shards.writer import spooled
 
 WINDOW = 3600.0  # seconds back that a rate is taken from
 LOOK = 0.25  # seconds between two looks at the claims

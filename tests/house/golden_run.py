@@ -167,7 +167,8 @@ def sha256(path: Path) -> str:
         record = json.loads(data)
         data = json.dumps({**record, "sha256": sorted(record["sha256"])}, sort_keys=True).encode()
     elif path.name == "stdout.txt":
-        data = re.sub(rb"(?m)^(iter-\d+ +train +\d+/\d+ +\d+ +\d+ ).*$", rb"\1", data)  # its rate, by times of files
+        # `status` shows rates by the times of files
+        data = re.sub(rb"(?m)^(iter-\d+ .* \d+/\d+ +\d+ +\d+) .*$", rb"\1", data)
     return hashlib.sha256(data).hexdigest()
 
 
