@@ -68,7 +68,7 @@ def hashes(layouts: list[str]) -> dict[str, str]:
 
 def make(layout: str) -> list[Path]:
     """One layout's run with all that is made from it; returns its files."""
-    from tests import tiny_models
+    from tests.support import tiny_models
 
     folder = FOLDER / layout
     model = tiny_models.save(layout, FOLDER / "models" / layout)

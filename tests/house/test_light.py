@@ -19,7 +19,7 @@ def test_the_light_test_can_fail() -> None:
 def test_a_thousand_samples_are_inspected_in_two_seconds_of_processor_and_without_torch(tmp_path: Path) -> None:
     from shards import sidecar
     from shards.writer import seal
-    from tests.shard_fixtures import advantage_frame, fill, make_video, planned_stage, score_frame
+    from tests.support.shard_fixtures import advantage_frame, fill, make_video, planned_stage, score_frame
 
     stage, video = planned_stage(tmp_path, groups=63, group_size=16, groups_per_shard=7), make_video(0)
     for shard in range(stage.expected()):
