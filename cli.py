@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from shards.errors import RunFailed, StillBusy, UserError
-from shards.progress import counted, show
-from shards.share import ALL, Share
-from shards.signals import INTERRUPTED, check, stoppable
-from shards.urls import shown
-from shards.world import is_first, rank, run_to_end, world_size
+from shards.process.progress import counted, show
+from shards.process.signals import INTERRUPTED, check, stoppable
+from shards.process.torchrun import is_first, rank, run_to_end, world_size
+from shards.store.urls import shown
+from shards.workers.share import ALL, Share
 
 if TYPE_CHECKING:
-    from rollout.generate import RolloutReport
     from rollout.policy import Policy
+    from rollout.run import RolloutReport
     from score.run import ScoreReport
     from shards.run import Run, Stage
 
@@ -65,7 +65,7 @@ def say(text: str) -> None:
 def version(wanted: bool) -> None:
     """Print the version and end."""
     if wanted:
-        from shards.versions import our_version
+        from shards.process.versions import our_version
 
         print(f"rushes {our_version()}")
         raise typer.Exit
@@ -91,9 +91,9 @@ def init(
     sets: Sets = [],  # noqa: B006
 ) -> None:
     """Make a run directory with its run.toml, from a preset."""
-    from shards.config import apply_sets, parse_config, read_preset
-    from shards.full_paths import in_full
+    from shards.absolute_paths import in_full
     from shards.run import Run
+    from shards.run_toml import apply_sets, parse_config, read_preset
     from train.settings import check_settings
 
     values, said = in_full(apply_sets(read_preset(preset), sets))
@@ -273,7 +273,7 @@ def inspect(
     frames: Annotated[Path | None, typer.Option(help="with KEY: folder of the frames, else RUN/frames/KEY")] = None,
 ) -> None:
     """Show samples, scores and advantages as one table, or one sample in full."""
-    from shards import query, sample, table
+    from shards.inspect import query, sample, table
 
     if key:
         if where or sort or columns or group_by or out or format not in ("table", "json"):
@@ -307,8 +307,8 @@ def status(
     """Show what is done, claimed and left of each stage, how fast it goes, and which workers are alive."""
     import json
 
-    from shards.status import render
-    from shards.status import status as look
+    from shards.workers.status import render
+    from shards.workers.status import status as look
 
     if not 0 <= watch <= LONGEST_PAUSE:  # nor a NaN
         raise UserError(f"--watch {watch:g}: no pause in seconds", "for example --watch 10; 0 looks once")
@@ -332,18 +332,18 @@ def report(
     wandb: Annotated[bool, typer.Option(help="also log them to Weights & Biases, where that is installed")] = False,
 ) -> None:
     """Make RUN/report/index.html: curves, clips, guards and costs in one file that needs no network."""
-    from shards.report import write_report
+    from shards.report.page import write_report
 
     opened = open_run(run, [])
     path = write_report(opened, megabytes)
     say(f"{path}: {path.stat().st_size / 1e6:.1f} MB, open it in a browser")
     if tensorboard:
-        from shards.board import write_board
+        from shards.report.trackers import write_board
 
         write_board(opened)
         say(f"show them with: tensorboard --logdir {run}")
     if wandb:
-        from shards.board import send_wandb
+        from shards.report.trackers import send_wandb
 
         say(f"Weights & Biases: {send_wandb(opened)}")
 
@@ -358,7 +358,7 @@ def verify(
     ] = False,
 ) -> None:
     """Check every published file; with --replay prove the shards against the policy that made them."""
-    from shards.verify import verify as verify_files
+    from shards.verify.shards import verify as verify_files
 
     run = open_run(path, []) if replay else None
     problems = verify_files(path)
@@ -386,7 +386,7 @@ def export(
     fuse: Annotated[bool, typer.Option(help="whole weights as a plain pipeline folder, instead of LoRA")] = False,
 ) -> None:
     """Write the policy as plain diffusers loads it, and prove it by loading it back."""
-    from rollout.export import export as run_export
+    from rollout.export.export import export as run_export
 
     opened = open_run(run, [])
     last = max(opened.next_iteration() - 1, 0)
@@ -404,8 +404,8 @@ def plan_memory(
     sets: Sets = [],  # noqa: B006
 ) -> None:
     """Print what each stage will need for this model and shape, from configuration files alone."""
-    from rollout.memory_plan import plan_memory as needs
-    from rollout.memory_plan import render
+    from rollout.memory.needs import plan_memory as needs
+    from rollout.memory.needs import render
 
     opened = open_run(run, sets)
     print(render(opened, needs(opened, ranks), ranks))
@@ -428,7 +428,7 @@ def stage_of(run: Run, iteration: int | None = None) -> Stage:
 
 def load_policy(run: Run, stage: Stage | None = None) -> Policy:
     """The model of a run, to be kept over several stages; what `stage` cannot be is refused before it is loaded."""
-    from rollout.planning import check_stage
+    from rollout.plan import check_stage
     from rollout.policy import Policy
     from score.tables import select
     from train.settings import check_settings
@@ -443,7 +443,7 @@ def load_policy(run: Run, stage: Stage | None = None) -> Policy:
 @stoppable()
 def do_rollout(run: Run, stage: Stage, policy: Policy | None, share: Share = ALL) -> RolloutReport:
     """Sample what is missing of one stage and say what happened."""
-    from rollout.crew import rollout as run_rollout
+    from rollout.helpers import rollout as run_rollout
 
     check(f"before {stage.name} rollout")
     with show(f"{stage.name} rollout") as report:
@@ -517,8 +517,8 @@ def ranks(run: Run) -> Iterator[Barrier]:
     if world_size() == 1:
         yield lambda: None
         return
-    from rollout.meet import meet
-    from train.signals import lost_ranks
+    from rollout.ranks.meet import meet
+    from train.ranks import lost_ranks
 
     with lost_ranks():
         world = meet(run)

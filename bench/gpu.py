@@ -44,11 +44,11 @@ if __name__ == "__main__":
 
 from bench.gpu_models import MODELS, build, make_run
 from bench.learn import replace_section
-from rollout.generate import rollout
-from rollout.memory_plan import plan_memory
+from rollout.memory.needs import plan_memory
 from rollout.policy import Policy
-from rollout.policy_folder import DTYPES
-from rollout.policy_sizes import peak_bytes
+from rollout.policy.folder import DTYPES
+from rollout.policy.sizes import peak_bytes
+from rollout.run import rollout
 from shards.reader import open_shard
 from shards.run import Run, Stage
 from shards.sidecar import write_advantages

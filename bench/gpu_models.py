@@ -18,7 +18,7 @@ from diffusers import (
 from PIL import Image
 from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
-from rollout.policy_folder import DTYPES
+from rollout.policy.folder import DTYPES
 from shards.config import ModelConfig, RolloutConfig, RunConfig, TrainConfig
 from shards.files import publish_replace
 from shards.run import Run

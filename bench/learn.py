@@ -25,9 +25,10 @@ import numpy as np
 import pandas as pd
 
 import cli
-from shards import sidecar, table
-from shards.config import apply_sets, parse_config, read_preset
+from shards import sidecar
+from shards.inspect import table
 from shards.run import Run, Stage
+from shards.run_toml import apply_sets, parse_config, read_preset
 
 if TYPE_CHECKING:
     from rollout.policy import Policy

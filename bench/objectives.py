@@ -28,10 +28,10 @@ import pandas as pd
 
 import cli
 from bench.learn import difference, replace_section, shuffle_advantages, train_run
-from shards.config import apply_sets, parse_config, read_preset
 from shards.files import read_json
 from shards.reader import open_shard
 from shards.run import Run, Stage
+from shards.run_toml import apply_sets, parse_config, read_preset
 from shards.sidecar import specifications
 
 HELD = ["train.objective=grpo", "train.proximal=1.0", "train.clip_range=10.0", "train.error_weight=adaptive"]
@@ -146,7 +146,7 @@ def drift(run: Run, k: int) -> float:
 
 def ocr_gain(run: Run, k: int) -> dict[str, float]:
     """Gain of the OCR reward alone, whatever the run was trained on."""
-    from shards import table
+    from shards.inspect import table
 
     frame = table.samples(run.path).query("kind == 'eval'").set_index(["prompt_id", "sample"])
     column = frame["ocr.reward"] if "ocr.reward" in frame else frame["reward"]

@@ -19,9 +19,10 @@ import numpy as np
 from score import tables
 from score.reward import Chosen, Scored
 from shards import sidecar
-from shards.config import parse_config, read_preset
 from shards.run import SCHEMA, Run, Stage, group_key, sample_key
-from shards.writer import Sample, seal, write_group, write_sample
+from shards.run_toml import parse_config, read_preset
+from shards.spool import Sample, write_group, write_sample
+from shards.writer import seal
 
 GROUP, GROUPS_A_SHARD = 16, 25
 WEIGHTS = ("ocr=0.7", "ocr.exact=0.2", "guards.saturation=0.1")

@@ -31,7 +31,7 @@ from bench.learn import replace_section
 from bench.scale_measure import KINDS, Size, Timed, dump, measure, middle, restore, time_files, time_order
 from bench.scale_simulation import Measured
 from bench.scale_tables import SHAPES, simulated_section
-from shards.config import parse_config, read_preset
+from shards.run_toml import parse_config, read_preset
 
 RANKS, TRANSITIONS = 512, 100_000
 GOAL = 0.02  # share of an update that may be spent waiting for data

@@ -6,8 +6,8 @@ import math
 from dataclasses import replace
 
 from bench.scale_simulation import DAY, Scene
-from shards.claims import BEATS
-from shards.owners import SECONDS
+from shards.workers.claims import BEATS
+from shards.workers.owners import SECONDS
 
 SHARED = "file system"  # loads whose names begin so are carried by all GPUs together and grow with them
 

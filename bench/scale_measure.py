@@ -23,13 +23,14 @@ import numpy as np
 
 from bench.scale_probe import kinds, moved
 from bench.scale_simulation import Measured
-from shards.claims import claim
-from shards.config import apply_sets, parse_config, read_preset
 from shards.errors import RunFailed
 from shards.files import publish_new
 from shards.reader import open_shard
 from shards.run import SCHEMA, Run, Stage, group_key, sample_key
-from shards.writer import Sample, seal, write_group, write_phase, write_sample
+from shards.run_toml import apply_sets, parse_config, read_preset
+from shards.spool import Sample, write_group, write_phase, write_sample
+from shards.workers.claims import claim
+from shards.writer import seal
 from train.order import Unit, plan_ranks
 
 PROBE = Path(__file__).with_name("scale_probe.py")

@@ -44,9 +44,9 @@ class Probe:
 
 
 PROBES = (
-    Probe("rollout", "phase", "rollout.generate:rollout"),
+    Probe("rollout", "phase", "rollout.run:rollout"),
     Probe("train", "phase", "train.run:train"),
-    Probe("update", "phase", "train.update:ExpertTrainer.update"),
+    Probe("update", "phase", "train.trainer:ExpertTrainer.update"),
     Probe("replay", "phase", "train.replay:prove"),
     Probe("load", "phase", "rollout.policy:Policy.of"),
     Probe("velocity", "model", "rollout.policy:Policy.velocity"),
@@ -58,18 +58,18 @@ PROBES = (
     Probe("chunk", "read", "train.losses:Losses.read"),  # what an update waits for, read ahead or not
     Probe("replayed", "read", "train.data:read_chunk"),
     Probe("open", "read", "train.data:Rollouts.open"),
-    Probe("group", "read", "shards.writer:read_group"),
-    Probe("sample", "write", "shards.writer:write_sample"),
-    Probe("phase", "write", "shards.writer:write_phase"),
-    Probe("text", "write", "shards.writer:write_group"),
+    Probe("group", "read", "shards.spool:read_group"),
+    Probe("sample", "write", "shards.spool:write_sample"),
+    Probe("phase", "write", "shards.spool:write_phase"),
+    Probe("text", "write", "shards.spool:write_group"),
     Probe("seal", "write", "shards.writer:seal"),
     Probe("publish", "write", "shards.files:publish_new"),
     Probe("fsync", "write", "os:fsync"),
     Probe("link", "write", "os:link"),
     Probe("checkpoint", "write", "train.checkpoint:Checkpoints.save"),
     Probe("checkpoints", "write", "train.checkpoint:Checkpoints.wait"),
-    Probe("claim", "wait", "shards.claims:claim", context=True),
-    Probe("pause", "wait", "shards.claims:Pause.__call__"),
+    Probe("claim", "wait", "shards.workers.claims:claim", context=True),
+    Probe("pause", "wait", "shards.workers.claims:Pause.__call__"),
     *(
         Probe(name, "wait", f"torch.distributed:{name}")
         for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce", "broadcast", "barrier",
@@ -209,9 +209,9 @@ def main() -> None:
     """Run the command and write down where its time went."""
     folder, words = Path(sys.argv[1]), sys.argv[2:]
     import cli
-    from shards import world
+    from shards.process import torchrun
 
-    for name in ("rollout.generate", "train.run", "av", "pandas", "pyarrow.parquet"):  # not to be timed
+    for name in ("rollout.run", "train.run", "av", "pandas", "pyarrow.parquet"):  # not to be timed
         importlib.import_module(name)
     account = Account()
     install(account, PROBES)
@@ -221,7 +221,7 @@ def main() -> None:
         cli.main()
     finally:
         record = {
-            "rank": world.rank(), "began": began, "ended": time.monotonic(), "own": account.own,
+            "rank": torchrun.rank(), "began": began, "ended": time.monotonic(), "own": account.own,
             "total": account.total, "cpu": account.cpu, "calls": account.calls, "first": account.first,
             "last": account.last, "aside": account.aside,
             "bytes": {name: count - before[name] for name, count in moved().items()},
@@ -231,6 +231,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from shards.world import run_to_end
+    from shards.process.torchrun import run_to_end
 
     run_to_end(main) if "WORLD_SIZE" in os.environ else main()

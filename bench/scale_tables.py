@@ -8,7 +8,7 @@ from typing import Any
 
 from bench import scale_limits as limits
 from bench.scale_simulation import GB, Assumed, Iteration, Measured, Scene, Units
-from shards.config import parse_config, read_preset
+from shards.run_toml import parse_config, read_preset
 
 WORLDS = (8, 64, 512)
 SHAPES = {"480p": (480, 832, 81), "720p": (720, 1280, 81)}

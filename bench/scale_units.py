@@ -15,11 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.gpu_models import MODELS
 from bench.scale_simulation import Units
-from rollout import policy_sizes
-from rollout.memory import state_bytes, weight_bytes
-from rollout.policy_folder import tokens
-from rollout.policy_lora import add_adapter
-from rollout.policy_sizes import Pass, Shape, expert_size, extrapolate, fused_attention, working_bytes
+from rollout.memory.model import state_bytes, weight_bytes
+from rollout.policy import sizes
+from rollout.policy.folder import tokens
+from rollout.policy.lora import add_adapter
+from rollout.policy.sizes import Pass, Shape, expert_size, extrapolate, fused_attention, working_bytes
 
 A14B = MODELS["a14b"]
 UMT5_XXL: dict[str, Any] = {
@@ -51,8 +51,8 @@ def count(height: int, width: int, frames: int, rank: int, dtype: str = "bfloat1
         layers=size.layers,
         weights=weight_bytes(size.parameters, dtype, size.kept),
         lora=size.lora,
-        text=2 * policy_sizes.text_parameters(UMT5_XXL),
-        vae=4 * policy_sizes.vae_parameters(VAE),
+        text=2 * sizes.text_parameters(UMT5_XXL),
+        vae=4 * sizes.vae_parameters(VAE),
         state=state_bytes(shape, storage),
         working=working_bytes(A14B, step),
     )
@@ -62,14 +62,14 @@ def pass_flop(config: dict[str, Any], run: Pass) -> float:
     """FLOP of a forward, or a forward and backward, of an expert; a multiplication and an addition are two."""
     counts = []
     for layers in (1, 2):
-        module = policy_sizes._cast(policy_sizes.meta_expert(config, layers), run.dtype)
+        module = sizes._cast(sizes.meta_expert(config, layers), run.dtype)
         module.requires_grad_(run.train and run.rank == 0)
         if run.rank:
             add_adapter(module, run.rank, run.rank, 0)
         if run.checkpointing:
             module.enable_gradient_checkpointing()
         with fused_attention():
-            counts.append(flop(partial(policy_sizes._pass, module, config, run)))
+            counts.append(flop(partial(sizes._pass, module, config, run)))
     return float(extrapolate(counts[0], counts[1], int(config["num_layers"])))
 
 

@@ -35,7 +35,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.reweigh import measure as reweigh
-from score import work
+from score import process
 
 WORDS = ("FILM", "OPEN", "GATE", "SALE", "MOON", "BIRD", "LAMP", "RAIN", "COLD", "EAST", "PARK", "WIND")
 HEAD = """| frames | side | ms a frame | processor ms a frame | times faster | by processor | equal texts |
@@ -77,7 +77,7 @@ def plain(frames: list[NDArray[np.uint8]], threads: int) -> tuple[list[Found], f
     if "reader" not in _kept:
         import easyocr
 
-        from score.networks import weights_folder
+        from score.ocr.networks import weights_folder
 
         _kept["folder"] = tempfile.TemporaryDirectory()
         _kept["reader"] = easyocr.Reader(
@@ -97,7 +97,7 @@ def plain(frames: list[NDArray[np.uint8]], threads: int) -> tuple[list[Found], f
 
 def ours(frames: list[NDArray[np.uint8]], bf16: bool) -> tuple[list[Found], float]:
     """The reader of the OCR reward in a scoring process; as `plain`."""
-    from score.reading import TextReader
+    from score.ocr.reading import TextReader
 
     start = time.process_time()
     found = TextReader(detector_bf16=bf16).read(frames)
@@ -221,7 +221,7 @@ def main(words: list[str] | None = None) -> None:
     context, rows = multiprocessing.get_context("spawn"), ""
     with (
         ProcessPoolExecutor(1, mp_context=context) as slow,
-        ProcessPoolExecutor(options.workers, mp_context=context, initializer=work.start_worker) as fast,
+        ProcessPoolExecutor(options.workers, mp_context=context, initializer=process.start_worker) as fast,
     ):
         for size in filter(None, options.sizes.split(",")):
             height, width = map(int, size.split("x"))

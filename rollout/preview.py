@@ -5,8 +5,8 @@ from __future__ import annotations
 from math import prod
 from typing import Any
 
-from rollout.planning import stage_plan
-from rollout.policy_folder import DTYPES, Layout, find_folder, read_layout
+from rollout.plan import stage_plan
+from rollout.policy.folder import DTYPES, Layout, find_folder, read_layout
 from rollout.schedule import Plan, describe, step_scale
 from shards.run import EXPERT_NAMES, Run, Stage
 

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rollout.words.paths import words_folder
 from shards.errors import UserError
-from shards.mirror import fetch_file
-from shards.progress import counted
+from shards.process.progress import counted
 from shards.quotes import quoted
-from shards.urls import is_url, url_of, working_copy
+from shards.store.mirror import fetch_file
+from shards.store.urls import is_url, url_of, working_copy
 
 LARGEST = 100_000  # bytes of a prompt
 FIELDS = ("target", "image", "negative", "tags")
@@ -35,11 +36,6 @@ class Prompt:
     negative: str | None = None
     """Negative prompt of this prompt alone; None takes the run's."""
     tags: tuple[str, ...] = ()
-
-
-def words_folder() -> Path:
-    """Where the embedded model `words` and its prompts lie: model/, prompts/train.txt, prompts/eval.txt."""
-    return Path(__file__).parent / "words"
 
 
 def load_prompts(path: str | Path, need_target: bool) -> list[Prompt]:

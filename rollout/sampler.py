@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from rollout.policy import Policy
-from rollout.policy_folder import DTYPES
+from rollout.policy.folder import DTYPES
 from rollout.schedule import Plan
 from rollout.step import Inputs, looks_back, take_step
 from rollout.transitions import noise, noise_seed
 from shards.run import SCHEMA, sample_key
+from shards.spool import Sample
 from shards.video import encode_mp4
-from shards.writer import Sample
 
 INITIAL = -1  # the step number of the initial noise in a seed
 EVALUATION = -1  # the iteration number in the seeds of an evaluation: the same noise for every policy

@@ -10,16 +10,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rollout.sampler import Chunk, Sampler, State, Tensors
-from shards.signals import check
-from shards.usage import peak_memory_bytes
-from shards.versions import version_of
-from shards.worker import Tally, Worker, order
-from shards.writer import read_group, read_phase, seal, spooled, write_group, write_phase, write_sample
+from shards.process.peak_memory import peak_memory_bytes
+from shards.process.signals import check
+from shards.process.versions import version_of
+from shards.spool import read_group, read_phase, spooled, write_group, write_phase, write_sample
+from shards.workers.worker import Tally, Worker, order
+from shards.writer import seal
 
 if TYPE_CHECKING:
-    from shards.claims import Claim
-    from shards.progress import Progress
+    from shards.process.progress import Progress
     from shards.run import Stage
+    from shards.workers.claims import Claim
 
 PACKAGES = ("rushes", "torch", "diffusers", "transformers", "peft", "safetensors")
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from score.clip import load_embedder, model_identity
-from score.content import digest
+from score.digests import digest
 from score.frames import FrameReward
 from shards.errors import UserError
 

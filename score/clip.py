@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from score.content import digest_folder
+from score.digests import digest_folder
 from score.frames import FrameReward
 from score.options import device_named
 from shards.errors import UserError

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from score import work
+from score import process
+from score.ocr.text import NoTarget, target_of
 from score.reward import Chosen, Reward, Scored, Video, choose, known
-from score.text import NoTarget, target_of
 from shards.errors import UserError
 
 EXAMPLE = "for example ocr or ocr:mode=flow_grpo_video,interval=2"
@@ -44,7 +44,7 @@ def judge(
 def _records(
     videos: Sequence[Path], prompts: Sequence[str], targets: Sequence[str], chosen: Sequence[Chosen]
 ) -> Iterator[dict[str, Any]]:
-    from score.videoalign_video import load_video
+    from shards.video import load_video
 
     built: list[tuple[Chosen, Reward]] | None = None
     for path, prompt, target in zip(videos, prompts, targets, strict=True):
@@ -71,7 +71,7 @@ def _target(prompt: str, given: str) -> str | None:
 
 def _verdict(chosen: Chosen, reward: Reward, video: Video) -> dict[str, Any]:
     """What one reward says of one video."""
-    scored = chosen.after_group([work.judge_all(reward, [video], chosen.components)[0]])[0]
+    scored = chosen.after_group([process.judge_all(reward, [video], chosen.components)[0]])[0]
     verdict = {
         "reward": chosen.name,
         "scorer": chosen.directory,

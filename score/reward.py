@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 from score.options import resolve
 from shards.errors import UserError
-from shards.mirror import fetch_any
-from shards.urls import is_stored
+from shards.store.mirror import fetch_any
+from shards.store.urls import is_stored
 
 if TYPE_CHECKING:
     import numpy as np

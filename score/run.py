@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from score import tables
-from score.scoring import Scoring, named
+from score.worker import Scoring, named
 from shards import sidecar
 from shards.errors import StillBusy, UserError
 from shards.files import read_json
-from shards.progress import counted
+from shards.process.progress import counted
 from shards.run import Run, Stage
-from shards.worker import Part, Worker, order
+from shards.workers.worker import Part, Worker, order
 
 if TYPE_CHECKING:
-    from shards.progress import Progress
+    from shards.process.progress import Progress
 
 
 @dataclass(frozen=True)

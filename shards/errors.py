@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # what a full disk or a used-up quota gives
+ANEW = "restore it from a copy, or delete the iteration's train/ and policy/ folders to train it anew"
+REPAIR = "restore the shard from a copy, or delete its tar, index and manifest and run `rushes rollout` again"
+
 
 class UserError(Exception):
     """Bad input: a sentence that names the thing and the place, and a hint that says what to do.
@@ -48,3 +54,7 @@ class Stopped(UserError):
     def __init__(self, problem: str, hint: str = "", exit_code: int = 75) -> None:
         super().__init__(problem, hint)
         self.exit_code = exit_code
+
+
+class Damaged(UserError):
+    """A file of a run does not hold what was written into it."""

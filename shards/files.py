@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import itertools
 import json
@@ -15,14 +14,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from shards.errors import RunFailed, UserError
+from shards.errors import FULL, RunFailed, UserError
 from shards.locks import flock, is_still, name_new, open_creating
-from shards.urls import url_of, working_copy
+from shards.store.urls import url_of, working_copy
 
 Buffer = bytes | bytearray | memoryview
 TEMPORARY = ".tmp-"  # Arrow, pandas and our own listings skip names that begin with a dot
 VECTORS = 64  # buffers per writev; IOV_MAX is 1024 on Linux
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def publish_new(path: str | Path, data: Buffer | Iterable[Buffer]) -> bool:
@@ -37,13 +35,13 @@ def publish_new(path: str | Path, data: Buffer | Iterable[Buffer]) -> bool:
     path = working_copy(path)
     if os.path.lexists(path):
         if url_of(path):
-            from shards import mirror
+            from shards.store import mirror
 
             mirror.agree(path, put_back=True)
         return False
     with _written_aside(path, data) as temporary:
         if url_of(path):
-            from shards import mirror
+            from shards.store import mirror
 
             return mirror.publish_new(temporary, path)
         with _disk_errors(path):
@@ -55,7 +53,7 @@ def publish_replace(path: str | Path, data: Buffer | Iterable[Buffer]) -> None:
     path = working_copy(path)
     with _written_aside(path, data) as temporary:
         if url_of(path):
-            from shards import mirror
+            from shards.store import mirror
 
             mirror.put(temporary, path)
         with _disk_errors(path):
@@ -79,6 +77,11 @@ def sha256_file(path: str | Path) -> str:
     """Hexadecimal sha256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def canonical_sha256(value: Any) -> str:
+    """sha256 of a value as JSON with sorted keys and no spaces."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def sync(path: Path) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shards import parquet, tensors
+from shards.errors import REPAIR, Damaged
 from shards.run import SAMPLE_KEY, SCHEMA, group_of
-from shards.tar import EXTENSIONS, GROUP_NAME, REPAIR, SAMPLE_NAME, Damaged, Member, members
+from shards.tar import EXTENSIONS, GROUP_NAME, SAMPLE_NAME, Member, members
 
 if TYPE_CHECKING:
     import pyarrow

@@ -7,10 +7,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from shards import mirror
 from shards.errors import UserError
 from shards.run import Run, Stage
-from shards.urls import is_url, shown, url_of, working_copy
+from shards.store import mirror
+from shards.store.urls import is_url, shown, url_of, working_copy
 
 
 @dataclass(frozen=True)

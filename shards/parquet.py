@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shards.tar import Damaged
+from shards.errors import Damaged
 
 if TYPE_CHECKING:
     import pyarrow

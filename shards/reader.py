@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from shards import index, mirror, tensors
-from shards.errors import UserError
+from shards import index, tensors
+from shards.errors import REPAIR, Damaged, UserError
 from shards.files import read_json
 from shards.run import SCHEMA, Stage
 from shards.source import open_source, open_tar
-from shards.tar import EXTENSIONS, REPAIR, SAMPLE_NAME, Damaged, group_name, header
+from shards.store import mirror
+from shards.tar import EXTENSIONS, SAMPLE_NAME, group_name, header
 
 if TYPE_CHECKING:
     import pandas

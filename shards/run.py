@@ -12,10 +12,10 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from shards import mirror
 from shards.errors import UserError
 from shards.files import publish_new, read_json, sha256_file, to_json
-from shards.urls import shown, url_of, working_copy
+from shards.store import mirror
+from shards.store.urls import shown, url_of, working_copy
 
 if TYPE_CHECKING:
     from shards.config import RunConfig
@@ -82,7 +82,7 @@ class Run:
     @classmethod
     def create(cls, path: str | Path, config: RunConfig) -> Run:
         """A run with `config` as its run.toml. Raises UserError when there is one already that says something else."""
-        from shards.config import dump_config
+        from shards.run_toml import dump_config
 
         run = cls(path)
         try:
@@ -109,7 +109,7 @@ class Run:
     @cached_property
     def config(self) -> RunConfig:
         """The configuration in run.toml. Raises UserError for a wrong one."""
-        from shards.config import load_config
+        from shards.run_toml import load_config
 
         return load_config(self.config_path, self.sets)
 

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shards import mirror, parquet
-from shards.errors import UserError
+from shards import parquet
+from shards.errors import Damaged, UserError
 from shards.files import publish_replace, sweep_temporary
 from shards.reader import checked_index, read_manifest
 from shards.run import SCHEMA, Stage
-from shards.tar import Damaged
+from shards.store import mirror
 
 if TYPE_CHECKING:
     import pandas

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import stat
 import threading
@@ -12,12 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from shards import store
-from shards.errors import RunFailed
+from shards import index
+from shards.errors import REPAIR, Damaged, RunFailed
 from shards.files import aside
 from shards.run import Stage
-from shards.tar import BLOCK, REPAIR, Damaged
-from shards.urls import cache_folder, url_of
+from shards.store import objects
+from shards.store.urls import cache_folder, url_of
+from shards.tar import BLOCK
 
 OPEN = 64  # tars that stay open in a process: it may have 1,024 files, and other things need theirs
 
@@ -145,7 +147,7 @@ class RemoteTar:
         if not missing:
             return
         first, last = missing[0][0], missing[-1][0] + len(missing[-1][1])
-        data = store.read(self.url, first, last)
+        data = objects.read(self.url, first, last)
         for at, piece in missing:
             piece[:] = data[at - first : at - first + len(piece)]
             self._keep(at, piece)
@@ -181,7 +183,7 @@ def open_source(stage: Stage, shard: int, manifest: dict[str, Any]) -> Source:
     url = url_of(path)
     if url is None or _is_here(path, size):
         return LocalTar(stage, shard, manifest)
-    entry = store.head(url)
+    entry = objects.head(url)
     if entry is None:
         raise Damaged(f"{url}: is not there, but its manifest is", REPAIR)
     if entry.size != size:
@@ -201,6 +203,26 @@ def open_tar(stage: Stage, shard: int, manifest: dict[str, Any]) -> int:
         os.close(handle)
         raise Damaged(f"{path}: has {found.st_size} bytes, committed were {manifest['tar']['bytes']}", REPAIR)
     return handle
+
+
+def scan_tar(path: Path) -> list[index.Row]:
+    """The rows of a tar, all its checksums verified. Raises Damaged."""
+    return index.scan(map_plain(path), str(path))
+
+
+def map_plain(path: Path) -> memoryview:
+    """The bytes of a file that is no link. Raises Damaged."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise Damaged(f"{path}: cannot be opened as a plain file: {error.strerror}", REPAIR) from error
+    try:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode) or not found.st_size:
+            raise Damaged(f"{path}: is empty or no plain file", REPAIR)
+        return memoryview(mmap.mmap(handle, 0, access=mmap.ACCESS_READ))
+    finally:
+        os.close(handle)
 
 
 def _is_here(path: Path, size: int) -> bool:

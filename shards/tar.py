@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from shards.errors import UserError
+from shards.errors import REPAIR, Damaged, UserError
 from shards.files import Buffer
 
 BLOCK = 512  # bytes; every header and every payload begins on such a boundary
@@ -15,11 +15,6 @@ LARGEST = 8**11 - 1  # bytes; eleven octal digits
 EXTENSIONS = ("json", "mp4", "traj.safetensors")  # of a sample, in this order
 SAMPLE_NAME = re.compile(r"(i\d{6}-p\d{6}-s\d{2,3})\.(json|mp4|traj\.safetensors)")
 GROUP_NAME = re.compile(r"__group__/(i\d{6}-p\d{6})\.text\.safetensors")
-REPAIR = "restore the shard from a copy, or delete its tar, index and manifest and run `rushes rollout` again"
-
-
-class Damaged(UserError):
-    """A file of a run does not hold what was written into it."""
 
 
 class Member(NamedTuple):

@@ -9,8 +9,8 @@ import zlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from shards.errors import REPAIR, Damaged
 from shards.files import Buffer
-from shards.tar import REPAIR, Damaged
 
 if TYPE_CHECKING:
     import numpy

@@ -1,14 +1,16 @@
-"""Frames to mp4 and back with PyAV: the same frames always give the same bytes."""
+"""Frames to mp4 and back with PyAV: the same frames always give the same bytes; and any video file as frames."""
 
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shards.errors import UserError
-from shards.tar import REPAIR, Damaged
+from shards.errors import REPAIR, Damaged, UserError
 
 if TYPE_CHECKING:
+    from fractions import Fraction
+
     import numpy
     from numpy.typing import NDArray
 
@@ -65,3 +67,28 @@ def decode_mp4(data: bytes, where: str = "video") -> Frames:
     if not frames:
         raise Damaged(f"{where}: the video has no frames", REPAIR)
     return numpy.stack(frames)
+
+
+def load_video(path: str | Path) -> tuple[Frames, float]:
+    """All frames [T,H,W,3] uint8 RGB of a video file, and the frames per second its container states.
+
+    Raises UserError for a file that is missing, holds no video, cannot be decoded or states no frame rate.
+    """
+    import av
+    import numpy
+
+    if not Path(path).is_file():
+        raise UserError(f"no video file at {path}", "give the path of an existing file")
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise UserError(f"{path} holds no video stream", "give a video file")
+            rate: Fraction | None = container.streams.video[0].average_rate
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    except (av.error.FFmpegError, ValueError) as error:
+        raise UserError(f"{path} cannot be decoded as a video: {error}", "write the file again") from None
+    if not frames:
+        raise UserError(f"{path} holds no frames", "write the file again")
+    if not rate:
+        raise UserError(f"{path} states no frame rate", "write the video with its true frames per second")
+    return numpy.stack(frames), float(rate)

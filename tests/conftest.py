@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-# tests/forks.py forks this process, which neither threads of OpenMP nor those of a CUDA device would survive
+# tests/support/forks.py forks this process, which neither threads of OpenMP nor those of a CUDA device would survive
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -28,7 +28,7 @@ for name in [*os.environ]:
 # Modules that take longest, which `make test` begins with: one that came last would leave the other process idle.
 LONGEST = (
     "test_words", "test_slurm", "test_parallel", "test_examples", "test_gpu_bench", "test_store_loop", "test_cli",
-    "test_house", "test_workers", "test_store", "test_shards_kill", "test_report", "test_ocr", "test_score_run",
+    "test_light", "test_workers", "test_store", "test_shards_kill", "test_report", "test_ocr", "test_score_run",
 )  # fmt: skip
 
 # A busy machine is no failure, and the same code has the same result: `--hypothesis-profile search` looks elsewhere.
@@ -47,14 +47,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def no_fork_outlives_its_test() -> Iterator[None]:
     """End the processes that a failed test has left behind."""
     yield
-    if "tests.forks" in sys.modules:
-        sys.modules["tests.forks"].end_all()
+    if "tests.support.forks" in sys.modules:
+        sys.modules["tests.support.forks"].end_all()
 
 
 def _tiny(layout: str, factory: pytest.TempPathFactory) -> Path:
     import torch
 
-    from tests import tiny_models
+    from tests.support import tiny_models
 
     torch.set_num_threads(1)
     return tiny_models.save(layout, factory.mktemp("models") / layout)

@@ -23,13 +23,13 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
-from rollout.parallel import World
-from shards import mirror
+from rollout.ranks.world import World
 from shards.errors import RunFailed, UserError
 from shards.files import sha256_file
 from shards.run import COMMIT
-from train.checkpoint_writer import Writer, found
-from train.signals import is_lost
+from shards.store import mirror
+from train.checkpoint_files import Writer, found
+from train.ranks import is_lost
 
 KEEP = 2
 PATIENCE = timedelta(minutes=30)  # for the slowest rank to write its part

@@ -14,16 +14,16 @@ from rollout.schedule import step_scale, step_slope, step_std
 from rollout.step import step_log_prob, step_mean
 from rollout.transitions import noise, noise_seed
 from train import estimators, objectives
-from train.ahead import Ahead
 from train.data import Chunk, Inputs, chunk_of, read_end, read_final, read_step
 from train.estimators import Compared
-from train.masters import RolledOut
 from train.order import Unit
+from train.prefetch import Ahead
 from train.settings import is_published, noised_afresh
+from train.weights import RolledOut
 
 if TYPE_CHECKING:
-    from rollout.parallel import World
     from rollout.policy import Policy
+    from rollout.ranks.world import World
     from shards.config import TrainConfig
 
 FRESH_NOISE = 1_000_000  # added to a step's number for the seed of fresh noise: no schedule is that long, so no noise

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from shards import mirror
 from shards.files import publish_replace, read_json_lines
-from shards.report_data import CLIP_HIGH, CLIP_RUN, SILENT_GROUPS
+from shards.report.facts import CLIP_HIGH, CLIP_RUN, SILENT_GROUPS
+from shards.store import mirror
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from shards.files import read_json, read_json_lines
 from shards.run import EXPERT_NAMES, group_of
+from shards.sidecar import specifications
 from train.data import Inputs
-from train.history import guard_history
 from train.metrics import Clips, Record, guard, guard_groups, guard_unmoved
 from train.settings import is_published
 
 if TYPE_CHECKING:
-    from shards.run import Run
+    from shards.run import Run, Stage
+
+FALL = 0.2  # share of its first value that a measurement may lose before it is told
+WATCHED = ("saturation", "edges", "entropy", "motion", "diversity")
+"""Measurements of the reward `guards` that go down when a reward is hacked; `luma` and shares may move either way."""
 
 
 def notes(
@@ -40,3 +45,46 @@ def notes(
     on_policy = settings.clip_range / 10 if lag == 0 and is_published(settings) else float("inf")
     clips: Clips = "both" if is_published(settings) else "high" if settings.objective == "grpo" else "none"
     return sentences + guard(records, epsilon=settings.epsilon, on_policy_limit=on_policy, clips=clips)
+
+
+def guard_history(run: Run, iteration: int, records: Sequence[Record]) -> list[str]:
+    """A word when the distance to the reference rose since the iteration before while the guard measurements fell.
+
+    `records` are the metrics of `iteration`. The measurements are those of the videos it was trained on, against
+    iteration 0. Silent without a KL term, without guards, and at iteration 0.
+    """
+    if iteration == 0:
+        return []
+    before, now = read_json_lines(run.iteration(iteration - 1).policy_dir / "metrics.jsonl"), list(records)
+    return guard_drift(_distance(before), _distance(now), _guards(run.iteration(0)), _guards(run.iteration(iteration)))
+
+
+def guard_drift(kl_before: float, kl_now: float, first: Mapping[str, float], now: Mapping[str, float]) -> list[str]:
+    """The sentence itself, from the mean KL of two iterations and the guard measurements of the first and the last."""
+    fallen = [
+        f"{name} {first[name]:.3g} -> {now[name]:.3g}"
+        for name in WATCHED
+        if first.get(name, 0.0) > 0 and now.get(name, first[name]) < (1.0 - FALL) * first[name]
+    ]
+    if not fallen or not 0 < kl_before < kl_now:
+        return []
+    return [
+        f"the distance to the reference rises while the videos get poorer ({', '.join(fallen)} since iteration 0); "
+        "the reward is being hacked: raise train.kl_beta, and look at the videos"
+    ]
+
+
+def _distance(records: Sequence[Record]) -> float:
+    """Mean distance to the reference after the first update, which is where an iteration begins."""
+    values = [record["kl"] for record in records if record["update"] > 1] or [record["kl"] for record in records]
+    return sum(values) / len(values) if values else 0.0
+
+
+def _guards(stage: Stage) -> dict[str, float]:
+    """Mean guard measurements of the videos of a stage; empty where none were taken. All specifications share them."""
+    for name in specifications(stage):
+        path = stage.summary_path(name)
+        summary: dict[str, Any] = read_json(path) if path.exists() else {}
+        if summary.get("guards"):
+            return {key: value for key, value in summary["guards"].items() if value is not None}
+    return {}

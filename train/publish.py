@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from shards import mirror
 from shards.files import publish_new, to_json
 from shards.run import AVERAGE
+from shards.store import mirror
 
 if TYPE_CHECKING:
-    from rollout.parallel import World
     from rollout.policy import Policy
+    from rollout.ranks.world import World
     from shards.run import Stage
 
 SCHEMA = 1

@@ -8,18 +8,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rollout.parallel import World
+from rollout.lineage import starting_policy
+from rollout.ranks.world import World
 from rollout.step import step_log_prob
 from shards.errors import RunFailed
 from shards.run import EXPERT_NAMES
-from train import signals
 from train.data import Chunk, Rollouts, read_chunk
-from train.freeze import check_policy, starting_policy
+from train.inputs import check_policy
 from train.order import Unit, deal, generator
+from train.ranks import check
 
 if TYPE_CHECKING:
     from rollout.policy import Policy
-    from shards.progress import Progress
+    from shards.process.progress import Progress
     from shards.run import Run
 
 
@@ -69,7 +70,7 @@ def prove(
             policy.use(expert)
         worst = 0.0
         for turn in deal(len(mine), world.data_parallel):
-            signals.check("while it replayed the rollouts")
+            check("while it replayed the rollouts")
             units = [mine[position] for position in turn.tolist() if position >= 0]
             own = turn.tolist()[world.data_rank]
             found = _replay_unit(policy, rollouts, mine[max(own, 0)], world)

@@ -10,31 +10,32 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from rollout.meet import meet
-from rollout.parallel import World
+from rollout.lineage import policy_record, starting_policy
 from rollout.policy import Policy
+from rollout.ranks.meet import meet
+from rollout.ranks.world import World
 from shards.errors import UserError
-from shards.progress import counted
+from shards.process.progress import counted
+from shards.process.signals import stopped
 from shards.run import EXPERT_NAMES, Stage
-from shards.signals import stopped
-from train import checkpoint, signals
+from train import checkpoint
 from train.checkpoint import Checkpoints
 from train.data import Inputs, Rollouts
-from train.freeze import check_policy, policy_record, starting_policy
+from train.inputs import check_policy
 from train.metrics import MetricsLog
 from train.notes import notes
 from train.order import RankPlan, plan_ranks
 from train.publish import publish
-from train.ranks import agree_on_inputs, claimed
+from train.ranks import agree_on_inputs, agreed, claimed, lost_ranks
 from train.replay import prove, replay_limit
 from train.settings import check_settings, is_published
-from train.update import ExpertTrainer
+from train.trainer import ExpertTrainer
 
 if TYPE_CHECKING:
-    from shards.claims import Claim
     from shards.config import RunConfig, TrainConfig
-    from shards.progress import Progress
+    from shards.process.progress import Progress
     from shards.run import Run
+    from shards.workers.claims import Claim
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def train(
     """
     ranks = World.joined()
     stage = run.iteration(iteration)
-    with signals.lost_ranks():
+    with lost_ranks():
         done = _published(ranks, stage)
         if done:
             return done
@@ -249,7 +250,7 @@ def _update_all(work: Work, trainer: ExpertTrainer, plan: RankPlan, done: int) -
 
 def _end_if_asked(checkpoints: Checkpoints, folder: Path, trainer: ExpertTrainer, done: int) -> None:
     """Stopped, on all ranks after the same update, when a signal asked for the end; first that update is kept."""
-    found = signals.agreed()
+    found = agreed()
     if found:
         checkpoints.save(folder, trainer.state, done)
         checkpoints.wait()

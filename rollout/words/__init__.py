@@ -1,0 +1,1 @@
+"""The embedded model `words`: its weights, its prompts, and how both were made."""

@@ -1,0 +1,1 @@
+"""The trained policy as plain diffusers loads it, with a model card."""

@@ -1,0 +1,107 @@
+"""Rollout by several processes of one machine, which stay alive with their models from stage to stage of a loop."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import time
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+
+import torch
+
+from rollout import run as rollout_run
+from rollout.policy import Policy
+from rollout.run import RolloutReport
+from shards.process.pool import Pool
+from shards.process.progress import Progress
+from shards.process.torchrun import world_size
+from shards.run import Kind, Run, Stage
+from shards.workers.worker import Part
+
+MOMENT = 1.0  # seconds to wait for the report of a helper whose work is published
+
+Counts = tuple[int, int]  # videos sampled, and those of them that are not finite
+
+helpers = Pool(torch.set_num_threads)
+
+
+def rollout(
+    run: Run,
+    stage: Stage,
+    policy: Policy | None = None,
+    progress: Progress | None = None,
+    worker: Part = (0, 1),
+    wait: bool = False,
+) -> RolloutReport:
+    """As `run.rollout`, by `rollout.workers` processes: this one, and helpers that take shards like any worker.
+
+    A helper that is late or dies costs nothing but time: this process samples what nobody has claimed. The ranks of
+    torchrun are workers themselves and have no helpers.
+    """
+    count = run.config.rollout.workers
+    if count == 1 or world_size() > 1 or stage.is_complete():
+        return rollout_run.rollout(run, stage, policy, progress, worker, wait)
+    began = time.monotonic()
+    first, parts = worker[0] * count, worker[1] * count
+    try:
+        futures = _hand_out(run, stage, [(first + i, parts) for i in range(1, count)])
+        ours = rollout_run.rollout(run, stage, policy, progress, (first, parts))
+        # a helper that still loads its model finds out for itself that nothing is left
+        theirs, broken = _join(futures, MOMENT if stage.is_complete() else None)
+        done, broken = ours.done + theirs, ours.broken + broken
+        rest = rollout_run.rollout(run, stage, policy, progress, (first, parts), wait)
+    except BaseException:
+        helpers.discard()
+        raise
+    skipped = max(0, rest.skipped - done)
+    done, broken = done + rest.done, broken + rest.broken
+    return replace(rest, done=done, skipped=skipped, seconds=time.monotonic() - began, broken=broken)
+
+
+def _hand_out(run: Run, stage: Stage, parts: list[Part]) -> list[Future[Counts]]:
+    """Give each helper its part. When one has ended since the last stage, new ones take the place of all.
+
+    When one ends while this gives out work, nobody gets any: new helpers start with the next stage.
+    """
+    executor = _start(len(parts))
+    job = (str(run.path), run.sets, stage.kind, stage.iteration)
+    try:
+        return [executor.submit(_sample, *job, part) for part in parts]
+    except BrokenProcessPool:
+        helpers.discard()
+        return []
+
+
+def _start(count: int) -> ProcessPoolExecutor:
+    """So many helpers, with our number of threads: another one could give other bits."""
+    return helpers.of(count, torch.get_num_threads())
+
+
+def _join(futures: list[Future[Counts]], seconds: float | None) -> Counts:
+    """Wait for the helpers, not longer than that; the numbers of videos they sampled.
+
+    When one died, its shard is free again, and new helpers start with the next stage.
+    """
+    try:
+        counts = [future.result() for future in concurrent.futures.wait(futures, seconds).done]
+    except BrokenProcessPool:
+        helpers.discard()
+        return 0, 0
+    return sum(done for done, _ in counts), sum(broken for _, broken in counts)
+
+
+_loaded: dict[str, Policy] = {}
+
+
+def _sample(path: str, sets: tuple[str, ...], kind: Kind, iteration: int, part: Part) -> Counts:
+    """One helper's part of a stage, with a model that is loaded once; the numbers of videos it sampled."""
+    run = Run.open(path, sets)
+    stage = run.iteration(iteration) if kind == "rollout" else run.evaluation(iteration)
+    if stage.is_complete():
+        return 0, 0
+    if path not in _loaded:
+        _loaded.clear()
+        _loaded[path] = Policy.of(run.config.model)
+    report = rollout_run.rollout(run, stage, _loaded[path], None, part)
+    return report.done, report.broken

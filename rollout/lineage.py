@@ -1,0 +1,98 @@
+"""Which policy an iteration starts from, and whether its files are those that were committed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shards.errors import ANEW, RunFailed, UserError
+from shards.files import publish_new, read_json, to_json
+from shards.run import AVERAGE, SCHEMA, Run, Stage
+
+if TYPE_CHECKING:
+    from rollout.policy import Policy
+
+
+def policy_source(run: Run, stage: Stage) -> Path | None:
+    """The policy folder a stage samples with; None for iteration 0, which has the model as [model] names it.
+
+    An evaluation takes the averaged weights where `eval.ema` asks for them and training kept them. Raises UserError
+    when the iteration before was not trained.
+    """
+    if stage.iteration == 0:
+        return None
+    before = stage.iteration - 1
+    folder = run.iteration(before).policy_dir
+    if not run.iteration(before).trained():
+        raise UserError(
+            f"{folder / 'policy.json'} does not exist: iteration {stage.iteration} samples with the policy that "
+            f"iteration {before} trains",
+            run.way_to_policy(before),
+        )
+    run.iteration(before).fetched_policy()
+    return (averaged(folder) if stage.kind == "eval" and run.config.eval.ema else None) or folder
+
+
+def averaged(folder: Path) -> Path | None:
+    """Folder of the averaged weights of a trained policy; None where training kept none. RunFailed: they are gone."""
+    average = folder / AVERAGE
+    if not average.is_dir() and "average" in read_json(folder / "policy.json"):
+        raise RunFailed(f"{average} is missing, but policy.json names it", ANEW)
+    return average if average.is_dir() else None
+
+
+def check_committed(source: Path, identity: dict[str, Any]) -> None:
+    """RunFailed unless weights, or averaged ones, have the identity that training wrote down in policy.json."""
+    path = (source.parent if source.name == AVERAGE else source) / "policy.json"
+    if not path.is_file():
+        return
+    record = read_json(path)
+    known = record.get("average", identity) if source.name == AVERAGE else record  # once averages were not named
+    if known.get("fingerprint") != identity["fingerprint"]:
+        raise RunFailed(f"{source}: its files are not those its policy.json names", ANEW)
+
+
+def take_policy(run: Run, stage: Stage, policy: Policy) -> dict[str, Any]:
+    """Give the policy the weights of the stage; returns their identity, checked against what the run knows.
+
+    Raises UserError when the base model is not the one the run began with, RunFailed when adapter files changed since
+    training committed them.
+    """
+    _check_model(run, policy)
+    source = policy_source(run, stage)
+    identity = policy.fingerprint(source)
+    if source is not None:
+        check_committed(source, identity)
+    policy.become(source)
+    return identity
+
+
+def policy_record(stage: Stage) -> dict[str, Any] | None:
+    """policy.json, the commit record of the policy an iteration trained; None before it is whole."""
+    return read_json(stage.policy_dir / "policy.json") if stage.trained() else None
+
+
+def starting_policy(run: Run, iteration: int) -> Path | None:
+    """Folder of the policy an iteration starts from; None for iteration 0, which starts from the model itself.
+
+    UserError when the iteration before was not trained to its end.
+    """
+    if iteration == 0:
+        return None
+    before = run.iteration(iteration - 1)
+    if policy_record(before) is None:
+        raise UserError(f"{before.policy_dir} holds no policy", f"run `{run.way_to_policy(iteration - 1)}` first")
+    return before.fetched_policy()
+
+
+def _check_model(run: Run, policy: Policy) -> None:
+    """Write down the base model at the first stage of a run; later stages must have the same one."""
+    path = run.path / "model.json"
+    record = {"schema": SCHEMA, "base": policy.base_fingerprint, "path": run.config.model.path}
+    publish_new(path, to_json(record, path))
+    known = read_json(path)
+    if known.get("base") != policy.base_fingerprint:
+        raise UserError(
+            f"{policy.layout.folder} is not the model this run began with ({known.get('path')})",
+            f"{path} has its fingerprint; restore the model, or start a new run",
+        )

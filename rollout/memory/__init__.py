@@ -1,0 +1,1 @@
+"""How much memory each stage needs, from configuration files alone."""

@@ -1,0 +1,119 @@
+"""A model in numbers for `rushes plan-memory`: weights, states and tokens, from its configurations alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from rollout.plan import batch_size
+from rollout.policy.folder import DTYPES, EXPERT_FOLDERS, Layout, find_folder, read_config, read_layout
+from rollout.policy.sizes import ExpertSize, Pass, expert_size, text_parameters, vae_parameters
+from shards.config import RunConfig
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model folder in numbers, for the shape and the settings of one run. Bytes, where nothing else is said."""
+
+    config: RunConfig
+    layout: Layout
+    transformer: dict[str, Any]
+    vae_config: dict[str, Any]
+    size: ExpertSize
+    weights: int
+    """Of one expert."""
+    text: int
+    """Weights of the text encoder."""
+    vae: int
+    """Weights of the VAE, fp32."""
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Latents (C, F, H, W)."""
+        video = self.config.rollout
+        return self.layout.latent_shape(video.height, video.width, video.frames)
+
+    @property
+    def guided(self) -> bool:
+        """Whether a velocity takes two forwards, on the expert where it takes more."""
+        scales = [self.config.rollout.guidance_scale]
+        if len(self.layout.expert_ids) > 1:
+            scales.append(self.config.rollout.guidance_scale_2 or 0.0)
+        return max(scales) > 1
+
+    def forward(self) -> Pass:
+        """A forward of the rollout."""
+        model, per_token = self.config.model, self.layout.expand_timesteps
+        return Pass(
+            self.shape,
+            batch_of(self.config, self.layout),
+            model.text_length,
+            model.dtype,
+            self.guided,
+            per_token=per_token,
+        )
+
+
+def weight_bytes(parameters: int, dtype: str, kept: int = 0) -> int:
+    """Bytes of weights in `dtype`, `kept` of them in fp32."""
+    return (parameters - kept) * DTYPES[dtype].itemsize + 4 * kept
+
+
+def block_input_bytes(token_count: int, size: ExpertSize, dtype: str, batch: int = 1) -> int:
+    """Bytes that gradient checkpointing keeps of one forward: the input of every block."""
+    return token_count * size.width * size.layers * batch * DTYPES[dtype].itemsize
+
+
+def state_bytes(shape: tuple[int, int, int, int], dtype: str) -> int:
+    """Bytes of one stored state of one sample."""
+    return prod(shape) * DTYPES[dtype].itemsize
+
+
+def lora_state(parameters: int, *, average: bool) -> dict[str, int]:
+    """What training keeps of an adapter on the device, all fp32: it is small enough to stay there whole."""
+    return {
+        "LoRA": 4 * parameters,
+        "gradients": 4 * parameters,
+        "AdamW": 8 * parameters,
+        "average": 4 * parameters if average else 0,
+        "weights of the rollout": 4 * parameters,
+    }
+
+
+def full_state(parameters: int, kept: int, dtype: str, *, average: bool) -> dict[str, int]:
+    """What training keeps of all weights on the device: fp32 masters where the weights are not fp32 themselves.
+
+    The weights the model computes with come on top.
+    """
+    return {
+        "fp32 masters": 0 if dtype == "float32" else 4 * (parameters - kept),
+        "gradients": 4 * parameters,
+        "AdamW": 8 * parameters,
+        "average": 4 * parameters if average else 0,
+    }
+
+
+def read_model(config: RunConfig) -> Model:
+    """Read the configurations of the model of a run; its weights need not be there."""
+    layout = read_layout(find_folder(config.model.path, weights=False), weights=False)
+    layout.check_shape(config.rollout.height, config.rollout.width, config.rollout.frames)
+    parts, hint = (EXPERT_FOLDERS[0], "text_encoder", "vae"), "copy or fetch the whole model folder"
+    transformer, text, vae = (read_config(layout.folder / part / "config.json", hint) for part in parts)
+    size = expert_size(transformer, config.train.lora_rank)
+    return Model(
+        config=config,
+        layout=layout,
+        transformer=transformer,
+        vae_config=vae,
+        size=size,
+        weights=weight_bytes(size.parameters, config.model.dtype, size.kept),
+        text=text_parameters(text) * DTYPES[config.model.dtype].itemsize,
+        vae=vae_parameters(vae) * 4,
+    )
+
+
+def batch_of(config: RunConfig, layout: Layout | None = None) -> int:
+    """Videos in the largest forward pass of a run."""
+    layout = layout or read_layout(find_folder(config.model.path, weights=False), weights=False)
+    return min(batch_size(config.rollout, layout), config.rollout.group_size)

@@ -1,0 +1,272 @@
+"""The experts of a policy: in memory, sharded over ranks, with adapters or all weights of their own, on disk."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from rollout.policy.folder import EXPERT_FOLDERS, Layout, fingerprint_folder, load_transformer
+from rollout.policy.full import copy_base, full_hashes, is_full, load_full, save_full
+from rollout.policy.lora import (
+    adapter_hashes,
+    add_adapter,
+    expert_folder,
+    has_adapter,
+    load_adapter,
+    remove_adapter,
+    save_adapter,
+)
+from rollout.policy.place import Places
+from rollout.policy.sharding import Experts, check_ulysses, distribute
+from rollout.ranks.world import World, full
+from shards.errors import UserError
+from shards.files import canonical_sha256, read_json
+from shards.run import EXPERT_NAMES
+
+
+class ExpertWeights(Places):
+    """One or two transformers, what is trained of them, and which of them is on the device."""
+
+    def __init__(self, layout: Layout, dtype: str, device: torch.device) -> None:
+        super().__init__(device)
+        self.layout, self.dtype = layout, dtype
+        self.expert_ids = layout.expert_ids
+        self.start_lora: Path | None = None
+        self._experts = {expert: load_transformer(layout, expert, dtype, device) for expert in self.expert_ids}
+        self._bases: dict[int, nn.Module] = {}  # the base model's experts, while the policy has its own of all weights
+        self._active: int | None = None
+        self._sharded: Experts | None = None  # the experts as one module of FSDP, once they are distributed
+        self._sharded_bases: Experts | None = None
+        self._dtypes: dict[int, dict[str, torch.dtype]] = {}
+        self._world = World()
+
+    # --- Experts and where they are ----------------------------------------------------------------------------------
+
+    def module(self, expert: int) -> nn.Module:
+        """The transformer of an expert, wherever it is."""
+        return self._experts[expert]
+
+    def trainable(self, expert: int) -> list[tuple[str, nn.Parameter]]:
+        """Names and parameters of an expert that take gradients: the adapter's, or all in full training."""
+        return [(name, value) for name, value in self._experts[expert].named_parameters() if value.requires_grad]
+
+    def use(self, expert: int | None) -> None:
+        """Only this expert on the device; None sends both away. On a CPU nothing moves."""
+        for other, module in self._experts.items():
+            if other != expert:
+                self._leave(module)
+        if expert is not None:
+            self._enter(self._experts[expert])
+        self._active = expert
+
+    def distribute(self, world: World) -> None:
+        """Shard the experts, and the base model's beside them, over ranks; a process alone keeps them as they are.
+
+        What shall be trained must be on them by now. `become` gives each rank plain experts again.
+        """
+        if world.size == 1:
+            return
+        assert self._sharded is None, "experts are distributed once"
+        self.use(None)
+        self._world = world
+        self._dtypes = {expert: self.dtypes(expert) for expert in self.expert_ids}
+        self._sharded = distribute(self._experts, world)
+        self._sharded_bases = distribute(self._bases, world) if self._bases else None
+        for module in (*self._experts.values(), *self._bases.values()):
+            self._leave(module)
+
+    def check_ulysses(self, height: int, width: int, frames: int, world: World) -> None:
+        """UserError when the heads or the tokens of a video of that size cannot be shared by `world.ulysses` ranks."""
+        check_ulysses(self._experts[0], self.layout.latent_shape(height, width, frames), world)
+
+    def dtypes(self, expert: int) -> dict[str, torch.dtype]:
+        """The dtypes a forward computes with, by the names of the weights that learn."""
+        return self._dtypes.get(expert) or {name: value.dtype for name, value in self.trainable(expert)}
+
+    def gather(self, expert: int) -> dict[str, Tensor]:
+        """The weights that learn, whole, on the host of the first rank, in the dtypes they compute with; else empty."""
+        self.use(expert)
+        found = {}
+        for name, value in self.trainable(expert):
+            whole = full(value.detach())  # by all ranks at once
+            if self._world.is_first:
+                found[name] = whole.to(self.dtypes(expert)[name]).cpu()
+        return found
+
+    def _call(self, expert: int, *inputs: Tensor) -> Tensor:
+        """The transformer's answer to latents, timesteps and embeddings."""
+        if self._sharded is not None:
+            out: Tensor = self._sharded(expert, *inputs)
+            return out
+        out = self._experts[expert](*inputs, return_dict=False)[0]
+        return out
+
+    # --- Adapters and identity ---------------------------------------------------------------------------------------
+
+    @property
+    def has_lora(self) -> bool:
+        """Whether the experts carry adapters."""
+        return all(has_adapter(module) for module in self._experts.values())
+
+    def add_lora(self, rank: int, alpha: float, seed: int) -> None:
+        """Fresh adapters on every expert; the same `seed` gives the same weights. Until trained they change nothing."""
+        assert not self.has_lora, "adapters are added once"
+        self.use(None)
+        for expert, module in self._experts.items():
+            add_adapter(module, rank, alpha, seed + expert)
+
+    def load_lora(self, folder: str | Path) -> None:
+        """Put on the adapters of a policy folder. Raises UserError when they are missing or of another model."""
+        self.use(None)
+        for expert, module in self._experts.items():
+            load_adapter(module, expert_folder(Path(folder), expert, len(self._experts)))
+
+    def save_lora(self, folder: str | Path) -> None:
+        """Write FOLDER/high_noise (and low_noise) as diffusers does."""
+        for expert, module in self._experts.items():
+            save_adapter(module, Path(folder) / EXPERT_NAMES[expert])
+
+    def train_all(self) -> None:
+        """Let every weight of every expert take gradients. The base model stays beside them in host memory, frozen.
+
+        That copy is the reference policy and costs what the base weights cost: 28 GB for each 14B expert in bfloat16.
+        """
+        assert not self.has_lora, "an adapter is trained instead of the weights, not with them"
+        if not self._bases:
+            self._replace(copy_base(self.layout, self.dtype, self.device))
+        for module in self._experts.values():
+            module.requires_grad_(True)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the policy has all weights of its own, not adapters on those of the base model."""
+        return bool(self._bases)
+
+    def save(self, folder: Path, states: Mapping[int, Mapping[str, Tensor]] | None = None) -> None:
+        """Write what was trained: adapters, or whole transformer folders, below FOLDER/high_noise (and low_noise).
+
+        `states` are other weights to be written instead, whole, by the names of those that learn. Of many ranks, all of
+        which must call this, the first one writes.
+        """
+        for expert, module in self._experts.items():
+            state = (states or {}).get(expert)
+            if state is None and self._sharded is not None:
+                state = self.gather(expert)
+            with self._world.together():
+                if self._world.is_first:
+                    self._write(module, folder, expert, state)
+
+    def _write(self, module: nn.Module, folder: Path, expert: int, state: Mapping[str, Tensor] | None) -> None:
+        if self.is_full:
+            save_full(module, folder / EXPERT_NAMES[expert], self.layout.folder / EXPERT_FOLDERS[expert], state)
+        else:
+            save_adapter(module, folder / EXPERT_NAMES[expert], state)
+
+    def become(self, folder: Path | None) -> None:
+        """Take on the adapters or the transformers of a policy folder; which, its files tell.
+
+        None is the policy as loaded: the base model, or `model.lora`. Raises UserError for what is not of this model.
+        """
+        self.use(None)
+        if self._sharded is not None:
+            self._undo_distribute()
+        source = folder if folder is not None else self.start_lora
+        if source is not None and is_full(source):
+            self._drop_adapters()
+            return self._replace(load_full(self.layout, source, self.dtype, self.device))
+        if self._bases:
+            self._experts, self._bases = self._bases, {}
+        if source is not None:
+            return self.load_lora(source)
+        self._drop_adapters()
+
+    def _undo_distribute(self) -> None:
+        """The base model's experts, plain, from its folder: a rank alone has only its shards of them."""
+        self._sharded = self._sharded_bases = None
+        self._dtypes, self._bases, self._world = {}, {}, World()
+        self._experts = copy_base(self.layout, self.dtype, self.device)
+
+    def _check_base(self, folder: Path) -> None:
+        """UserError for a policy of two experts on one, and for one that says that it was trained on another base."""
+        if len(self.expert_ids) == 1 and (folder / EXPERT_NAMES[1]).is_dir():
+            raise UserError(
+                f"model.lora: {folder} holds adapters of two experts, but {self.layout.folder} has one",
+                "name the model it was trained on in model.path, or the folder of one adapter in model.lora",
+            )
+        for record in (folder / "policy.json", folder / "export.json"):
+            base = read_json(record).get("base") if record.is_file() else None
+            if base is not None and base != self.base_fingerprint:
+                raise UserError(
+                    f"model.lora: {folder} was trained on another base model than {self.layout.folder}",
+                    f"{record} has the fingerprint of its base; name that model in model.path",
+                )
+
+    def _replace(self, experts: dict[int, nn.Module]) -> None:
+        """Put other weights in the place of the base model's, which are kept."""
+        self.use(None)
+        self._bases = self._bases or self._experts
+        self._experts = experts
+
+    def _drop_adapters(self) -> None:
+        for module in self._experts.values():
+            remove_adapter(module)
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[None]:
+        """The reference policy: inside, the base model speaks, and what was trained is off.
+
+        Adapters are switched off in the layers and not by peft's own call, which would also stop their gradients. A
+        fully trained expert leaves the device for the base model's: one swap, so ask for many velocities at once.
+        """
+        with self._bases_in_place() if self.is_full else self._adapters_off():
+            yield
+
+    @contextlib.contextmanager
+    def _bases_in_place(self) -> Iterator[None]:
+        trained, active = (self._experts, self._sharded), self._active
+        self.use(None)
+        self._experts, self._sharded = self._bases, self._sharded_bases
+        self.use(active)
+        try:
+            yield
+        finally:
+            self.use(None)
+            self._experts, self._sharded = trained
+            self.use(active)
+
+    @contextlib.contextmanager
+    def _adapters_off(self) -> Iterator[None]:
+        modules = [module for expert in self._experts.values() for module in expert.modules()]
+        layers = [module for module in modules if isinstance(module, BaseTunerLayer)]
+        before = [layer._disable_adapters for layer in layers]
+        try:
+            for layer in layers:
+                layer._disable_adapters = True
+            yield
+        finally:
+            for layer, state in zip(layers, before, strict=True):
+                layer._disable_adapters = state
+
+    @cached_property
+    def base_fingerprint(self) -> str:
+        """sha256 (hex) of the base model: names and contents of every weight and configuration file."""
+        return fingerprint_folder(self.layout)
+
+    def fingerprint(self, policy_dir: str | Path | None) -> dict[str, Any]:
+        """Identity of base and policy: {"fingerprint", "base", "adapters": {path in the folder: sha256}}.
+
+        After full training `adapters` names the files of the transformers instead. None stands for the policy as
+        loaded. Raises UserError when the folder lacks a file.
+        """
+        folder = Path(policy_dir) if policy_dir is not None else self.start_lora
+        hashes = full_hashes if folder is not None and is_full(folder) else adapter_hashes
+        adapters = {} if folder is None else hashes(folder, self.expert_ids)
+        identity = {"base": self.base_fingerprint, "adapters": adapters}
+        return {"fingerprint": canonical_sha256(identity), **identity}

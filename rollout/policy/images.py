@@ -1,0 +1,27 @@
+"""The images that prompts begin with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from shards.errors import UserError
+from shards.store.mirror import fetch_file
+from shards.store.urls import is_url
+
+
+def open_image(image: Any) -> Any:
+    """A PIL image in RGB; paths and URLs are opened. UserError when the file is missing or no image."""
+    from PIL import Image
+
+    if not isinstance(image, str | Path):
+        return image.convert("RGB")
+    image = fetch_file(image) if is_url(image) else image
+    if not Path(image).is_file():
+        raise UserError(f"{image}: no such image", "correct the path in the prompts file; it counts from that file")
+    try:
+        with Image.open(image) as opened:
+            return opened.convert("RGB")
+    except (OSError, ValueError, SyntaxError) as error:
+        problem = f"{image}: cannot be read as an image: {error}"
+        raise UserError(problem, "correct the path in the prompts file, or convert the file to PNG") from None

@@ -1,0 +1,122 @@
+"""What surrounds the experts of a policy: the text encoder before them, the VAE behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from diffusers.video_processor import VideoProcessor
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rollout.policy.folder import Layout, load_text, load_vae
+from rollout.policy.images import open_image
+from rollout.policy.place import Places
+
+
+class Media(Places):
+    """Text to embeddings, latents to video, image to condition. Both networks are loaded when first needed."""
+
+    layout: Layout
+    dtype: str
+    text_length: int
+
+    # --- Text --------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> list[Tensor]:
+        """Embeddings of prompts, each [L,D] without padding, on the host; one prompt a forward."""
+        tokenizer, encoder = self._text
+        result = []
+        with self._working(encoder):
+            for prompt in prompts:
+                tokens = tokenizer(
+                    [prompt_clean(prompt)],
+                    padding="max_length",
+                    max_length=self.text_length,
+                    truncation=True,
+                    return_tensors="pt",
+                )
+                ids, mask = tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device)
+                hidden = encoder(ids, mask).last_hidden_state
+                result.append(hidden[0, : int(mask.sum())].cpu().contiguous())
+        return result
+
+    def pad(self, embeds: Tensor, batch: int) -> Tensor:
+        """Embeddings [L,D] repeated and padded with zeros, as in the pipeline: [batch,text_length,D] on the device."""
+        padded = torch.zeros(batch, self.text_length, embeds.shape[1], dtype=embeds.dtype, device=self.device)
+        padded[:, : embeds.shape[0]] = embeds.to(self.device)
+        return padded
+
+    @cached_property
+    def _text(self) -> Any:
+        return load_text(self.layout, self.dtype, self.device)
+
+    # --- Video -------------------------------------------------------------------------------------------------------
+
+    def check_decoder(self) -> None:
+        """Load the VAE into host memory now. UserError when it is damaged, which else were told after the sampling."""
+        _ = self._vae
+
+    def latent_shape(self, height: int, width: int, frames: int) -> tuple[int, int, int, int]:
+        """(C, F, H, W) of the latents of a video of that size in pixels and frames."""
+        return self.layout.latent_shape(height, width, frames)
+
+    def check_shape(self, height: int, width: int, frames: int) -> None:
+        """Raise UserError for a size the model cannot make, naming the nearest it can."""
+        self.layout.check_shape(height, width, frames)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> NDArray[np.uint8]:
+        """Frames [B,T,H,W,3] uint8 of latents [B,C,F,H,W]: WanPipeline's frames (output_type "np") times 255, rounded.
+
+        Videos are decoded one by one, so that a video's pixels do not depend on its neighbours in the batch.
+        """
+        with self._working(self._vae) as vae:
+            mean, inverse_std = self._moments()
+            # the pipeline divides by 1/std; multiplying by std would round differently
+            clean = [row.to(self.device).float() / inverse_std + mean for row in latents[:, None]]
+            videos = [vae.decode(row, return_dict=False)[0] for row in clean]
+        frames: NDArray[np.float32] = self._processor.postprocess_video(torch.cat(videos), output_type="np")
+        return (frames * 255).round().astype(np.uint8)
+
+    @torch.no_grad()
+    def encode_image(self, image: str | Path | Any, height: int, width: int, frames: int) -> Tensor:
+        """The condition of an image (path or PIL image), on the host, fp32.
+
+        I2V: [1,4+C,F,H,W], a mask and the encoded video that begins with the image and is grey after it. TI2V:
+        [1,C,1,H,W], the clean first frame. As `prepare_latents` of diffusers' pipeline_wan_i2v.py. Raises UserError for
+        a file that is no image.
+        """
+        pixels = self._processor.preprocess(open_image(image), height=height, width=width).to(self.device).float()
+        video = pixels[:, :, None]
+        if not self.layout.expand_timesteps:
+            video = torch.cat([video, video.new_zeros(1, 3, frames - 1, height, width)], 2)
+        with self._working(self._vae) as vae:
+            mean, inverse_std = self._moments()
+            latents = (vae.encode(video).latent_dist.mode() - mean) * inverse_std
+        if self.layout.expand_timesteps:
+            return latents.cpu()
+        given = latents.new_zeros(1, self.layout.temporal_scale, *latents.shape[2:])
+        given[:, :, 0] = 1
+        return torch.cat([given, latents], 1).cpu()
+
+    @cached_property
+    def _vae(self) -> Any:
+        return load_vae(self.layout, self.device)
+
+    @cached_property
+    def _processor(self) -> VideoProcessor:
+        return VideoProcessor(vae_scale_factor=self.layout.spatial_scale)
+
+    def _moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and inverse standard deviation of the VAE's latents, each [1,C,1,1,1] on the device."""
+        config = self._vae.config
+        shape = (1, config.z_dim, 1, 1, 1)
+        mean = torch.tensor(config.latents_mean).view(shape).to(self.device)
+        return mean, 1.0 / torch.tensor(config.latents_std).view(shape).to(self.device)

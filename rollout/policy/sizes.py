@@ -1,0 +1,247 @@
+"""Sizes of a model's parts from their configurations: built and run on the meta device, where nothing is computed."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import UMT5Config, UMT5EncoderModel
+
+from rollout.policy.folder import DTYPES
+from rollout.policy.lora import add_adapter
+
+Shape = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class ExpertSize:
+    """A transformer by its configuration."""
+
+    parameters: int
+    kept: int
+    """Of these, parameters that diffusers keeps in fp32 whatever the dtype."""
+    lora: int
+    """Parameters of an adapter."""
+    layers: int
+    width: int
+    block: int
+    """Parameters of one block."""
+    block_kept: int
+    """Of these, in fp32 whatever the dtype."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A forward, or a forward and backward, of one batch, as `working_bytes` counts it."""
+
+    shape: Shape
+    """Latents (C, F, H, W)"""
+    batch: int
+    text_length: int
+    dtype: str
+    guided: bool
+    rank: int = 0
+    """Of the adapter; 0 trains all weights."""
+    train: bool = False
+    checkpointing: bool = False
+    per_token: bool = False
+    """Every token has its own timestep (TI2V)."""
+    reference: bool = False
+    """The reference policy is asked while the activations of the trained one wait (the KL term of LoRA)."""
+
+
+def expert_size(config: Mapping[str, Any], rank: int) -> ExpertSize:
+    """Count the parameters of a WanTransformer3DModel and of an adapter of that rank.
+
+    All blocks are equal, so that one and two of them tell the rest.
+    """
+    counts = []
+    for layers in (1, 2):
+        module = meta_expert(config, layers)
+        kept = sum(p.numel() for name, p in module.named_parameters() if _kept(module, name))
+        everything = sum(p.numel() for p in module.parameters())
+        add_adapter(module, rank, rank, 0)
+        counts.append((everything, kept, sum(p.numel() for p in module.parameters()) - everything))
+    layers = int(config["num_layers"])
+    parameters, kept, lora = (extrapolate(one, two, layers) for one, two in zip(*counts, strict=True))
+    width = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+    block, block_kept, _ = (two - one for one, two in zip(*counts, strict=True))
+    return ExpertSize(parameters, kept, lora, layers, width, block, block_kept)
+
+
+def extrapolate(one: int, two: int, layers: int) -> int:
+    """What `layers` blocks have, when one has `one` and two have `two`."""
+    return one + (layers - 1) * (two - one)
+
+
+def vae_parameters(config: Mapping[str, Any]) -> int:
+    """Parameters of an AutoencoderKLWan."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in AutoencoderKLWan.from_config(dict(config)).parameters())
+
+
+def text_parameters(config: Mapping[str, Any]) -> int:
+    """Parameters of a UMT5 encoder."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in UMT5EncoderModel(UMT5Config(**config)).parameters())
+
+
+def working_bytes(config: Mapping[str, Any], run: Pass) -> int:
+    """Most bytes alive at once beside weights and gradients, in one forward (and backward) of an expert.
+
+    Run on meta tensors with one and two blocks and extrapolated. Attention counts as one fused kernel, which saves its
+    inputs, its output and one number a query. Scratch space inside kernels is not seen.
+    """
+    peaks = []
+    for layers in (1, 2):
+        module = _cast(meta_expert(config, layers), run.dtype)
+        module.requires_grad_(run.train and run.rank == 0)
+        if run.train and run.rank:
+            add_adapter(module, run.rank, run.rank, 0)
+        if run.checkpointing:
+            module.enable_gradient_checkpointing()
+        with fused_attention():
+            peaks.append(pass_bytes(module, config, run))
+    return extrapolate(peaks[0], peaks[1], int(config["num_layers"]))
+
+
+def pass_bytes(module: nn.Module, config: Mapping[str, Any], run: Pass) -> int:
+    """`working_bytes` of this module, which may be real. Its gradients are there before, as from the second chunk on.
+
+    Were they made in the pass, the largest activations and all gradients would be taken for simultaneous.
+    """
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    return peak_bytes(partial(_pass, module, config, run), module)
+
+
+def decode_bytes(config: Mapping[str, Any], shape: Shape) -> int:
+    """Most bytes alive at once beside the weights while the VAE decodes one video of latents (C, F, H, W) in fp32.
+
+    The VAE works frame by frame, so three latent frames are run and the rest of the video is added.
+    """
+    channels, frames, rows, columns = shape
+    some = min(frames, 3)
+    with torch.device("meta"):
+        vae = AutoencoderKLWan.from_config(dict(config))
+        latents = torch.zeros(1, channels, some, rows, columns)
+    vae.requires_grad_(False)
+    with torch.no_grad():
+        peak = peak_bytes(lambda: vae.decode(latents, return_dict=False)[0], vae)
+    scale, step = int(config.get("scale_factor_spatial", 8)), int(config.get("scale_factor_temporal", 4))
+    return peak + (frames - some) * step * 3 * rows * scale * columns * scale * 4
+
+
+def peak_bytes(function: Callable[[], Any], *modules: nn.Module) -> int:
+    """Most bytes of new tensors alive at once while `function` runs, on any device; those of `modules` do not count."""
+    known = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    live = _Live(known + [tensor.grad for tensor in known if tensor.grad is not None])
+    with live:
+        result = function()
+    del result
+    return live.peak
+
+
+@contextlib.contextmanager
+def fused_attention() -> Iterator[None]:
+    """Inside, attention is one fused kernel on every device; on the meta device it would else count scores in full."""
+    functional: Any = torch.nn.functional
+    original = functional.scaled_dot_product_attention
+
+    def fused(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        if query.device.type != "meta":
+            return original(query, key, value, **options)  # type: ignore[no-any-return]
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]  # type: ignore[no-any-return]
+
+    functional.scaled_dot_product_attention = fused
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = original
+
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes of the storages that operations make, until they die."""
+
+    def __init__(self, known: list[Tensor]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._add(leaf.untyped_storage())
+        return result
+
+    def _add(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.seen:
+            return
+        self.seen.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._remove, key, size)
+
+    def _remove(self, key: int, size: int) -> None:
+        self.seen.discard(key)
+        self.now -= size
+
+
+def _pass(module: Any, config: Mapping[str, Any], run: Pass) -> None:
+    """Forward, twice when guided, the reference's forwards, and backward; as Policy.velocity and training do it."""
+    _, frames, rows, columns = run.shape
+    dtype, where = DTYPES[run.dtype], module.patch_embedding.weight.device
+    x = torch.zeros(run.batch, config["in_channels"], frames, rows, columns, dtype=dtype, device=where)
+    text = torch.zeros(run.batch, run.text_length, config["text_dim"], dtype=dtype, device=where)
+    t = torch.full((run.batch,), 500.0, device=where)
+    if run.per_token:
+        _, high, wide = config["patch_size"]
+        t = t[:, None].expand(-1, frames * (rows // high) * (columns // wide))
+    with contextlib.nullcontext() if run.train else torch.no_grad():
+        velocity = _velocity(module, (x, t, text), run.guided)
+        if run.reference:
+            with torch.no_grad():
+                other = _velocity(module, (x, t, text), run.guided)
+            velocity = velocity - other
+        if run.train:
+            velocity.square().mean().backward()
+
+
+def _velocity(module: Any, inputs: tuple[Tensor, Tensor, Tensor], guided: bool) -> Tensor:
+    """One forward, or two and what guidance makes of them: [B,C,F,H,W] fp32."""
+    velocity: Tensor = module(*inputs, return_dict=False)[0].float()
+    if guided:
+        other = module(*inputs, return_dict=False)[0].float()
+        velocity = other + 2.0 * (velocity - other)
+    return velocity
+
+
+def meta_expert(config: Mapping[str, Any], layers: int) -> Any:
+    """A frozen transformer of so many blocks on the meta device."""
+    known = {key: value for key, value in config.items() if not key.startswith("_")}
+    with torch.device("meta"):
+        return WanTransformer3DModel.from_config({**known, "num_layers": layers}).requires_grad_(False)
+
+
+def _kept(module: Any, name: str) -> bool:
+    return not set(module._keep_in_fp32_modules or ()).isdisjoint(name.split("."))
+
+
+def _cast(module: Any, dtype: str) -> Any:
+    """Weights in the dtypes that `from_pretrained` gives them."""
+    for name, parameter in module.named_parameters():
+        if not _kept(module, name):
+            parameter.data = parameter.data.to(DTYPES[dtype])
+    return module

@@ -1,0 +1,47 @@
+"""A policy whose forwards several ranks compute together, each with a part of the tokens; its weights stay whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from diffusers.hooks.context_parallel import remove_context_parallel
+from diffusers.models.attention import AttentionModuleMixin
+from torch import nn
+
+from rollout.policy.sharding import check_ulysses, split_tokens
+
+if TYPE_CHECKING:
+    from rollout.policy import Policy
+    from rollout.ranks.world import World
+
+
+@contextmanager
+def shared_tokens(policy: Policy, size: tuple[int, int, int], world: World) -> Iterator[None]:
+    """Inside, the ranks of each Ulysses group must call the policy with the same inputs at the same time.
+
+    `size` is (height, width, frames). Every rank gets the whole output, the same bits on all; they differ from those of
+    one rank alone by rounding, since a matrix product over fewer tokens may add up in another order.
+    Raises UserError when the degree does not divide the model's heads or the video's tokens.
+    """
+    check_ulysses(policy.module(policy.expert_ids[0]), policy.latent_shape(*size), world, "rollout.ulysses")
+    modules = [policy.module(expert) for expert in policy.expert_ids]
+    for module in modules:
+        split_tokens(module, world)
+    try:
+        yield
+    finally:
+        for module in modules:
+            _join_tokens(module)
+
+
+def _join_tokens(module: nn.Module) -> None:
+    """Undo what split_tokens did; diffusers has no call for it."""
+    whole: Any = module
+    remove_context_parallel(whole, whole._cp_plan)
+    for part in module.modules():
+        if isinstance(part, AttentionModuleMixin):
+            processor: Any = part.processor
+            processor._parallel_config = None
+    whole._parallel_config = None

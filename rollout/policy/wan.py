@@ -1,0 +1,128 @@
+"""The policy: a Wan model with its experts, LoRA, guidance, text encoder and VAE, the same for rollout and training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rollout.policy.experts import ExpertWeights
+from rollout.policy.folder import DTYPES, Layout, find_folder, read_layout
+from rollout.policy.media import Media
+from rollout.ranks.device import find_device
+from shards.errors import UserError
+from shards.store.mirror import fetch_model
+from shards.store.urls import is_url
+
+if TYPE_CHECKING:
+    from shards.config import ModelConfig
+
+
+class Policy(ExpertWeights, Media):
+    """A Wan model folder in memory. One loader for rollout and training, so that both compute the same bits.
+
+    All parts rest in host memory; `use(expert)` brings one expert to the device and sends the other away. Text encoder
+    and VAE are loaded when first needed and occupy the device only while they work.
+    """
+
+    def __init__(self, layout: Layout, dtype: str, device: torch.device, text_length: int) -> None:
+        super().__init__(layout, dtype, device)
+        self.text_length = text_length
+
+    @classmethod
+    def of(cls, model: ModelConfig) -> Policy:
+        """The model that [model] of run.toml names, as it was before any training. Raises UserError as `load` does."""
+        return cls.load(
+            model.path, dtype=model.dtype, device=model.device, text_length=model.text_length, lora=model.lora
+        )
+
+    @staticmethod
+    def device_of(model: ModelConfig) -> torch.device:
+        """Where [model] of run.toml runs. UserError when that device is not there."""
+        return find_device(model.device, model.dtype)
+
+    @classmethod
+    def load(
+        cls, path: str | Path, *, dtype: str = "float32", device: str = "auto", text_length: int = 512, lora: str = ""
+    ) -> Policy:
+        """Load a model folder (or hub id, or `words`), and the LoRA of folder `lora` when one is named.
+
+        Raises UserError for a folder that is missing, foreign or damaged, and for a device that is not there.
+        """
+        if dtype not in DTYPES:
+            raise UserError(f"model.dtype: {dtype!r} is unknown", f"one of {', '.join(DTYPES)}")
+        where = find_device(device, dtype)
+        policy = cls(read_layout(find_folder(str(path))), dtype, where, text_length)
+        if lora:
+            policy.start_lora = fetch_model(lora) if is_url(lora) else Path(lora).expanduser()
+            policy._check_base(policy.start_lora)
+            policy.become(None)
+        return policy
+
+    def release(self) -> None:
+        """Forget the text encoder and the VAE, and send the experts off the device; all come back when needed."""
+        self.use(None)
+        for name in ("_text", "_vae"):
+            self.__dict__.pop(name, None)
+
+    # --- The model ---------------------------------------------------------------------------------------------------
+
+    def velocity(
+        self,
+        expert: int,
+        x: Tensor,
+        t: float,
+        prompt_embeds: Tensor,
+        negative_embeds: Tensor | None,
+        guidance: float,
+        condition: Tensor | None = None,
+    ) -> Tensor:
+        """Guided velocity [B,C,F,H,W], fp32, of latents x [B,C,F,H,W] fp32 at timestep t (0 to 1000); takes gradients.
+
+        prompt_embeds and negative_embeds are [B,L,D], padded; `condition` is what `encode_image` returned. With
+        guidance above 1, v = u + g (v - u) of two forwards of the same batch, as WanPipeline does: one forward of twice
+        the batch would round differently.
+        """
+        dtype = DTYPES[self.dtype]
+        hidden, timestep = self._inputs(x, t, condition)
+        hidden = hidden.to(dtype)
+
+        def forward(embeds: Tensor) -> Tensor:
+            return self._call(expert, hidden, timestep, embeds.to(dtype)).float()
+
+        conditional = forward(prompt_embeds)
+        if guidance <= 1:
+            return conditional
+        assert negative_embeds is not None, "guidance needs the negative prompt"
+        unconditional = forward(negative_embeds)
+        return unconditional + guidance * (conditional - unconditional)
+
+    def _inputs(self, x: Tensor, t: float, condition: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Model input and timestep, as diffusers' pipeline_wan_i2v.py has them.
+
+        I2V stacks the condition on the channels. TI2V puts the clean first frame in place and gives every token its
+        own timestep, 0 for the given frame.
+        """
+        if not self.layout.expand_timesteps:
+            hidden = x if condition is None else torch.cat([x, condition.expand(x.shape[0], -1, -1, -1, -1)], 1)
+            return hidden, torch.full((x.shape[0],), t, dtype=torch.float32, device=x.device)
+        free = self.free_mask(x, condition)
+        mask = torch.ones_like(x[:1, :1]) if free is None else free
+        _, rows, columns = self.layout.patch
+        timestep = (mask[0, 0, :, ::rows, ::columns] * t).flatten()
+        return self.impose(x, condition), timestep.expand(x.shape[0], -1)
+
+    def free_mask(self, x: Tensor, condition: Tensor | None) -> Tensor | None:
+        """Latents that are the policy's to choose: [1,1,F,H,W], 0 on a given first frame (TI2V); None when all are."""
+        if condition is None or not self.layout.expand_timesteps:
+            return None
+        mask = torch.ones_like(x[:1, :1])
+        mask[:, :, : condition.shape[2]] = 0
+        return mask
+
+    def impose(self, x: Tensor, condition: Tensor | None) -> Tensor:
+        """x with the given first frame in its place (TI2V); x itself for other models."""
+        mask = self.free_mask(x, condition)
+        return x if mask is None else (1 - mask) * condition + mask * x  # type: ignore[operator]

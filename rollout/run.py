@@ -1,0 +1,149 @@
+"""The rollout stage: samples the shards that are missing, one expert at a time; a kill loses at most a chunk."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from rollout.lineage import take_policy
+from rollout.plan import check_stage, stage_plan
+from rollout.policy import Policy
+from rollout.policy.ulysses import shared_tokens
+from rollout.ranks.device import find_device
+from rollout.sampler import Sampler
+from rollout.ulysses_group import Group, Leader, follow
+from rollout.work import Work
+from shards.errors import UserError
+from shards.files import read_json
+from shards.process.progress import Progress
+from shards.process.versions import our_version
+from shards.run import SAMPLE_KEY, Run, Stage
+from shards.spool import Sample
+from shards.workers.worker import Part, Worker
+
+
+@dataclass(frozen=True)
+class RolloutReport:
+    """What a call of `rollout` did."""
+
+    done: int
+    """Videos sampled."""
+    skipped: int
+    """Videos that were there already."""
+    seconds: float
+    busy: int = 0
+    """Shards that other workers hold and have not finished."""
+    waited: float = 0.0
+    """Seconds of those spent waiting for others."""
+    broken: int = 0
+    """Videos sampled that are not finite, and so earn no reward."""
+
+    def __str__(self) -> str:
+        if not self.done:
+            return f"nothing to do: {self.skipped} videos are there"
+        rate = self.done / max(self.seconds, 1e-9)
+        there = f", {self.skipped} were there" if self.skipped else ""
+        told = f"{self.done} videos sampled{there}; {self.seconds:.1f} s, {rate:.2f} videos/s"
+        if not self.broken:
+            return told
+        return f"{told}; {self.broken} of them are not finite and earn no reward: take a wider dtype, or less guidance"
+
+
+def rollout(
+    run: Run,
+    stage: Stage,
+    policy: Policy | None = None,
+    progress: Progress | None = None,
+    worker: Part = (0, 1),
+    wait: bool = False,
+) -> RolloutReport:
+    """Sample every shard of a stage that is missing. A stage that is complete is left alone, and no model is loaded.
+
+    `policy` is a loaded model, which is given the weights of the stage; None loads it as run.toml says. Worker (i, n)
+    begins with the shards i, i+n, … and goes on with what others have not claimed. It ends when living workers hold
+    what is left, or, with `wait`, when nothing is left; it takes over the shards of the dead in either case. Samples
+    are committed one by one to the spool of their shard, so that a killed stage goes on where it was. Raises UserError
+    for a plan that differs from the one on disk, for a policy that was not trained yet, for prompts or sizes the model
+    cannot take, and for shards or claims of another version of rushes. With `rollout.ulysses` the ranks of torchrun
+    sample each video in groups of that many.
+    """
+    began = time.monotonic()
+    complete = stage.is_complete()
+    group = Group.of(run.config, find_device(run.config.model.device))
+    if group.world.broadcast(complete) if group else complete:  # ranks that work together must not part here
+        plan = stage.plan() or {}
+        return RolloutReport(0, len(plan["groups"]) * plan["group_size"], time.monotonic() - began)
+    _check_version(stage)
+    check_stage(run, stage, policy)
+    policy = policy or Policy.of(run.config.model)
+    policy.check_decoder()
+    identity = take_policy(run, stage, policy)
+    plan = stage.publish_plan(stage_plan(run, stage, policy.layout, identity))
+    total = len(plan["groups"]) * plan["group_size"]
+    with _sampler(group, policy, plan, stage) as sampler:
+        if group and not group.leads:
+            follow(group, sampler)
+            return RolloutReport(0, total, time.monotonic() - began)
+        if group:
+            worker = worker[0] // group.world.ulysses, worker[1] // group.world.ulysses
+        ours = Worker(stage, "rollout", worker, run.config.workers.claim_seconds)
+        work = Work(stage, sampler, ours, progress)
+        busy = work.run(wait)
+    there = total if not busy else sum(len(plan["shards"][n]) for n in stage.shards()) * plan["group_size"]
+    return RolloutReport(
+        work.made, max(0, there - work.made), time.monotonic() - began, len(busy), ours.waited, work.broken
+    )
+
+
+@contextmanager
+def _sampler(group: Group | None, policy: Policy, plan: dict[str, Any], stage: Stage) -> Iterator[Sampler]:
+    """The sampler of a stage; within a group of ranks, that of its leader has the others compute along."""
+    identity = policy, plan, stage.plan_sha256()
+    with ExitStack() as open_now:
+        open_now.callback(policy.use, None)
+        if group:
+            video = plan["video"]
+            size = video["height"], video["width"], video["frames"]
+            open_now.enter_context(shared_tokens(policy, size, group.world))
+        sampler = Leader(group, *identity) if group and group.leads else Sampler(*identity)
+        open_now.callback(sampler.end)
+        yield sampler
+
+
+def regenerate(run: Run, stage: Stage, key: str, policy: Policy) -> Sample:
+    """Make a stored sample again from its seeds alone: prompt encoded, noise drawn, chunk sampled, video encoded.
+
+    On the machine that made it the tensors and the video come out the same, bit for bit; the record differs only in
+    `seconds` and `host`. Raises UserError for a key the plan does not have and for a policy other than the sample's.
+    """
+    plan, match = stage.plan(), SAMPLE_KEY.fullmatch(key)
+    group, _, number = key.rpartition("-s")
+    if plan is None or match is None or group not in {item["key"] for item in plan["groups"]}:
+        raise UserError(f"{key!r} is not a sample of {stage.path}", "`rushes inspect` lists the keys")
+    if int(number) >= plan["group_size"]:
+        raise UserError(f"{key!r} is not a sample of {stage.path}", f"its groups have {plan['group_size']} samples")
+    identity = take_policy(run, stage, policy)
+    if identity["fingerprint"] != plan["policy"]["fingerprint"]:
+        raise UserError(f"{key} was sampled by another policy", "restore the model or the adapters of that iteration")
+    sampler = Sampler(policy, plan, stage.plan_sha256())
+    chunk = next(chunk for chunk in sampler.chunks([group]) if int(number) in chunk.samples)
+    shared = sampler.group_tensors([group])[group]
+    state = sampler.start(chunk)
+    for expert, steps in sampler.phases:
+        policy.use(expert)
+        sampler.advance(chunk, state, shared, steps)
+    return sampler.finish(chunk, state)[int(number) - chunk.first]
+
+
+def _check_version(stage: Stage) -> None:
+    """Shards of one stage are made by one version: another one may draw other noise or round otherwise."""
+    for shard in stage.shards()[:1]:
+        found = read_json(stage.manifest_path(shard)).get("info", {}).get("versions", {}).get("rushes", "")
+        if found and our_version() not in (found, ""):
+            raise UserError(
+                f"{stage.path} was begun by rushes {found}, this is {our_version()}",
+                "finish this stage with that version; the next one can have another",
+            )

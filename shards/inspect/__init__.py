@@ -1,0 +1,1 @@
+"""What `rushes inspect` shows: tables of samples, queries on them, one sample in full."""

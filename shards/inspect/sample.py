@@ -1,0 +1,170 @@
+"""One sample in full: its record, what every reward said, the text read, its log-probs by step, its frames as PNG."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from shards.errors import UserError
+from shards.files import publish_replace
+from shards.inspect import table
+from shards.locate import locate
+from shards.reader import open_shard
+from shards.run import EXPERT_NAMES, SAMPLE_KEY, Stage, group_of
+from shards.store.urls import shown
+from shards.video import decode_mp4
+
+BY_STEP = ("sigmas", "timesteps", "experts", "guidance", "window", "log_prob")  # shown as the table of steps
+
+
+def find(path: str | Path, key: str, evaluation: bool = False) -> tuple[Stage, int]:
+    """The stage and the shard that hold a sample. Raises UserError when it is not there, and says what is."""
+    matched = SAMPLE_KEY.fullmatch(key)
+    if not matched:
+        raise UserError(f"{key} is no sample key", "`rushes inspect RUN --columns key` lists the keys")
+    place = locate(path)
+    if not place.stages:
+        raise UserError(f"{path} lies outside of a run", "give the run it belongs to")
+    stages = (
+        place.stages if len(place.stages) == 1 else [one for one in place.stages if (one.kind == "eval") == evaluation]
+    )
+    group = group_of(key)
+    for stage in stages:
+        plan = stage.plan() if stage.iteration == int(matched[1]) else None
+        for shard, groups in enumerate(plan["shards"] if plan else []):
+            if group in groups and key in stage.keys(shard) and stage.is_committed(shard):
+                return stage, shard
+    where = "the evaluations" if evaluation else "the rollouts"
+    raise UserError(f"{path}: {where} hold no sample {key}", "`rushes inspect RUN --columns key` lists what there is")
+
+
+def describe(path: str | Path, key: str, evaluation: bool = False) -> dict[str, Any]:
+    """Everything known about one sample as plain values.
+
+    `record`: the JSON member of the shard without what is listed by step; `judgement`: reward, advantage, weight,
+    reason, status; `scores`: scorer -> component -> value; `text`: scorer -> what was read, one item per frame looked
+    at; `steps`: one row per denoising step, `log_prob` None where it was deterministic; `latents`: dtype, shape of
+    one and the states stored; `file`: the shard. Raises UserError for an unknown key and Damaged for a broken shard.
+    """
+    stage, shard = find(path, key, evaluation)
+    with open_shard(stage, shard) as opened:
+        meta = opened.meta(key)
+        row = opened.row(key)
+        file = shown(str(opened.path))
+    frame = table.samples(stage.path)
+    values = {str(name): value for name, value in frame[frame["key"] == key].iloc[0].to_dict().items()}
+    scored = {name: value for name, value in values.items() if "." in name}
+    scores: dict[str, dict[str, float | None]] = {}
+    text: dict[str, list[Any]] = {}
+    for name, value in scored.items():
+        scorer, _, component = name.rpartition(".")
+        if component == "text":
+            text[scorer] = json.loads(value) if isinstance(value, str) else []
+        else:
+            scores.setdefault(scorer, {})[component] = _number(value)
+    judgement: dict[str, Any] = {name: _number(values.get(name)) for name in ("reward", "advantage", "weight")}
+    judgement |= {name: _text(values.get(name)) for name in ("reason", "status")}
+    return {
+        "file": file,
+        "record": {name: value for name, value in meta.items() if name not in BY_STEP},
+        "judgement": judgement,
+        "scores": scores,
+        "text": text,
+        "steps": _steps(meta),
+        "latents": {"dtype": row["latent_dtype"], "shape": list(row["latent_shape"]), "states": list(row["states"])},
+    }
+
+
+def write_frames(path: str | Path, key: str, folder: Path | None = None, evaluation: bool = False) -> list[Path]:
+    """Write the frames of a sample as `frame-000.png`, …; returns their paths.
+
+    They go to `folder`, or to RUN/frames/KEY (RUN/frames/eval/KEY for an evaluation). Raises as `describe` does.
+    """
+    from PIL import Image
+
+    stage, shard = find(path, key, evaluation)
+    if folder is None:
+        folder = stage.run_path / "frames" / ("eval" if stage.kind == "eval" else "") / key
+    with open_shard(stage, shard) as opened:
+        frames = decode_mp4(opened.video(key), f"{opened.path}: {key}.mp4")
+    written = []
+    for number, frame in enumerate(frames):
+        sink = io.BytesIO()
+        Image.fromarray(frame).save(sink, "PNG")
+        written.append(folder / f"frame-{number:03d}.png")
+        publish_replace(written[-1], sink.getvalue())
+    return written
+
+
+def show(path: str | Path, key: str, format: str = "table", evaluation: bool = False) -> str:
+    """What `describe` gives, as lines for a terminal, or, with the format `json`, as one JSON object."""
+    found = describe(path, key, evaluation)
+    return json.dumps(found, ensure_ascii=False) + "\n" if format == "json" else to_text(found)
+
+
+def to_text(found: dict[str, Any]) -> str:
+    """What `describe` gives, laid out for a terminal."""
+    lines = [f"file        {found['file']}"]
+    lines += [f"{name:<11} {_plain(value)}" for name, value in found["record"].items()]
+    lines += ["", "judgement"]
+    lines += [f"  {name:<14} {_plain(value)}" for name, value in found["judgement"].items()]
+    for scorer, components in found["scores"].items():
+        lines += ["", f"score {scorer}"]
+        lines += [f"  {name:<14} {_plain(value)}" for name, value in components.items()]
+    for scorer, readings in found["text"].items():
+        lines += ["", f"text read by {scorer}, one line a frame looked at"]
+        lines += [_reading(number, reading) for number, reading in enumerate(readings)]
+    lines += [
+        "",
+        f"{'step':>4}  {'sigma':>8}  {'to':>8}  {'timestep':>9}  {'expert':<10}  {'guidance':>8}  {'log_prob':>10}",
+    ]
+    for step in found["steps"]:
+        numbers = f"{step['sigma']:8.5f}  {step['sigma_next']:8.5f}  {step['timestep']:9.3f}"
+        log_prob = "-" if step["log_prob"] is None else f"{step['log_prob']:.6f}"
+        lines.append(f"{step['step']:>4}  {numbers}  {step['expert']:<10}  {step['guidance']:8.3g}  {log_prob:>10}")
+    latents = found["latents"]
+    lines += ["", f"latents     {latents['dtype']} {latents['shape']}, states {latents['states']}"]
+    return "\n".join(lines) + "\n"
+
+
+def _reading(number: int, reading: Any) -> str:
+    """A line with what was read: frame, text, confidence; a reward may also have kept the bare text."""
+    if not isinstance(reading, dict):
+        return f"  {number:<14} {_plain(reading)}"
+    sure = f"   confidence {reading['confidence']:.2f}" if reading.get("text") and "confidence" in reading else ""
+    return f"  frame {reading.get('frame', number):<8} {reading.get('text') or '(nothing)'}{sure}"
+
+
+def _steps(meta: dict[str, Any]) -> list[dict[str, Any]]:
+    log_probs = dict(zip(meta["window"], meta["log_prob"], strict=True))
+    return [
+        {
+            "step": step,
+            "sigma": meta["sigmas"][step],
+            "sigma_next": meta["sigmas"][step + 1],
+            "timestep": timestep,
+            "expert": EXPERT_NAMES[meta["experts"][step]],
+            "guidance": meta["guidance"][step],
+            "log_prob": log_probs.get(step),
+        }
+        for step, timestep in enumerate(meta["timesteps"])
+    ]
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None or math.isnan(value) else float(value)
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,1 @@
+"""This process: its rank, its signals, its helpers, its progress, its memory and its versions."""

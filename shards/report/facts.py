@@ -1,0 +1,280 @@
+"""The numbers of a report: what a run's files say about rewards, updates, guards and costs. Reads, never writes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from shards import sidecar
+from shards.files import read_json_lines
+from shards.inspect import table
+from shards.reader import read_manifest
+from shards.report.points import Point, number
+from shards.run import Run, Stage
+
+if TYPE_CHECKING:
+    import pandas
+
+GUARDS = "guards"
+GUARD_LIMIT = 0.2  # share by which a guard may move from iteration 0
+NOISE = 2.0  # standard errors: what moves less may be the draw of prompts
+SILENT_GROUPS = 0.5  # share of groups without an advantage that is worth an alarm
+RATIO_SHARE = 0.1  # of train.clip_range: how far from 1 the ratio of the first update of an iteration may be
+CLIP_HIGH = 0.4  # clip fraction above which updates are wasted
+CLIP_RUN = 5  # updates in a row before the clip fraction is worth a word
+KINDS = ("rollout", "eval")
+
+
+@dataclass(frozen=True)
+class Move:
+    """How far a guard is from where it began."""
+
+    guard: str
+    kind: str
+    iteration: int
+    before: float
+    now: float
+    alarm: bool
+
+    @property
+    def share(self) -> float:
+        """Relative change; infinite when it began at 0."""
+        return (self.now - self.before) / abs(self.before) if self.before else math.inf
+
+    def __str__(self) -> str:
+        change = f"{self.share:+.0%}".replace("-", "\N{MINUS SIGN}") if math.isfinite(self.share) else "from nothing"
+        where = "evaluation" if self.kind == "eval" else "iteration"
+        return f"{self.guard} moved {change} ({number(self.before)} → {number(self.now)}) by {where} {self.iteration}"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one stage took; None is not recorded."""
+
+    stage: str
+    work: str
+    videos: int | None
+    seconds: float | None
+    bytes: int | None
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Everything the page is made from, but the videos."""
+
+    run: Run
+    samples: pandas.DataFrame
+    updates: list[dict[str, Any]]
+    costs: list[Cost]
+    stages: dict[str, Stage]
+    moves: list[Move] = field(default_factory=list)
+
+    def of(self, kind: str) -> pandas.DataFrame:
+        """Rows of the rollouts ("rollout") or of the evaluations ("eval")."""
+        return self.samples[self.samples["kind"] == kind]
+
+    def stage(self, kind: str, iteration: int) -> Stage:
+        """A stage by what its rows say."""
+        return self.stages[f"{'eval/' if kind == 'eval' else ''}iter-{iteration:04d}"]
+
+
+def gather(run: Run) -> Facts:
+    """Read a run. Raises UserError when it has no shard yet, Damaged for a broken file."""
+    samples = table.samples(run.path)
+    stages = [run.iteration(k) for k in run.iterations()] + [run.evaluation(k) for k in run.evaluations()]
+    stages = [stage for stage in stages if stage.shards()]
+    updates = [record for k in run.iterations() for record in read_metrics(run.iteration(k))]
+    costs = [cost for stage in stages for cost in _costs(stage, samples)]
+    facts = Facts(run, samples, updates, costs, {stage.name: stage for stage in stages})
+    return Facts(run, samples, updates, costs, facts.stages, guard_moves(samples))
+
+
+def read_metrics(stage: Stage) -> list[dict[str, Any]]:
+    """The updates of an iteration, as training wrote them down."""
+    return read_json_lines(stage.policy_dir / "metrics.jsonl")
+
+
+def components(samples: pandas.DataFrame) -> list[str]:
+    """Columns with a reward component, guards and each scorer's repeated first component left out."""
+    names = [name for name in samples.columns if "." in name and not name.endswith((".text", ".reward"))]
+    return [name for name in names if not name.startswith(f"{GUARDS}.") and samples[name].notna().any()]
+
+
+def guards(samples: pandas.DataFrame) -> list[str]:
+    """Columns with a guard metric."""
+    return [name for name in samples.columns if name.startswith(f"{GUARDS}.") and name != f"{GUARDS}.reward"]
+
+
+def by_iteration(samples: pandas.DataFrame) -> list[tuple[int, pandas.DataFrame]]:
+    """The rows of each iteration, ascending."""
+    return [(int(str(iteration)), rows) for iteration, rows in samples.groupby("iteration")]
+
+
+def middle_points(samples: pandas.DataFrame, column: str) -> list[Point]:
+    """Mean by iteration with the range of the middle 80 % of the samples."""
+    points = []
+    for iteration, rows in by_iteration(samples):
+        values = rows[column].dropna()
+        if len(values):
+            low, high = values.quantile([0.1, 0.9])
+            points.append(Point(float(iteration), float(values.mean()), float(low), float(high)))
+    return points
+
+
+def error_points(samples: pandas.DataFrame, column: str) -> list[Point]:
+    """Mean by iteration with one standard error on both sides."""
+    points = []
+    for iteration, rows in by_iteration(samples):
+        values = rows[column].dropna()
+        if len(values):
+            mean, error = float(values.mean()), standard_error(values)
+            points.append(Point(float(iteration), mean, mean - error, mean + error))
+    return points
+
+
+def mean_points(samples: pandas.DataFrame, column: str) -> list[Point]:
+    """Mean by iteration."""
+    return [Point(p.x, p.y) for p in error_points(samples, column)]
+
+
+def spread_points(samples: pandas.DataFrame) -> list[Point]:
+    """Standard deviation of the reward inside a group, averaged over groups, by iteration."""
+    by = samples.groupby(["iteration", "group"])["reward"].std(ddof=0).groupby("iteration").mean()
+    return [Point(float(str(iteration)), float(value)) for iteration, value in by.items()]
+
+
+def used_points(samples: pandas.DataFrame) -> list[Point]:
+    """Share of the groups that gave an advantage, by iteration; only where advantages exist."""
+    judged = samples[samples["weight"].notna()]
+    by = judged.groupby(["iteration", "group"])["weight"].max().gt(0).groupby("iteration").mean()
+    return [Point(float(str(iteration)), float(value)) for iteration, value in by.items()]
+
+
+def update_points(updates: Sequence[dict[str, Any]], expert: str, name: str, base: float = 0.0) -> list[Point]:
+    """A metric minus `base` by update, at iteration + the part of its updates that came before.
+
+    A metric NAME_mean has NAME_min and NAME_max as its spread.
+    """
+    mine = [record for record in updates if record["expert"] == expert and name in record]
+    count: dict[int, int] = {}
+    for record in mine:
+        count[record["iteration"]] = max(count.get(record["iteration"], 0), record["update"])
+    points = []
+    for record in mine:
+        x = record["iteration"] + (record["update"] - 1) / count[record["iteration"]]
+        low, high = (record.get(name.replace("_mean", end)) for end in ("_min", "_max"))
+        note = f"iteration {record['iteration']}, update {record['update']}"
+        if name.endswith("_mean") and low is not None and high is not None:
+            points.append(Point(x, record[name] - base, low - base, high - base, note))
+        else:
+            points.append(Point(x, record[name] - base, note=note))
+    return points
+
+
+def experts(updates: Sequence[dict[str, Any]]) -> list[str]:
+    """Names of the experts that were trained, in the order they first appear."""
+    return list(dict.fromkeys(record["expert"] for record in updates))
+
+
+def standard_error(values: pandas.Series[float]) -> float:
+    """Standard error of a mean; 0 for one value."""
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
+
+
+def guard_moves(samples: pandas.DataFrame) -> list[Move]:
+    """For each guard and kind the largest move beyond GUARD_LIMIT from the first iteration, if there is one.
+
+    It is an alarm when it is also larger than NOISE standard errors, taken over the means of groups: an iteration draws
+    few prompts, and prompts differ. With one group there is no error to compare with, and any such move is an alarm.
+    """
+    moves = []
+    for kind in KINDS:
+        rows = samples[samples["kind"] == kind]
+        for name in guards(rows):
+            by_group = rows.dropna(subset=[name]).groupby(["iteration", "group"])[name].mean()
+            series = {int(str(k)): values for k, values in by_group.groupby("iteration")}
+            found = [_move(name, kind, k, series[min(series)], series[k]) for k in series]
+            moves += sorted((one for one in found if one), key=lambda one: (one.alarm, abs(one.share)))[-1:]
+    return sorted(moves, key=lambda one: (not one.alarm, -abs(one.share)))
+
+
+def _move(name: str, kind: str, iteration: int, first: pandas.Series[float], now: pandas.Series[float]) -> Move | None:
+    before, after = float(first.mean()), float(now.mean())
+    difference = abs(after - before)
+    if difference <= GUARD_LIMIT * abs(before) or difference < 1e-9:
+        return None
+    error = math.hypot(standard_error(first), standard_error(now))
+    return Move(name.removeprefix(f"{GUARDS}."), kind, iteration, before, after, difference > NOISE * error)
+
+
+def alarms(facts: Facts) -> list[str]:
+    """What a careful reader of all the numbers would say first, in plain words."""
+    found = [f"Guard: {move}. Look at the clips: is the reward being hacked?" for move in facts.moves if move.alarm]
+    return found + _alarms_of_groups(facts.of("rollout")) + _alarms_of_updates(facts)
+
+
+def _alarms_of_groups(rollouts: pandas.DataFrame) -> list[str]:
+    found = [
+        f"Iteration {point.x:.0f}: {1 - point.y:.0%} of the groups have no advantage; the reward is saturated, "
+        "or the prompts are too hard."
+        for point in used_points(rollouts)
+        if 1 - point.y > SILENT_GROUPS
+    ]
+    missing = rollouts[~rollouts["status"].isin(["ok", table.NOT_SCORED])]
+    for iteration, rows in missing.groupby("iteration"):
+        reason = rows["status"].mode()[0]
+        found.append(f"Iteration {iteration}: {len(rows)} samples have no reward, most often because: {reason}.")
+    return found
+
+
+def _alarms_of_updates(facts: Facts) -> list[str]:
+    found = []
+    limit = RATIO_SHARE * facts.run.config.train.clip_range
+    for record in facts.updates:
+        off = max(abs(record.get("ratio_max", 1.0) - 1), abs(record.get("ratio_min", 1.0) - 1))
+        if record["update"] == 1 and off > limit:
+            found.append(
+                f"Iteration {record['iteration']}, {record['expert']}: the first update saw a ratio {number(off)} "
+                "away from 1; are these rollouts of another policy?"
+            )
+    for expert in experts(facts.updates):
+        later = [record for record in facts.updates if record["expert"] == expert and record["update"] > 1]
+        fractions = [record["clip_fraction"] for record in later if "clip_fraction" in record][-CLIP_RUN:]
+        if len(fractions) == CLIP_RUN and min(fractions) > CLIP_HIGH:
+            found.append(f"{expert}: over {CLIP_HIGH:.0%} of the samples are clipped; lower train.learning_rate.")
+    return found
+
+
+def _costs(stage: Stage, samples: pandas.DataFrame) -> list[Cost]:
+    manifests = [read_manifest(stage, shard) for shard in stage.shards()]
+    mine = samples[(samples["kind"] == stage.kind) & (samples["iteration"] == stage.iteration)]
+    infos = [manifest.get("info", {}) for manifest in manifests]
+    seconds = [info.get("seconds") for info in infos]
+    took = sum(seconds) if all(isinstance(one, int | float) for one in seconds) else float(mine["seconds"].sum())
+    work = "eval" if stage.kind == "eval" else "rollout"
+    size = sum(manifest["tar"]["bytes"] for manifest in manifests)
+    costs = [Cost(stage.name, work, len(mine), took, size, _peak(infos))]
+    costs += [_scoring_cost(stage, scorer) for scorer in sidecar.scorers(stage)]
+    records = read_metrics(stage)
+    if records:
+        trained = sum(record.get("seconds", 0.0) for record in records)
+        costs.append(Cost(stage.name, "train", None, trained, None, _peak(records)))
+    return costs
+
+
+def _scoring_cost(stage: Stage, scorer: str) -> Cost:
+    """Time and memory of one reward; tables that do not say what they took leave a gap."""
+    shards = [shard for shard in stage.shards() if stage.score_path(scorer, shard).exists()]
+    records = [sidecar.score_metadata(stage, shard, scorer) for shard in shards]
+    known = all("seconds" in record for record in records)
+    seconds = sum(float(record["seconds"]) for record in records) if known else None
+    videos = sum(len(stage.keys(shard)) for shard in shards)
+    return Cost(stage.name, f"score {scorer.rpartition('-')[0]}", videos, seconds, None, _peak(records))
+
+
+def _peak(records: Sequence[dict[str, Any]]) -> int | None:
+    found = [float(record["peak_memory_bytes"]) for record in records if "peak_memory_bytes" in record]
+    return int(max(found)) if found else None

@@ -1,0 +1,294 @@
+"""Objects in a store (s3://, gs://, hf://) through fsspec: put, get, list, read a range; patience, and plain errors."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import random
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cache
+from io import BufferedReader
+from pathlib import Path
+from typing import Any, TypeVar
+
+from shards.errors import RunFailed, UserError
+from shards.store.errors import WAITS, Missing, Short, Taken, bucket_of, passes, plain, status_of, wait_of
+
+T = TypeVar("T")
+
+PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub"}
+PAUSES = (0.3, 1.0, 3.0)  # s, after the store's own client has given up
+RETRIES = {"mode": "standard", "total_max_attempts": 5}  # of botocore: throttling, 5xx, timeouts, lost connections
+TIMEOUTS = {"connect_timeout": 10, "read_timeout": 60}  # s; a read counts from one byte to the next
+PROBE = ".rushes-probe"
+_untold: set[str] = set()  # buckets whose tags look like an md5 and are none, because a key encrypts them
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An object as a listing shows it."""
+
+    size: int
+    version: str
+    """Changes whenever the content does."""
+    checksum: str | None
+    """Of the content, as `checksum` writes it, where the store seems to tell one; S3 does for what was put in one piece
+    and not encrypted, the hub always."""
+    modified: float | None = None
+    """When it was written, in seconds since 1970 on the clock of the store; None where that is not told."""
+
+
+def put(local: Path, url: str) -> None:
+    """Put a file under `url`, whole or not at all; the last writer wins. Raises as `get`."""
+    store = _store(url)
+    _patiently(url, lambda: store.put_file(str(local), _key(url)))
+
+
+def put_new(local: Path, url: str, run_url: str) -> bool:
+    """Put a file under `url` unless something is there; False when somebody was first.
+
+    One conditional put where the store has it, on the hub one commit on top of that which lacked the name. Where there
+    is neither (a probe below `run_url` tells), the name is looked up first: two writers within the time of one put may
+    then both believe that they won, and the last one's bytes stay.
+    Raises as `get`.
+    """
+    store = _store(url)
+    if not _keeps_the_first(run_url):
+        if head(url) is not None:
+            return False
+        put(local, url)
+        return True
+    try:
+        _patiently(url, lambda: store.put_file(str(local), _key(url), mode="create"))
+    except Taken:
+        return False
+    return True
+
+
+def get(url: str, local: Path, entry: Entry) -> Entry:
+    """Fetch an object into a file, its size and, where it is known, its checksum verified.
+
+    Returns the entry of what was fetched: another one than `entry` where the object was replaced since it was listed.
+    Raises UserError for missing credentials, no access, no such object; RunFailed when the store gives no good answer
+    after all retries.
+    """
+    store, refused = _store(url), set[str | None]()
+
+    def fetch() -> Entry:
+        nonlocal entry
+        store.get_file(_key(url), str(local))
+        size = local.stat().st_size
+        told = entry.checksum
+        found = checksum(local, told) if told and bucket_of(url) not in _untold else told
+        if (size, found) == (entry.size, told):
+            return entry
+        now = head(url)
+        if now is not None and now.version != entry.version:
+            entry = now
+            refused.clear()
+            raise Short("the object was replaced while it was fetched")
+        if size != entry.size:
+            raise Short(f"{size} bytes arrived of {entry.size}")
+        if found not in refused:
+            refused.add(found)
+            raise Short("the content is not that of its checksum")
+        _untold.add(bucket_of(url))  # the same twice: no damage, but a tag that is no md5
+        return entry
+
+    return _patiently(url, fetch)
+
+
+def read(url: str, start: int, stop: int) -> bytes:
+    """The bytes from `start` to `stop` of an object, in one ranged request. Raises as `get`."""
+    store = _store(url)
+
+    def fetch() -> bytes:
+        data: bytes = store.cat_file(_key(url), start=start, end=stop)
+        if len(data) != stop - start:
+            raise Short(f"{len(data)} bytes arrived of {stop - start}")
+        return data
+
+    return _patiently(url, fetch)
+
+
+def listing(url: str) -> dict[str, Entry]:
+    """Everything below `url`, by its name relative to it; empty when there is nothing. Raises as `get`."""
+    store, base = _store(url), _key(url) + "/"
+
+    def ask() -> dict[str, Any]:
+        store.invalidate_cache()
+        found: dict[str, Any] = store.find(base, detail=True)
+        return found
+
+    try:
+        found = _patiently(url, ask)
+    except Missing:
+        return {}
+    files = {name: info for name, info in found.items() if info.get("type") == "file" and name.startswith(base)}
+    return {name[len(base) :]: _entry(info) for name, info in sorted(files.items()) if not name.endswith("/")}
+
+
+def head(url: str) -> Entry | None:
+    """One object, or None when there is none. Raises as `get`."""
+    store = _store(url)
+
+    def ask() -> dict[str, Any]:
+        store.invalidate_cache()
+        info: dict[str, Any] = store.info(_key(url))
+        return info
+
+    try:
+        info = _patiently(url, ask)
+    except Missing:
+        return None
+    return _entry(info) if info.get("type") == "file" else None
+
+
+def checksum(file: Path | BufferedReader, like: str) -> str:
+    """Checksum of a file, `md5:…`, `sha256:…` or `git:…` (the name that git has for a content), of the kind that `like`
+    has; an open file is read from its beginning."""
+    if isinstance(file, Path):
+        with open(file, "rb") as opened:
+            return checksum(opened, like)
+    kind = like.partition(":")[0]
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    begin = {
+        "md5": lambda: hashlib.md5(usedforsecurity=False),
+        "git": lambda: hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False),
+        "sha256": hashlib.sha256,
+    }[kind]
+    return f"{kind}:{hashlib.file_digest(file, begin).hexdigest()}"
+
+
+def in_commits(url: str) -> bool:
+    """Whether every change of the store is a commit to a repository: slow, counted, and kept for ever in its history.
+
+    What can go together should, and what only says that somebody lives should not go there.
+    """
+    return url.startswith("hf://")
+
+
+def change(add: Mapping[str, Path], remove: Sequence[str] = ()) -> None:
+    """Put files under their URLs and delete objects, all in one commit; for a store that is `in_commits`.
+
+    What is so already is left out. Raises as `get`.
+    """
+    url = next(iter([*add, *remove]))
+    store, files = _store(url), {_key(name): file for name, file in add.items()}
+    _patiently(url, lambda: store.change(files, [_key(name) for name in remove]))
+
+
+def remove(url: str) -> None:
+    """Delete an object; nothing happens when it is gone already. Raises as `get`."""
+    store = _store(url)
+    try:
+        _patiently(url, lambda: store.rm_file(_key(url)))
+    except Missing:
+        return
+
+
+def _patiently(url: str, ask: Callable[[], T]) -> T:
+    """Ask, and ask again after what passes: throttling, timeouts, lost connections, short and damaged answers."""
+    for pause in (*PAUSES, None):
+        try:
+            return ask()
+        except Exception as error:
+            told = wait_of(error)
+            if not passes(error) or pause is None or told > WAITS:
+                raise plain(url, error) from error
+            time.sleep(told + pause * random.uniform(0.7, 1.3))  # workers must not come back all at once
+    raise AssertionError
+
+
+@cache
+def _keeps_the_first(run_url: str) -> bool:
+    """Whether the store honours a conditional put: the same tiny object is put twice, the second must be refused.
+
+    Some S3 servers ignore the condition without a word. Asked once a process and run; of the hub it is known.
+    """
+    if in_commits(run_url):
+        return True
+    store, url = _store(run_url), f"{run_url}/{PROBE}"
+
+    def accepted() -> bool:
+        try:
+            _patiently(url, lambda: store.pipe_file(_key(url), b"conditional put?\n", mode="create"))
+        except Taken:
+            return False
+        return True
+
+    try:
+        return not (accepted() and accepted())
+    except RunFailed as error:
+        if status_of(error) == 501:  # the server says that it does not know the condition
+            return False
+        raise
+
+
+def _store(url: str) -> Any:
+    return _open(url.partition("://")[0], os.getpid())
+
+
+@cache
+def _open(scheme: str, _: int) -> Any:
+    """The file system of a scheme; one a process, for its connections do not survive a fork."""
+    import fsspec
+
+    options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
+    if scheme == "s3":
+        own = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
+        defaults = TIMEOUTS if {"AWS_RETRY_MODE", "AWS_MAX_ATTEMPTS"} & os.environ.keys() else {
+            **TIMEOUTS, "retries": RETRIES
+        }  # fmt: skip
+        options["config_kwargs"] = {**defaults, **own}
+    try:
+        store = _hub(options) if scheme == "hf" else fsspec.filesystem(scheme, **options)
+    except ImportError as error:
+        package = PACKAGES[scheme]
+        old = scheme == "hf" and not isinstance(error, ModuleNotFoundError)  # it lacks a name that we import
+        problem = f"{scheme}:// needs the package {package}, which is {'too old' if old else 'not installed'}"
+        raise UserError(problem, f"pip install -U {package}") from error
+    except Exception as error:
+        raise plain(f"{scheme}://", error) from error
+    store.retries = 1  # of s3fs: botocore and _patiently repeat enough
+    return store
+
+
+def _hub(options: dict[str, Any]) -> Any:
+    from shards.store.hub import Hub
+
+    return Hub(**options)
+
+
+def _key(url: str) -> str:
+    """The name of an object as fsspec's file systems take it."""
+    return url.partition("://")[2]
+
+
+def _entry(info: dict[str, Any]) -> Entry:
+    """An object from what its store's file system says of it."""
+    tag = str(info.get("ETag") or info.get("etag") or "").strip('"')
+    content = f"md5:{tag}" if re.fullmatch(r"[0-9a-f]{32}", tag) else None
+    if isinstance(info.get("md5Hash"), str):
+        content = f"md5:{base64.b64decode(info['md5Hash']).hex()}"
+    if info.get("blob_id"):  # for large files that of a note about them
+        content = f"sha256:{info['lfs'].sha256}" if info.get("lfs") else f"git:{info['blob_id']}"
+    names = ("generation", "blob_id", "xet_hash", "LastModified", "last_modified", "mtime", "created")
+    version = tag or next((str(info[name]) for name in names if info.get(name)), "")
+    return Entry(int(info["size"] or 0), version, content, _written(info))
+
+
+def _written(info: dict[str, Any]) -> float | None:
+    """The time of an object in what its store's file system says of it."""
+    names = ("LastModified", "mtime", "last_modified", "updated", "created")
+    found = next((info[name] for name in names if info.get(name)), getattr(info.get("last_commit"), "date", None))
+    with suppress(ValueError):
+        found = datetime.fromisoformat(found) if isinstance(found, str) else found
+    return found.timestamp() if isinstance(found, datetime) else None

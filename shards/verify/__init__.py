@@ -1,0 +1,1 @@
+"""What `rushes verify` checks: shards and their tables, and what training leaves."""

@@ -1,0 +1,1 @@
+"""Who does what: claims on shards, their owners, and what `rushes status` says of them."""

@@ -1,0 +1,244 @@
+"""How far a run is and who works on it, from its files alone and while everything runs."""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from shards.files import read_json_lines
+from shards.run import Run, Stage
+from shards.sidecar import scorers, specifications
+from shards.spool import spooled
+from shards.store import mirror
+from shards.store.urls import shown, url_of
+from shards.workers import owners
+
+WINDOW = 3600.0  # seconds back that a rate is taken from
+LOOK = 0.25  # seconds between two looks at the claims
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a stage: the rollout, one scorer, the advantages or the training."""
+
+    stage: str
+    what: str
+    """rollout, score, advantage or train"""
+    name: str
+    """Directory of a scorer or of a specification of advantages; else empty."""
+    unit: str
+    """What `done`, `claimed`, `left` and `total` count: shards, or updates of the training."""
+    total: int
+    done: int
+    claimed: int
+    """Held by a worker that is not known to be dead."""
+    left: int
+    """Neither done nor claimed."""
+    samples: int
+    """Samples finished, those in the spools included."""
+    samples_total: int
+    per_hour: float | None
+    """Samples (updates of the training) in an hour; None before there is something to take it from."""
+    seconds_left: float | None
+    """At that rate; None while nobody works on it."""
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A claim and what is known of its owner."""
+
+    stage: str
+    what: str
+    shard: int
+    host: str
+    pid: int
+    worker: str
+    state: str
+    """alive: it counts, or its lock is held. silent: it did not count while we looked. dead: its claim is void."""
+    sure: bool
+    """False for `silent`: longer watching would tell."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """A run at one moment."""
+
+    run: str
+    trained: int
+    """Iterations with a finished policy."""
+    parts: list[Part] = field(default_factory=list)
+    workers: list[Worker] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, with the number of workers in each state."""
+        alive = len({(one.host, one.pid) for one in self.workers if one.state == "alive"})
+        return {**asdict(self), "workers_alive": alive}
+
+
+def status(run: Run, iteration: int | None = None, quick: bool = False) -> Status:
+    """What is done, claimed and left of the stages that are in work, or of one iteration.
+
+    The claims are watched until each of them has counted or its time between two counts is over, a few seconds when the
+    owner runs elsewhere; with `quick` they are looked at once. No clock but that of the file system is asked when
+    something was written. Of a run at a URL the store's clock tells that, and what other machines have not finished
+    does not show. Reads only. Raises UserError for a damaged plan.
+    """
+    mirror.refresh(run.path)
+    stages = [run.iteration(iteration)] if iteration is not None else _in_work(run)
+    states = _watch(stages, 0.0 if quick else 1.5, run.config.workers.claim_seconds or owners.SECONDS)
+    workers = [
+        Worker(stage.name, found.what, found.shard, owner.host, owner.pid, owner.worker, state, state != "silent")
+        for stage, found, state in states
+        if (owner := found.owner)
+    ]
+    held = {(stage.name, found.what, found.shard) for stage, found, state in states if state in ("alive", "silent")}
+    parts = [part for stage in stages for part in _parts(run, stage, held)]
+    return Status(shown(str(run.path)), sum(run.iteration(k).trained() for k in run.iterations()), parts, workers)
+
+
+def render(found: Status) -> str:
+    """The table for people."""
+    if not found.parts:
+        return f"{found.run}: nothing is planned yet; `rushes rollout` makes the plan of an iteration"
+    lines = [f"{found.run}: {found.trained} iteration{'s are' if found.trained != 1 else ' is'} trained"]
+    lines.append(
+        f"{'stage':<16} {'part':<24} {'done':>11} {'claimed':>7} {'left':>5}  {'samples':>13} {'per hour':>9}  ends in"
+    )
+    for part in found.parts:
+        name = f"{part.what} {part.name}".strip()
+        samples = f"{part.samples}/{part.samples_total}" if part.samples_total else ""
+        done = f"{part.done}/{part.total}"
+        rate = f"{part.per_hour:.{0 if part.per_hour >= 10 else 1}f}" if part.per_hour is not None else ""
+        lines.append(
+            f"{part.stage:<16} {name:<24} {done:>11} {part.claimed:>7} {part.left:>5}  {samples:>13} {rate:>9}  "
+            f"{_end(part.seconds_left)}".rstrip()
+        )
+    counts = {state: sum(one.state == state for one in found.workers) for state in ("alive", "silent", "dead")}
+    alive = found.as_dict()["workers_alive"]
+    lines.append(
+        f"workers: {alive} alive; claims: {counts['alive']} of theirs, {counts['silent']} of silent ones (perhaps "
+        f"alive), {counts['dead']} of dead ones (void)"
+    )
+    lines += [
+        f"  {one.host} process {one.pid}, worker {one.worker}: {one.stage} {one.what} {one.shard}, {one.state}"
+        for one in found.workers
+    ]
+    return "\n".join(lines)
+
+
+def _end(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    end = datetime.now() + timedelta(seconds=seconds)
+    return f"{timedelta(seconds=round(seconds))} ({end:%a %H:%M})"
+
+
+def _in_work(run: Run) -> list[Stage]:
+    """The iterations and evaluations that are not finished, or the last iteration when all are."""
+    stages = [stage for stage in map(run.iteration, run.iterations()) if stage.plan_path.exists()]
+    evaluations = [stage for stage in map(run.evaluation, run.evaluations()) if not _evaluated(stage)]
+    return ([stage for stage in stages if not stage.trained()] or stages[-1:]) + evaluations
+
+
+def _evaluated(stage: Stage) -> bool:
+    return any(stage.summary_path(name).exists() for name in specifications(stage))
+
+
+def _watch(stages: list[Stage], beats: float, seconds: float) -> list[tuple[Stage, owners.Found, owners.Life]]:
+    """The claims of stages and what became known of their owners while we looked, for `beats` of their counts."""
+    deadline: float | None = None
+    while True:
+        found = [(stage, one, owners.life(one, seconds)) for stage in stages for one in owners.claims_of(stage)]
+        silent = [one.owner.every for _, one, state in found if state == "silent" and one.owner]
+        if deadline is None:
+            deadline = time.monotonic() + beats * max(silent, default=0.0)
+        if not silent or time.monotonic() >= deadline:
+            return [(stage, one, state) for stage, one, state in found if state != "gone"]
+        time.sleep(min(LOOK, max(0.0, deadline - time.monotonic())))
+
+
+def _parts(run: Run, stage: Stage, held: set[tuple[str, str, int]]) -> list[Part]:
+    plan = stage.plan()
+    if plan is None:
+        return []
+    sizes = {shard: len(groups) * plan["group_size"] for shard, groups in enumerate(plan["shards"])}
+    counter = _Counter(stage, sizes, {(what, shard) for name, what, shard in held if name == stage.name})
+    committed = {shard: stage.manifest_path(shard) for shard in stage.shards() if shard in sizes}
+    begun = {shard: _spool(stage, shard) for shard in sizes if shard not in committed}
+    parts = [counter.part("rollout", "", committed, begun)]
+    for scorer in scorers(stage) or [""]:
+        paths = {shard: stage.score_path(scorer, shard) for shard in sizes} if scorer else {}
+        parts.append(counter.part("score", scorer, {s: path for s, path in paths.items() if path.exists()}))
+    for name in specifications(stage) or [""]:
+        paths = {shard: stage.advantage_path(name, shard) for shard in sizes} if name else {}
+        parts.append(counter.part("advantage", name, {s: path for s, path in paths.items() if path.exists()}))
+    return [*parts, _training(run, stage, plan, counter)] if stage.kind == "rollout" else parts
+
+
+def _training(run: Run, stage: Stage, plan: dict[str, Any], counter: _Counter) -> Part:
+    """Updates of all experts, as the log of metrics tells them."""
+    log = stage.policy_dir / "metrics.jsonl"
+    done = len({(row.get("expert"), row.get("update")) for row in read_json_lines(log)})
+    experts = len(set(plan.get("sampler", {}).get("experts", [0])))
+    total = done if stage.trained() else max(done, run.config.train.updates_per_rollout * experts)
+    began, last = (_written(path) for path in (stage.train_dir / "plan.json", log))
+    here = url_of(stage.path) is None  # else one may be the store's time and the other one ours
+    rate = 3600 * done / (last - began) if here and done and began and last and last > began else None
+    claimed = int(("train", 0) in counter.held and done < total)
+    left = total - done
+    seconds = left * 3600 / rate if rate and claimed else None
+    return Part(stage.name, "train", "", "updates", total, done, claimed, left, 0, 0, rate, seconds)
+
+
+@dataclass(frozen=True)
+class _Counter:
+    """Counts the shards of one stage."""
+
+    stage: Stage
+    sizes: dict[int, int]
+    held: set[tuple[str, int]]
+
+    def part(self, what: str, name: str, finished: dict[int, Path], begun: dict[int, list[Path]] | None = None) -> Part:
+        """Shards that have their file, and samples, those of unfinished shards included, each with its own file."""
+        claimed = sum((what, shard) in self.held for shard in self.sizes if shard not in finished)
+        events = [(_written(path), self.sizes[shard]) for shard, path in finished.items()]
+        # the spool of a run at a URL is this machine's alone, and its times are those of another clock
+        here = url_of(self.stage.path) is None
+        events += [(_written(path) if here else None, 1) for paths in (begun or {}).values() for path in paths]
+        samples, total = sum(count for _, count in events), sum(self.sizes.values())
+        rate = self._rate(what, [(moment, count) for moment, count in events if moment], samples == total)
+        seconds = (total - samples) * 3600 / rate if rate and claimed else None
+        left = len(self.sizes) - len(finished) - claimed
+        counts = len(self.sizes), len(finished), claimed, left, samples, total
+        return Part(self.stage.name, what, name, "shards", *counts, None if what == "advantage" else rate, seconds)
+
+    def _rate(self, what: str, events: list[tuple[float, int]], over: bool) -> float | None:
+        """Samples in an hour, over the last hour in which anybody wrote, by the clock of the file system alone.
+
+        A rollout begins with its plan; scoring with its first shard, which does not count then.
+        """
+        here = url_of(self.stage.path) is None  # else the claims have times of another clock
+        found = owners.claims_of(self.stage) if here and not over else []
+        beats = [_written(one.path) for one in found if one.what == what]
+        now = max([moment for moment, _ in events] + [moment for moment in beats if moment], default=0.0)
+        start = _written(self.stage.plan_path) if what == "rollout" else None
+        began = max(start or min((moment for moment, _ in events), default=0.0), now - WINDOW)
+        recent = sum(count for moment, count in events if moment > began)
+        # files that were copied without their times are all of one moment, which is no time to take a rate from
+        return 3600 * recent / (now - began) if recent and now > began + 1.0 else None
+
+
+def _spool(stage: Stage, shard: int) -> list[Path]:
+    return [stage.work_path(shard) / f"{key}.tar" for key in sorted(spooled(stage, shard))]
+
+
+def _written(path: Path) -> float | None:
+    """When a file was last written, on the clock of its file system; None when it is gone."""
+    with suppress(OSError):
+        return os.stat(path).st_mtime
+    return None

@@ -1,0 +1,91 @@
+"""Which settings of a new run are written as absolute paths, and which stay as they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from shards.absolute_paths import in_full
+from shards.run_toml import apply_sets, parse_config, read_preset
+
+SAID = "written in full, so that it holds wherever a command is given"
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current directory: two prompts files, and folders of which one is called like the embedded model."""
+    for name in ("p.txt", "q.txt"):
+        (tmp_path / name).touch()
+    for name in ("words", "models/wan", "models/clip"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def changed(*sets: str) -> tuple[dict[str, str], list[str]]:
+    """What `in_full` makes of these settings laid over a preset: the values that differ, and what it says."""
+    before = apply_sets(read_preset("words"), sets)
+    after, said = in_full(before)
+    parse_config(after, "here")
+    return dict(_texts(after).items() - _texts(before).items()), said
+
+
+def _texts(table: dict[str, object], prefix: str = "") -> dict[str, str]:
+    found: dict[str, str] = {}
+    for key, value in table.items():
+        found |= _texts(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": str(value)}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "absolute"),
+    [
+        ("rollout.prompts", "p.txt", "p.txt"),
+        ("eval.prompts", "./models/../q.txt", "q.txt"),
+        ("model.path", "models/wan", "models/wan"),
+        ("model.path", "./words", "words"),
+        ("model.lora", "models", "models"),
+        ("score.options.clip.model", "models/clip", "models/clip"),
+    ],
+)
+def test_what_is_there_is_written_in_full(here: Path, name: str, value: str, absolute: str) -> None:
+    values, said = changed(f"{name}={value}")
+    assert values == {name: f"{here}/{absolute}"}
+    assert said == [f"{name}: {here}/{absolute}, {SAID}"]
+    assert changed(f"{name}={here}/{absolute}") == ({}, [])  # and then nothing is left to be done
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "model.path=words",  # the embedded model, whatever else has its name
+        "rollout.prompts=words",
+        "model.path=Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+        "model.path=s3://bucket/models/wan",
+        "rollout.prompts=~/p.txt",
+        "model.lora=",
+        "rollout.prompts=s3://bucket/none.txt",
+        "score.options.ocr.mode=models",  # no slash: a word like any other
+        "score.options.remote.url=http://host/models/clip",
+        "score.options.clip.model=models/none",
+    ],
+)
+def test_what_means_the_same_from_everywhere_stays(setting: str) -> None:
+    assert changed(setting) == ({}, [])
+
+
+def test_prompts_that_are_not_there_are_said_to_be_missing(here: Path) -> None:
+    values, said = changed("rollout.prompts=none.txt")
+    assert values == {}
+    assert said == [
+        f"rollout.prompts: there is no none.txt in {here}; a relative path counts from where a command is given"
+    ]
+
+
+def test_a_value_of_a_wrong_type_is_left_to_the_check() -> None:
+    for setting in ("rollout.prompts=3", "rollout=3", "score.options=3", "score.options.ocr=3", "score=3"):
+        key = setting.partition("=")[0]
+        section = {key: 3} if "." not in key else None
+        values = section or apply_sets({}, [setting])
+        assert in_full(values) == (values, [])

@@ -1,0 +1,99 @@
+"""The embedded model: it is what its README says, a run on it works end to end, and its pretraining still runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import cli
+from rollout.words import pretrain
+from rollout.words.draw import INKS, PAPERS, WORDS, draw_clip, scenes, split
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "rollout" / "words"
+
+
+def test_the_folder_is_small_and_loads_as_a_pipeline_of_two_experts() -> None:
+    from diffusers import WanPipeline
+
+    size = sum(path.stat().st_size for path in (FOLDER / "model").rglob("*") if path.is_file())
+    assert size <= 16_000_000
+    pipeline = WanPipeline.from_pretrained(FOLDER / "model")
+    assert pipeline.config.boundary_ratio == 0.875
+    assert pipeline.transformer_2 is not None
+    weights = [next(iter(expert.parameters())) for expert in (pipeline.transformer, pipeline.transformer_2)]
+    assert not torch.equal(*weights)
+
+
+def test_prompts_are_split_without_overlap_and_both_halves_know_everything() -> None:
+    train, held_out = split()
+    assert not set(train) & set(held_out)
+    assert len(train) + len(held_out) == len(scenes()) == len(WORDS) * len(INKS) * len(PAPERS)
+    for half, name in ((train, "train"), (held_out, "eval")):
+        assert {scene.word for scene in half} == set(WORDS)
+        assert {scene.ink for scene in half} == set(INKS)
+        assert {scene.paper for scene in half} == set(PAPERS)
+        lines = (FOLDER / "prompts" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+        assert lines == [scene.prompt for scene in half]
+
+
+def test_a_scene_is_drawn_in_its_colours_and_repeatably() -> None:
+    scene = scenes()[5]
+    first, again = (draw_clip(scene, np.random.default_rng(4)) for _ in range(2))
+    assert np.array_equal(first, again)
+    assert tuple(first[0, 0, 0]) == PAPERS[scene.paper]
+    assert (first.reshape(-1, 3) == INKS[scene.ink]).all(1).any()
+    assert not np.array_equal(first[0], first[-1])
+
+
+@pytest.mark.slow
+def test_pretraining_still_runs_from_drawn_clips_to_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lessons = tuple(pretrain.Lesson(name, 3, 2, 1e-3, share) for name, share in (("write", 0.0), ("doubt", 0.5)))
+    monkeypatch.setattr(pretrain, "LESSONS", lessons)
+    pretrain.train_vae(tmp_path, 2)
+    pretrain.train_text(tmp_path, 2)
+    pretrain.encode_latents(tmp_path, 4)
+    for expert in ("high", "low"):
+        pretrain.train_expert(tmp_path, expert)
+    pretrain.assemble(tmp_path)
+    shipped = {path.relative_to(FOLDER / "model") for path in (FOLDER / "model").rglob("*") if path.is_file()}
+    made = {path.relative_to(tmp_path / "model") for path in (tmp_path / "model").rglob("*") if path.is_file()}
+    assert made == shipped
+    for config in ("vae/config.json", "transformer/config.json", "text_encoder/config.json"):
+        ours, theirs = (json.loads((root / config).read_text()) for root in (tmp_path / "model", FOLDER / "model"))
+        changing = ("latents_mean", "latents_std", "_name_or_path", "_diffusers_version", "transformers_version")
+        assert {k: v for k, v in ours.items() if k not in changing} == {
+            k: v for k, v in theirs.items() if k not in changing
+        }
+
+
+@pytest.mark.slow
+def test_the_main_job_on_the_embedded_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two short iterations of the real thing, then the evaluation of the base, which must leave room to learn."""
+    run = tmp_path / "run"
+    settings = ["rollout.prompts_per_iteration=2", "rollout.group_size=4", "rollout.batch_size=4"]
+    options = [part for setting in settings for part in ("--set", setting)]
+
+    def rushes(*arguments: str) -> str:
+        command = [sys.executable, str(ROOT / "cli.py"), arguments[0], str(run), *arguments[1:]]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        assert result.returncode == 0, result.stderr
+        return result.stdout + result.stderr
+
+    rushes("init", "--preset", "words", *options)
+    said = rushes("loop", "--iterations", "2")
+    assert said.count("largest |log-ratio| of the replay 0") == 2
+    few = ["eval.videos_per_prompt=1", "rollout.workers=1", "score.workers=1"]
+    arguments = ["eval", str(run), "--iteration", "0", *(part for setting in few for part in ("--set", setting))]
+    cli.app(arguments, standalone_mode=False)
+    rows = capsys.readouterr().out.splitlines()
+    base = next(float(row.split()[2]) for row in rows if row.split()[:1] == ["0"])
+    assert 0.35 <= base <= 0.75

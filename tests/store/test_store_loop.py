@@ -1,0 +1,88 @@
+"""A whole run in a store: the numbers are those of a local disk, and a machine that dies is replaced by another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rollout.policy import Policy
+from rollout.run import rollout
+from score.run import score
+from shards.config import ModelConfig, WorkersConfig
+from shards.files import read_json_lines
+from shards.run import Run
+from shards.store import mirror, objects
+from shards.store.urls import working_copy
+from tests.support.s3_server import KEYS, Fault, Proxy, proxied, served
+from tests.support.store_machines import SETTINGS, assert_same, die_in_second_update, look, take_over
+from tests.support.training import make_run
+from train.run import train
+
+URL = "s3://bucket/runs/whole"
+
+
+@pytest.fixture(scope="module")
+def s3(tiny_t2v2: Path) -> Iterator[Proxy]:
+    """A server with the tiny model in its bucket."""
+    with served() as port, proxied(port) as proxy, pytest.MonkeyPatch.context() as patch:
+        for name, value in {**KEYS, "AWS_ENDPOINT_URL": proxy.url}.items():
+            patch.setenv(name, value)
+        objects._open.cache_clear()
+        objects._store(URL).mkdir("bucket")
+        objects._store(URL).put(str(tiny_t2v2), "bucket/tiny", recursive=True)
+        yield proxy
+        objects._open.cache_clear()
+
+
+def sampled_and_scored(run: Run, iteration: int, policy: Policy) -> None:
+    rollout(run, run.iteration(iteration), policy)
+    score(run, run.iteration(iteration))
+
+
+def test_two_iterations_on_two_machines_equal_a_local_run(
+    s3: Proxy, tiny_t2v2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = make_run(tmp_path / "local", tiny_t2v2, **SETTINGS)
+    policy = Policy.of(local.config.model)
+    for k in (0, 1):
+        sampled_and_scored(local, k, policy)
+        train(local, k, policy)
+
+    # the first machine samples, scores, and dies in its second update
+    monkeypatch.setenv("RUSHES_CACHE", str(tmp_path / "first"))
+    s3.faults += [Fault("503", "PUT", r"\.tar"), Fault("reset", "PUT", "manifest"), Fault("lost", "PUT", "score")]
+    own = {"model": _model(local.config.model), "workers": WorkersConfig(claim_seconds=4.0)}
+    created = Run.create(URL, local.config.model_copy(update=own))
+    policy = Policy.of(created.config.model)
+    sampled_and_scored(created, 0, policy)
+    die_in_second_update(created, policy)
+
+    # the second machine has nothing but the URL
+    monkeypatch.setenv("RUSHES_CACHE", str(tmp_path / "second"))
+    s3.faults += [Fault("cut", "GET", "safetensors"), Fault("503", "GET", r"\.tar"), Fault("short", "GET", r"\.tar")]
+    run = Run.open(URL)
+    policy = Policy.of(run.config.model)
+    take_over(run, policy)
+    assert len(read_json_lines(run.iteration(0).policy_dir / "metrics.jsonl")) == 4
+    sampled_and_scored(run, 1, policy)
+    train(run, 1, policy)
+    assert all(fault.seen == fault.times for fault in s3.faults)
+
+    for k in (0, 1):
+        assert_same(run, local, k)
+
+    # a third one looks, without torch, and proves every byte
+    look(URL, [key for k in (0, 1) for key in _keys(run, k)], RUSHES_CACHE=str(tmp_path / "third"))
+    assert not list(working_copy(URL).glob("*.tmp-*"))
+    mirror._looked.clear()
+
+
+def _model(config: ModelConfig) -> ModelConfig:
+    return config.model_copy(update={"path": "s3://bucket/tiny"})
+
+
+def _keys(run: Run, iteration: int) -> list[str]:
+    stage = run.iteration(iteration)
+    return [key for shard in stage.shards() for key in stage.keys(shard)]
