@@ -94,7 +94,7 @@ def init(
     from shards.absolute_paths import in_full
     from shards.run import Run
     from shards.run_toml import apply_sets, parse_config, read_preset
-    from train.settings import check_settings
+    from train.objectives.settings import check_settings
 
     values, said = in_full(apply_sets(read_preset(preset), sets))
     config = parse_config(values, f"preset {preset}")
@@ -117,7 +117,7 @@ def rollout(
     sets: Sets = [],  # noqa: B006
 ) -> None:
     """Sample the shards of an iteration that do not exist yet."""
-    from train.settings import check_settings
+    from train.objectives.settings import check_settings
 
     opened = open_run(run, sets)
     stage = stage_of(opened, iteration)
@@ -431,7 +431,7 @@ def load_policy(run: Run, stage: Stage | None = None) -> Policy:
     from rollout.plan import check_stage
     from rollout.policy import Policy
     from score.tables import select
-    from train.settings import check_settings
+    from train.objectives.settings import check_settings
 
     if stage is not None:
         select(run.config.score)  # a reward that is not there is better told before hours of sampling

@@ -10,7 +10,7 @@ from shards.files import publish_new, read_json, to_json
 from shards.process.progress import counted
 from shards.sidecar import advantaged, read_advantages, specifications
 from train.data import Inputs, Rollouts
-from train.selection import Advantages, select
+from train.objectives.selection import Advantages, select_samples
 
 if TYPE_CHECKING:
     from shards.config import RunConfig
@@ -36,7 +36,7 @@ def freeze(run: Run, stage: Stage, advantage: str = "") -> Inputs:
     specification = advantage or (frozen["advantage"] if frozen else choose_specification(stage, run.config))
     _check_named(stage, advantage)
     _check_advantages(stage, rollouts, specification)
-    selected = select(_advantages(stage, specification), run.config.train)  # told before anything is written
+    selected = select_samples(_advantages(stage, specification), run.config.train)  # told before anything is written
     ours = _plan(run.config, stage, rollouts, specification)
     publish_new(path, to_json(ours, path))
     differing = _differences(ours, read_json(path))

@@ -10,24 +10,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rollout.schedule import step_scale, step_slope, step_std
-from rollout.step import step_log_prob, step_mean
-from rollout.transitions import noise, noise_seed
-from train import estimators, objectives
+from rollout.schedule import step_scale, step_std
 from train.data import Chunk, Inputs, chunk_of, read_end, read_final, read_step
-from train.estimators import Compared
+from train.forwards import Forwards
+from train.objectives import estimators, terms
+from train.objectives.estimators import Compared
+from train.objectives.settings import is_published, noised_afresh
 from train.order import Unit
 from train.prefetch import Ahead
-from train.settings import is_published, noised_afresh
 from train.weights import RolledOut
 
 if TYPE_CHECKING:
     from rollout.policy import Policy
     from rollout.ranks.world import World
     from shards.config import TrainConfig
-
-FRESH_NOISE = 1_000_000  # added to a step's number for the seed of fresh noise: no schedule is that long, so no noise
-# of a rollout is repeated
 
 
 @dataclass
@@ -53,6 +49,7 @@ class Losses:
     ) -> None:
         self.policy, self.inputs, self.config, self.expert = policy, inputs, config, expert
         self.rolled_out, self.world = rolled_out, world
+        self.forwards = Forwards(policy, inputs, config, expert, rolled_out)
         self.references: dict[Unit, tuple[Tensor, Tensor]] = {}
         self.gains: dict[str, float] = {}
         self.step_weights = _step_weights(inputs, config, expert)
@@ -87,7 +84,7 @@ class Losses:
         with torch.no_grad(), self.policy.reference():
             for unit, following in zip(missing, [*missing[1:], units[0]], strict=True):
                 chunk = self.read(unit, following)
-                velocity, mean = self._under_reference(chunk, self._state(chunk))
+                velocity, mean = self._under_reference(chunk, self.forwards.state(chunk))
                 self.references[unit] = velocity.to(self.rolled_out.away), mean.to(self.rolled_out.away)
 
     @torch.no_grad()
@@ -96,10 +93,10 @@ class Losses:
         found: dict[str, float] = {}
         for unit, following in zip(units, [*units[1:], units[0]], strict=True):
             chunk = self.read(unit, following)
-            x = self._state(chunk)
-            old = self._old_velocity(chunk, x)
-            velocity = self._velocity(chunk, x) if moved else old
-            gain = self._error(chunk, x, velocity) - self._error(chunk, x, old)
+            x = self.forwards.state(chunk)
+            old = self.forwards.old_velocity(chunk, x)
+            velocity = self.forwards.velocity(chunk, x) if moved else old
+            gain = self.forwards.error(chunk, x, velocity) - self.forwards.error(chunk, x, old)
             found |= {f"{key} {unit.step}": value for key, value in zip(chunk.keys, gain.tolist(), strict=True)}
         self.gains = {name: value for part in self.world.gather_data(found) for name, value in part.items()}
 
@@ -117,9 +114,9 @@ class Losses:
 
     def _supervised(self, chunk: Chunk) -> Rows:
         """Flow matching of the final latents, as in pretraining."""
-        x = self._state(chunk)
-        velocity = self._velocity(chunk, x)
-        error = self._error(chunk, x, velocity)
+        x = self.forwards.state(chunk)
+        velocity = self.forwards.velocity(chunk, x)
+        error = self.forwards.error(chunk, x, velocity)
         kl = self._kl(chunk, x, velocity, velocity)
         one = torch.ones_like(kl)
         return Rows(error + self.config.kl_beta * kl, one, torch.zeros_like(one, dtype=torch.bool), kl)
@@ -127,18 +124,21 @@ class Losses:
     def _published(self, chunk: Chunk, advantage: Tensor, measure: bool, moved: bool) -> Rows:
         """The clipped ratio of a step's log-prob, by the stored transition."""
         config, step = self.config, chunk.unit.step
-        old_mean = self._old_mean(chunk) if config.ratio_norm or (measure and moved) else None
-        scored = self._score(chunk)
+        mask = self.forwards.free(chunk, chunk.x)
+        old_mean = self.forwards.old_mean(chunk) if config.ratio_norm or (measure and moved) else None
+        scored = self.forwards.score(chunk)
         old_log_prob = self.old_log_probs[chunk.unit] if config.recompute_log_probs else chunk.log_prob
         log_ratio = scored.log_prob - old_log_prob
         if config.ratio_norm and old_mean is not None:
-            log_ratio = objectives.ratio_norm(log_ratio, scored.mean, old_mean, scored.std, self._free(chunk, chunk.x))
-        policy_loss = objectives.policy_loss(log_ratio, advantage, config.clip_range)
+            log_ratio = terms.ratio_norm(
+                log_ratio, scored.mean, old_mean, scored.std, self.forwards.free(chunk, chunk.x)
+            )
+        policy_loss = terms.policy_loss(log_ratio, advantage, config.clip_range)
         kl = self._kl(chunk, chunk.x, scored.velocity, scored.mean)
         loss = self.step_weights[step] * policy_loss.loss + config.kl_beta * kl
         shift = None
         if old_mean is not None:
-            shift = objectives.mean_shift(scored.mean.detach(), old_mean, scored.std, self._free(chunk, chunk.x))
+            shift = terms.mean_shift(scored.mean.detach(), old_mean, scored.std, mask)
         if measure and not moved:
             shift = torch.zeros_like(kl)
         return Rows(loss, policy_loss.ratio, policy_loss.clipped, kl, shift)
@@ -149,19 +149,21 @@ class Losses:
         Before the first update both policies are one, which saves a forward. The old one goes first, as no backward
         pass may be pending when its weights are put in place.
         """
-        x = self._state(chunk)
-        old = self._old_velocity(chunk, x) if moved else None
-        velocity = self._velocity(chunk, x)
+        x = self.forwards.state(chunk)
+        old = self.forwards.old_velocity(chunk, x) if moved else None
+        velocity = self.forwards.velocity(chunk, x)
         old = velocity.detach() if old is None else old
-        target = self._target(chunk, x, old)
-        compared = estimators.compare(velocity, old, target, self._weight(chunk, old, target), self._free(chunk, x))
+        target = self.forwards.target(chunk, x, old)
+        compared = estimators.compare(
+            velocity, old, target, self.forwards.weight(chunk, old, target), self.forwards.free(chunk, x)
+        )
         rows = self._objective(chunk, advantage, x, velocity, old, target, compared)
         rows.kl = self._kl(chunk, x, velocity, velocity)
         rows.loss = rows.loss + self.config.kl_beta * rows.kl
         rows.more |= {"moved": compared.square.detach(), "wanted": compared.wanted}
-        if self._has_noise(chunk.unit):
+        if self.forwards.has_noise(chunk.unit):
             scale = step_scale(self.inputs.rollouts.schedule, chunk.unit.step)
-            one = estimators.compare(velocity.detach(), old, target, scale**2, self._free(chunk, x))
+            one = estimators.compare(velocity.detach(), old, target, scale**2, mask)
             rows.shift = one.square.sqrt()
         return rows
 
@@ -186,19 +188,19 @@ class Losses:
             return Rows(weight * held.loss, held.ratio, held.clipped, zero, more=more)
         if config.objective == "nft":
             sigma = self.inputs.rollouts.schedule.sigmas[chunk.unit.step]
-            optimality = objectives.nft_optimality(advantage, config.advantage_clip)
-            mask = self._free(chunk, x)
-            error = objectives.nft_loss(velocity, old, x, chunk.x0, sigma, optimality, config.nft_beta, mask)
+            optimality = terms.nft_optimality(advantage, config.advantage_clip)
+            mask = self.forwards.free(chunk, x)
+            error = terms.nft_loss(velocity, old, x, chunk.x0, sigma, optimality, config.nft_beta, mask)
             return Rows(config.advantage_clip * error, zero + 1.0, zero.bool(), zero)
-        error = self._error(chunk, x, velocity)
-        return self._preferred(chunk, error, (error - self._error(chunk, x, old)).detach())
+        error = self.forwards.error(chunk, x, velocity)
+        return self._preferred(chunk, error, (error - self.forwards.error(chunk, x, old)).detach())
 
-    def _held(self, compared: Compared, advantage: Tensor) -> objectives.PolicyLoss:
+    def _held(self, compared: Compared, advantage: Tensor) -> terms.PolicyLoss:
         """The loss of the policy gradient: with a hold, or the clipped ratio of the log-ratio <e, q> - |q|²/2."""
         if self.proximal > 0:
             arguments = compared.pull, compared.square, advantage
-            return objectives.held_loss(*arguments, self.proximal, self.config.clip_range)
-        return objectives.policy_loss(compared.pull - 0.5 * compared.square, advantage, self.config.clip_range)
+            return terms.held_loss(*arguments, self.proximal, self.config.clip_range)
+        return terms.policy_loss(compared.pull - 0.5 * compared.square, advantage, self.config.clip_range)
 
     def _preferred(self, chunk: Chunk, error: Tensor, gain: Tensor) -> Rows:
         """DPO on the pairs of the chunk's group; `error` and `gain` are [B]."""
@@ -212,7 +214,7 @@ class Losses:
         ])  # fmt: skip
         place = {sample: index for index, sample in enumerate(samples)}
         winners, losers = (torch.tensor([place[pair[side]] for pair in pairs], device=gain.device) for side in (0, 1))
-        found = objectives.pair_loss(everyone, winners, losers, self.config.dpo_beta)
+        found = terms.pair_loss(everyone, winners, losers, self.config.dpo_beta)
         mine = torch.tensor([place[sample] for sample in chunk.unit.samples], device=gain.device)
         push, loss, right, wins = (value[mine] for value in found)
         pulled = push * error
@@ -220,49 +222,7 @@ class Losses:
         zero = torch.zeros_like(loss)
         return Rows(total, zero + 1.0, zero.bool(), zero, more={"pairs_right": right, "gain": gain})
 
-    # --- Targets and states ------------------------------------------------------------------------------------------
-
-    def _state(self, chunk: Chunk) -> Tensor:
-        """What the model is shown [B, C, F, H, W]: the state before the step, or the final latents noised afresh."""
-        if not noised_afresh(self.config):
-            return chunk.x
-        sigma = self.inputs.rollouts.schedule.sigmas[chunk.unit.step]
-        return (1.0 - sigma) * chunk.x0 + sigma * self._fresh_noise(chunk).to(chunk.x0.device)
-
-    def _target(self, chunk: Chunk, x: Tensor, old: Tensor) -> Tensor:
-        """u of `train.estimators`: the velocity [B, C, F, H, W] that the samples pull towards at x."""
-        schedule, step = self.inputs.rollouts.schedule, chunk.unit.step
-        if not noised_afresh(self.config) and self.config.estimator == "noise":
-            mean = step_mean(schedule, step, x, old, chunk.extra.get("x0_prev"))
-            return old + (chunk.x_next - mean) / step_slope(schedule, step)
-        return (x - chunk.x0) / schedule.sigmas[step]
-
-    def _weight(self, chunk: Chunk, old: Tensor, target: Tensor) -> float | Tensor:
-        """w of `train.estimators`."""
-        rollouts, config, step = self.inputs.rollouts, self.config, chunk.unit.step
-        if config.objective != "grpo" or config.error_weight == "adaptive":
-            mask = self._free(chunk, old)
-            return estimators.adaptive_weight(old, target, rollouts.schedule.sigmas[step], mask)
-        return estimators.step_weight(config.error_weight, rollouts.schedule, step, rollouts.window(chunk.unit.group))
-
-    def _error(self, chunk: Chunk, x: Tensor, velocity: Tensor) -> Tensor:
-        """Flow-matching error [B] of a velocity at x."""
-        target = (x - chunk.x0) / self.inputs.rollouts.schedule.sigmas[chunk.unit.step]
-        return objectives.matching_error(velocity, target, self._free(chunk, x))
-
-    def _has_noise(self, unit: Unit) -> bool:
-        """Whether the rollout took this step with noise."""
-        return bool(self.inputs.rollouts.groups[unit.group]["window"])
-
-    def _fresh_noise(self, chunk: Chunk) -> Tensor:
-        """Noise [B, C, F, H, W] that no rollout has seen; of pairs, the same for all samples of a group."""
-        plan, group = self.inputs.rollouts.plan, self.inputs.rollouts.groups[chunk.unit.group]
-        step = FRESH_NOISE + chunk.unit.step
-        samples = [0 if self.inputs.pairs else sample for sample in chunk.unit.samples]
-        seeds = [noise_seed(plan["seed"], plan["iteration"], group["prompt_id"], sample, step) for sample in samples]
-        return torch.stack([noise(chunk.x0.shape[1:], seed=seed) for seed in seeds])
-
-    # --- The model ---------------------------------------------------------------------------------------------------
+    # --- The reference -----------------------------------------------------------------------------------------------
 
     def _kl(self, chunk: Chunk, x: Tensor, velocity: Tensor, mean: Tensor) -> Tensor:
         """Distance [B] to the reference; of velocities wherever no transition is scored."""
@@ -270,14 +230,14 @@ class Losses:
             return torch.zeros(len(x), device=x.device)
         reference_velocity, reference_mean = self._reference(chunk, x)
         transition = is_published(self.config)
-        return objectives.kl_divergence(
+        return terms.kl_divergence(
             self.config.kl if transition else "velocity",
             velocity=velocity,
             reference_velocity=reference_velocity,
             mean=mean,
             reference_mean=reference_mean,
             std=step_std(self.inputs.rollouts.schedule, chunk.unit.step) if transition else 1.0,
-            mask=self._free(chunk, x),
+            mask=self.forwards.free(chunk, x),
         )
 
     def _reference(self, chunk: Chunk, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -291,46 +251,15 @@ class Losses:
     def _under_reference(self, chunk: Chunk, x: Tensor) -> tuple[Tensor, Tensor]:
         """Velocity and mean of the policy in force; where the mean is not needed the velocity stands for it."""
         if is_published(self.config) and self.config.kl == "transition":
-            scored = self._score(chunk)
+            scored = self.forwards.score(chunk)
             return scored.velocity, scored.mean
-        velocity = self._velocity(chunk, x)
+        velocity = self.forwards.velocity(chunk, x)
         return velocity, velocity
 
     def read(self, unit: Unit, following: Unit | None = None) -> Chunk:
         """The chunk of a unit, as the objective needs it; `following` is then read in the background, to come next."""
         with self.world.together():
             return chunk_of(self.ahead.take(unit, following), self.policy)
-
-    def _free(self, chunk: Chunk, x: Tensor) -> Tensor | None:
-        """The latents that are the policy's to choose; None when all are."""
-        return self.policy.free_mask(x, chunk.extra.get("condition"))
-
-    def _score(self, chunk: Chunk) -> Any:
-        schedule = self.inputs.rollouts.schedule
-        return step_log_prob(
-            self.policy, schedule, chunk.unit.step, chunk.x, chunk.x_next, chunk.prompt, chunk.negative, **chunk.extra
-        )
-
-    def _old_mean(self, chunk: Chunk) -> Tensor:
-        with self.rolled_out.in_place():
-            mean: Tensor = self._score(chunk).mean
-        return mean
-
-    def _old_velocity(self, chunk: Chunk, x: Tensor) -> Tensor:
-        with self.rolled_out.in_place():
-            return self._velocity(chunk, x)
-
-    def _velocity(self, chunk: Chunk, x: Tensor) -> Tensor:
-        schedule, step = self.inputs.rollouts.schedule, chunk.unit.step
-        return self.policy.velocity(
-            self.expert,
-            x,
-            schedule.timesteps[step],
-            chunk.prompt,
-            chunk.negative,
-            schedule.guidance[step],
-            chunk.extra.get("condition"),
-        )
 
 
 def _reader(config: TrainConfig) -> Any:
@@ -349,4 +278,4 @@ def _step_weights(inputs: Inputs, config: TrainConfig, expert: int) -> dict[int,
     stds = {step: step_std(schedule, step) for step in steps}
     # RatioNorm takes the division by std out of the log-ratio, and so out of its gradient
     scales = {step: step_scale(schedule, step) * (stds[step] if config.ratio_norm else 1.0) for step in steps}
-    return objectives.step_weights(config.step_weight, stds, scales)
+    return terms.step_weights(config.step_weight, stds, scales)

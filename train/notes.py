@@ -10,7 +10,7 @@ from shards.run import EXPERT_NAMES, group_of
 from shards.sidecar import specifications
 from train.data import Inputs
 from train.metrics import Clips, Record, guard, guard_groups, guard_unmoved
-from train.settings import is_published
+from train.objectives.settings import is_published
 
 if TYPE_CHECKING:
     from shards.run import Run, Stage

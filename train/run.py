@@ -24,11 +24,11 @@ from train.data import Inputs, Rollouts
 from train.inputs import check_policy
 from train.metrics import MetricsLog
 from train.notes import notes
+from train.objectives.settings import check_settings, is_published
 from train.order import RankPlan, plan_ranks
 from train.publish import publish
 from train.ranks import agree_on_inputs, agreed, claimed, lost_ranks
 from train.replay import prove, replay_limit
-from train.settings import check_settings, is_published
 from train.trainer import ExpertTrainer
 
 if TYPE_CHECKING:

@@ -15,12 +15,12 @@ from rollout.ranks.world import World, full, local
 from shards.errors import RunFailed
 from shards.process.peak_memory import peak_memory_bytes
 from shards.run import EXPERT_NAMES
-from train import objectives
 from train.checkpoint import TrainerState
 from train.data import Inputs, read_chunk, row
 from train.losses import Losses, Rows
+from train.objectives import terms
+from train.objectives.settings import is_published
 from train.order import Slot, Unit, deal
-from train.settings import is_published
 from train.weights import Masters, RolledOut
 
 if TYPE_CHECKING:
@@ -117,9 +117,7 @@ class ExpertTrainer:
         chunk = self.losses.read(unit, following)
         pairs = [self.inputs.advantages[key] for key in chunk.keys]
         weight = row([pair[1] if counts else 0.0 for pair in pairs], chunk.log_prob)
-        advantage = objectives.clip_advantage(
-            row([pair[0] for pair in pairs], chunk.log_prob), self.config.advantage_clip
-        )
+        advantage = terms.clip_advantage(row([pair[0] for pair in pairs], chunk.log_prob), self.config.advantage_clip)
         rows = self.losses.rows(chunk, advantage, measure=measure, moved=self.moved)
         loss = (rows.loss * (weight / total)).sum()
         (loss * self.world.size if self.world.size > 1 else loss).backward()

@@ -36,11 +36,13 @@ FOLDERS: dict[str, set[str]] = {
     "score/ocr": {"score", "shards"},
     "score/videoalign": {"score", "shards"},
     "train": {"rollout", "rollout/policy", "rollout/ranks", "shards", "shards/process", "shards/store",
-              "shards/workers"},
+              "shards/workers", "train/objectives"},
+    "train/objectives": {"rollout", "shards"},
 }  # fmt: skip
 """Every folder of the packages, and the other folders whose modules its own may import."""
 ONLY = {
     ("train", "rollout"): {"lineage", "schedule", "step", "transitions"},
+    ("train/objectives", "rollout"): {"schedule", "transitions"},
     ("shards/store", "shards"): {"errors", "files", "locks"},
     ("shards/process", "shards"): {"errors"},
 }

@@ -19,8 +19,8 @@ from torch import Tensor
 from rollout.schedule import Plan, make_plan, step_kernel, step_slope, step_std
 from rollout.transitions import gradient_scale
 from shards.config import RolloutConfig
-from train import estimators
-from train.objectives import held_loss, nft_loss, nft_optimality, policy_loss
+from train.objectives import estimators
+from train.objectives.terms import held_loss, nft_loss, nft_optimality, policy_loss
 
 SAMPLES = 200_000
 Array = NDArray[np.float64]

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from rollout.transitions import kernel as kernel_of
 from rollout.transitions import log_prob, transition
-from train.estimators import adaptive_weight, compare
-from train.objectives import clip_advantage, held_loss, policy_loss
+from train.objectives.estimators import adaptive_weight, compare
+from train.objectives.terms import clip_advantage, held_loss, policy_loss
 from train.order import Unit, minibatches
 
 STEPS, GROUPS, SIZE = 10, 8, 16
@@ -95,7 +95,7 @@ def test_reward_rises_under_every_law(kernel: tuple[str, str, float]) -> None:
 
 @pytest.mark.parametrize("estimator", ["noise", "endpoint", "fresh"])
 def test_reward_rises_under_every_estimator_with_a_hold(estimator: str) -> None:
-    """The same problem; targets and weights are those of `train.estimators`, one minibatch of everything an update."""
+    """The same problem with the targets and weights of `train.objectives.estimators`; an update sees everything."""
     torch.manual_seed(0)
     generator, kernel = torch.Generator().manual_seed(1), ("flow-sde", "exact", 0.7)
     model, sampler = Velocity(), Velocity()

@@ -16,7 +16,7 @@ from rollout import transitions as tr
 from rollout.schedule import Plan, make_plan
 from shards.config import RolloutConfig, TrainConfig
 from train.losses import _step_weights
-from train.objectives import (
+from train.objectives.terms import (
     clip_advantage,
     kl_divergence,
     mean_shift,

@@ -34,7 +34,7 @@ from tests.support import training
 from train import run as train_run
 from train.data import Inputs, Rollouts, Stored, keys_of, read_chunk, read_step
 from train.inputs import check_policy, freeze
-from train.objectives import nft_loss
+from train.objectives.terms import nft_loss
 from train.order import Slot, Unit
 from train.prefetch import Ahead
 from train.replay import log_probs
@@ -372,7 +372,7 @@ def test_the_loss_is_the_sum_of_its_parts(objective: str, rolled: Run, policy: P
             sigma, t = schedule.sigmas[unit.step], schedule.timesteps[unit.step]
             if objective == "nft":
                 prompt = inputs.rollouts.groups[unit.group]["prompt_id"]
-                fresh = trainer.losses._fresh_noise(chunk)
+                fresh = trainer.losses.forwards.fresh_noise(chunk)
                 for number, step in itertools.product(range(unit.size), range(schedule.steps + 1)):
                     seed = noise_seed(plan["seed"], plan["iteration"], prompt, unit.samples[number], step)
                     assert not torch.equal(fresh[number], noise(x.shape[1:], seed=seed))  # none of the rollout's own

@@ -22,11 +22,11 @@ from shards.errors import UserError
 from shards.run import Run, sample_key
 from tests.support import training
 from train.data import Inputs, keys_of
-from train.estimators import gaussian_factor
 from train.inputs import freeze
+from train.objectives.estimators import gaussian_factor
+from train.objectives.selection import select_samples
 from train.order import Slot, Unit, minibatches
 from train.run import train
-from train.selection import select
 from train.trainer import ExpertTrainer
 
 SIZE = 4  # in batches of 2: partners of a pair are in different batches
@@ -304,20 +304,20 @@ def table(*pairs: tuple[float, float]) -> dict[str, tuple[float, float]]:
 
 def test_pairs_of_a_group() -> None:
     advantages = table((1.0, 1.0), (-1.0, 1.0), (0.2, 1.0), (9.0, 0.0), (0.1, 1.0))  # the best one is dropped
-    margin = select(advantages, TrainConfig(objective="dpo", pair_margin=0.8))
+    margin = select_samples(advantages, TrainConfig(objective="dpo", pair_margin=0.8))
     assert margin.pairs == {GROUP: [(0, 2), (0, 4), (0, 1), (2, 1), (4, 1)]}
     assert [weight for _, weight in margin.advantages.values()] == [3.0, 3.0, 2.0, 0.0, 2.0]
-    ends = select(advantages, TrainConfig(objective="dpo", pairs="best-worst"))
+    ends = select_samples(advantages, TrainConfig(objective="dpo", pairs="best-worst"))
     assert ends.pairs == {GROUP: [(0, 1)]}
     assert [weight for _, weight in ends.advantages.values()] == [1.0, 1.0, 0.0, 0.0, 0.0]
-    assert select(advantages, TrainConfig()).advantages == advantages
+    assert select_samples(advantages, TrainConfig()).advantages == advantages
 
 
 def test_the_best_of_a_group() -> None:
     advantages = table((1.0, 1.0), (-1.0, 1.0), (0.2, 1.0), (9.0, 0.0), (-0.1, 1.0))
-    equal = select(advantages, TrainConfig(objective="sft", sft_best=3, sft_weight="equal"))
+    equal = select_samples(advantages, TrainConfig(objective="sft", sft_best=3, sft_weight="equal"))
     assert [weight for _, weight in equal.advantages.values()] == [1.0, 0.0, 1.0, 0.0, 1.0]
-    merit = select(advantages, TrainConfig(objective="sft", sft_best=3))
+    merit = select_samples(advantages, TrainConfig(objective="sft", sft_best=3))
     assert [weight for _, weight in merit.advantages.values()] == [1.0, 0.0, 0.2, 0.0, 0.0]
 
 

@@ -25,7 +25,7 @@ class Selected(NamedTuple):
     """Pairs of each group, by group key; empty for objectives without pairs."""
 
 
-def select(advantages: Advantages, config: TrainConfig) -> Selected:
+def select_samples(advantages: Advantages, config: TrainConfig) -> Selected:
     """The samples that `train.objective` trains on; those it leaves out have weight 0.
 
     grpo, nft: all as they are. sft: the `sft_best` best of each group, a sample in two groups of equal merit by its
