@@ -154,9 +154,8 @@ class Losses:
         velocity = self.forwards.velocity(chunk, x)
         old = velocity.detach() if old is None else old
         target = self.forwards.target(chunk, x, old)
-        compared = estimators.compare(
-            velocity, old, target, self.forwards.weight(chunk, old, target), self.forwards.free(chunk, x)
-        )
+        weight, mask = self.forwards.weight(chunk, old, target), self.forwards.free(chunk, x)
+        compared = estimators.compare(velocity, old, target, weight, mask)
         rows = self._objective(chunk, advantage, x, velocity, old, target, compared)
         rows.kl = self._kl(chunk, x, velocity, velocity)
         rows.loss = rows.loss + self.config.kl_beta * rows.kl
