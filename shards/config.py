@@ -6,6 +6,7 @@ import copy
 import difflib
 import json
 import re
+import shlex
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -45,6 +46,9 @@ class RolloutConfig(Section):
     """[rollout]: what is sampled, and the law that samples it."""
 
     prompts: str = Field("words", description="prompts file, also at a URL, or `words`: those of the embedded model")
+    prompt_column: str = Field(
+        "prompt", min_length=1, description="field of the prompts in a JSON-lines, CSV or Parquet file"
+    )
     negative_prompt: str = Field("", description="the other side of guidance (flow_grpo: empty)")
     seed: int = Field(0, ge=0, lt=2**63, description="run seed; every noise tensor is derived from it")
     prompts_per_iteration: int = Field(
@@ -188,6 +192,7 @@ class EvalConfig(Section):
     """[eval]: fixed prompts and seeds, a deterministic sampler."""
 
     prompts: str = Field("words", description="prompts file, also at a URL, or `words`: the embedded model's held-out")
+    prompt_column: str = Field("prompt", min_length=1, description="field of the prompts in that file, as in rollout")
     holdout: float = Field(
         0.0, ge=0, lt=1, description="share of prompts that is only evaluated; rollout and eval then name one file"
     )
@@ -294,6 +299,12 @@ def apply_sets(values: dict[str, Any], sets: Iterable[str]) -> dict[str, Any]:
                 raise UserError(f"--set {setting}: {part} is a value, not a section", "name one section and one key")
         table[key] = _toml_value(text.strip())
     return changed
+
+
+def set_option(key: str, value: Any) -> str:
+    """For hints: the option that sets `key` to `value`, to be pasted into a shell."""
+    plain = isinstance(value, str) and value == value.strip() and _toml_value(value) == value
+    return "--set " + shlex.quote(f"{key}={value if plain else _toml(value)}")
 
 
 def dump_config(config: RunConfig) -> str:
