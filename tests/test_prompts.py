@@ -36,7 +36,7 @@ def test_text_keeps_line_numbers_and_skips_blank_lines(tmp_path: Path) -> None:
     prompts = load_prompts(path, need_target=False)
     assert [(p.id, p.text, p.target) for p in prompts] == [
         (0, 'a sign that says "OPEN"', "OPEN"),
-        (3, "zwei Töne\u2028weiter", None),
+        (3, "zwei Töne weiter", None),
     ]
 
 
