@@ -9,6 +9,7 @@ import torch
 
 from shards.errors import UserError
 from shards.mirror import fetch_file
+from shards.pointers import refuse_pointer
 from shards.urls import is_url
 from shards.world import local_rank, world_size
 
@@ -47,9 +48,10 @@ def open_image(image: Any) -> Any:
     image = fetch_file(image) if is_url(image) else image
     if not Path(image).is_file():
         raise UserError(f"{image}: no such image", "correct the path in the prompts file; it counts from that file")
+    refuse_pointer(Path(image))
     try:
         with Image.open(image) as opened:
             return opened.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         problem = f"{image}: cannot be read as an image: {error}"
         raise UserError(problem, "correct the path in the prompts file, or convert the file to PNG") from None
