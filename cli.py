@@ -18,7 +18,7 @@ from shards.errors import RunFailed, StillBusy, UserError
 from shards.process.progress import counted, show
 from shards.process.signals import INTERRUPTED, check, stoppable
 from shards.process.torchrun import is_first, rank, run_to_end, world_size
-from shards.store.urls import shown
+from shards.store.urls import in_shell, shown
 from shards.workers.share import ALL, Share
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def init(
     say(f"{created.config_path}: {done}; read it, change what you like")
     for sentence in said:
         say(sentence)
-    say(f"next: rushes loop {run} --iterations 10")
+    say(f"next: rushes loop {in_shell(run)} --iterations 10")
 
 
 @app.command(epilog="Example:  rushes rollout runs/signs --iteration 0")
@@ -341,7 +341,7 @@ def report(
         from shards.report.trackers import write_board
 
         write_board(opened)
-        say(f"show them with: tensorboard --logdir {run}")
+        say(f"show them with: tensorboard --logdir {in_shell(run)}")
     if wandb:
         from shards.report.trackers import send_wandb
 
@@ -434,7 +434,8 @@ def load_policy(run: Run, stage: Stage | None = None) -> Policy:
     from train.objectives.settings import check_settings
 
     if stage is not None:
-        select(run.config.score)  # a reward that is not there is better told before hours of sampling
+        for reward in select(run.config.score).rewards.values():  # better told before hours of sampling
+            reward.check_files()
         check_settings(run.config)
         check_stage(run, stage)
     return Policy.of(run.config.model)
@@ -447,7 +448,7 @@ def do_rollout(run: Run, stage: Stage, policy: Policy | None, share: Share = ALL
 
     check(f"before {stage.name} rollout")
     with show(f"{stage.name} rollout") as report:
-        result = run_rollout(run, stage, policy, report, share.part, share.wait)
+        result = run_rollout(run, stage, policy, report, share.part, share.wait, say)
     say(f"{stage.name} rollout: {result}")
     if result.busy:
         problem = f"{stage.name}: other workers still hold {counted(result.busy, 'shard')}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -33,6 +34,7 @@ def rollout(
     progress: Progress | None = None,
     worker: Part = (0, 1),
     wait: bool = False,
+    tell: Callable[[str], None] | None = None,
 ) -> RolloutReport:
     """As `run.rollout`, by `rollout.workers` processes: this one, and helpers that take shards like any worker.
 
@@ -41,12 +43,12 @@ def rollout(
     """
     count = run.config.rollout.workers
     if count == 1 or world_size() > 1 or stage.is_complete():
-        return rollout_run.rollout(run, stage, policy, progress, worker, wait)
+        return rollout_run.rollout(run, stage, policy, progress, worker, wait, tell)
     began = time.monotonic()
     first, parts = worker[0] * count, worker[1] * count
     try:
         futures = _hand_out(run, stage, [(first + i, parts) for i in range(1, count)])
-        ours = rollout_run.rollout(run, stage, policy, progress, (first, parts))
+        ours = rollout_run.rollout(run, stage, policy, progress, (first, parts), tell=tell)
         # a helper that still loads its model finds out for itself that nothing is left
         theirs, broken = _join(futures, MOMENT if stage.is_complete() else None)
         done, broken = ours.done + theirs, ours.broken + broken

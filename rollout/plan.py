@@ -11,31 +11,48 @@ import torch
 from rollout.policy import Policy
 from rollout.policy.folder import DTYPES, Layout, find_folder, read_layout
 from rollout.policy.images import open_image
-from rollout.prompts import Prompt, load_prompts, prompts_of_iteration, split
+from rollout.prompts.checks import check_lengths, check_readable, reads
+from rollout.prompts.files import Column
+from rollout.prompts.load import Prompt, load_prompts, prompts_of_iteration, split
 from rollout.ranks.device import find_device
 from rollout.schedule import Plan, make_plan, step_std
 from rollout.window import choose_window, trained_steps
 from rollout.words.paths import words_folder
 from shards.errors import UserError
 from shards.run import SCHEMA, Run, Stage, group_key
+from shards.text.cleaning import clean
 
 if TYPE_CHECKING:
     from shards.config import RolloutConfig, RunConfig
 
 
-def check_stage(run: Run, stage: Stage, policy: Policy | None = None) -> None:
+def check_stage(run: Run, stage: Stage, policy: Policy | None = None) -> list[str]:
     """Refuse what a stage cannot be, from configurations and prompts alone: before a weight is read or a file written.
 
-    `policy` is the model where it is loaded already. A stage that has its plan was checked when that was made. Raises
-    UserError as `stage_plan` and `Policy.load` do.
+    `policy` is the model where it is loaded already. A stage that has its plan was checked when that was made. Returns
+    sentences for the user about prompts that are longer than the model reads. Raises UserError as `stage_plan`,
+    `check_prompts` and `Policy.load` do.
     """
     if stage.plan() is not None:
-        return
+        return []
     model = run.config.model
     if policy is None:
         find_device(model.device, model.dtype)
     layout = policy.layout if policy is not None else read_layout(find_folder(model.path))
     stage_plan(run, stage, layout, {})
+    return check_prompts(run, stage, layout)
+
+
+def check_prompts(run: Run, stage: Stage, layout: Layout) -> list[str]:
+    """Sentences about texts of a stage that are longer than the model reads.
+
+    Raises UserError for a target, of any prompt that a stage like it may take, which stands beyond that, or which the
+    OCR reward could never read whole.
+    """
+    taken = _prompts(run, stage)
+    every = taken if stage.kind == "eval" else _every_prompt(run.config)
+    check_readable(every, run.config.score)
+    return check_lengths(every, taken, run.config, layout.folder)
 
 
 def stage_plan(run: Run, stage: Stage, layout: Layout, identity: dict[str, Any]) -> dict[str, Any]:
@@ -71,7 +88,7 @@ def stage_plan(run: Run, stage: Stage, layout: Layout, identity: dict[str, Any])
         "storage_dtype": rollout.storage_dtype,
         "group_size": size,
         "batch_size": batch_size(rollout, layout),
-        "negative_prompt": rollout.negative_prompt,
+        "negative_prompt": clean(rollout.negative_prompt),
         "groups": [_group(run, stage, sampler, prompt) for prompt in prompts],
         "shards": [keys[start : start + per_shard] for start in range(0, len(keys), per_shard)],
         "same_initial_noise": rollout.same_initial_noise and evaluation is None,
@@ -112,28 +129,42 @@ def _group(run: Run, stage: Stage, sampler: Plan, prompt: Prompt) -> dict[str, A
 
 def _prompts(run: Run, stage: Stage) -> list[Prompt]:
     """The prompts of the stage: a share of a seeded pass, or the head of the evaluation prompts."""
-    config = run.config
-    need_target = any(name.split(".")[0] == "ocr" for name in config.score.rewards)
-    holdout = config.eval.holdout
-    if stage.kind == "eval":
-        embedded = words_folder() / "prompts" / "eval.txt"
-        path = embedded if config.eval.prompts == "words" else Path(config.eval.prompts)
-        every = _split(config, need_target)[1] if holdout else load_prompts(path, need_target)
-        return every[: config.eval.limit]
-    rollout = config.rollout
-    every = _split(config, need_target)[0] if holdout else load_prompts(rollout.prompts, need_target)
-    return prompts_of_iteration(every, rollout.prompts_per_iteration, rollout.seed, stage.iteration)
+    config, rollout = run.config, run.config.rollout
+    if stage.kind == "rollout":
+        every = _every_prompt(config)
+        return prompts_of_iteration(every, rollout.prompts_per_iteration, rollout.seed, stage.iteration)
+    need_target = reads(config.score)
+    if config.eval.holdout:
+        return _split(config, need_target)[1][: config.eval.limit]
+    embedded = words_folder() / "prompts" / "eval.txt"
+    path = embedded if config.eval.prompts == "words" else Path(config.eval.prompts)
+    column = Column(config.eval.prompt_column, "eval.prompt_column")
+    return load_prompts(path, need_target, column)[: config.eval.limit]
+
+
+def _every_prompt(config: RunConfig) -> list[Prompt]:
+    """The prompts that the iterations of a run share among them."""
+    need_target, rollout = reads(config.score), config.rollout
+    if config.eval.holdout:
+        return _split(config, need_target)[0]
+    return load_prompts(rollout.prompts, need_target, Column(rollout.prompt_column))
 
 
 def _split(config: RunConfig, need_target: bool) -> tuple[list[Prompt], list[Prompt]]:
     """What is trained on and what is evaluated of the one prompts file."""
-    share, names = config.eval.holdout, (config.rollout.prompts, config.eval.prompts)
+    share, column = config.eval.holdout, config.rollout.prompt_column
+    names, columns = (config.rollout.prompts, config.eval.prompts), (column, config.eval.prompt_column)
     if names[0] != names[1] or names[0] == "words":
         raise UserError(
             f"eval.holdout = {share:g}, but rollout.prompts is {names[0]} and eval.prompts {names[1]}",
             "it divides one file: give both that file, or leave eval.holdout at 0",
         )
-    prompts = load_prompts(names[0], need_target)
+    if columns[0] != columns[1]:
+        raise UserError(
+            f"eval.holdout = {share:g}, but rollout.prompt_column is {columns[0]} and eval.prompt_column {columns[1]}",
+            "it divides one file: give both the same name",
+        )
+    prompts = load_prompts(names[0], need_target, Column(column))
     train, test = split(prompts, share)
     if not train or not test:
         side = "evaluation" if train else "training"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import prod
 from typing import Any
 
-from rollout.plan import stage_plan
+from rollout.plan import check_prompts, stage_plan
 from rollout.policy.folder import DTYPES, Layout, find_folder, read_layout
 from rollout.schedule import Plan, describe, step_scale
 from shards.run import EXPERT_NAMES, Run, Stage
@@ -20,6 +20,7 @@ def preview(run: Run, stage: Stage) -> str:
     """
     layout = read_layout(find_folder(run.config.model.path, weights=False), weights=False)
     plan = stage_plan(run, stage, layout, {})
+    notes = check_prompts(run, stage, layout) if stage.plan() is None else []
     sampler, group = Plan.from_dict(plan["sampler"]), plan["groups"][0]
     lines = [*_table(sampler, group["window"]), ""]
     window = ", ".join(map(str, group["window"])) or "none"
@@ -28,6 +29,7 @@ def preview(run: Run, stage: Stage) -> str:
     shares = ", ".join(f"{name} {share:.3f}" for name, share in gradient_shares(plan).items())
     lines.append(f"share of the gradient over all windows: {shares or 'none is trained'}")
     lines += [f"{name}: {value}" for name, value in _amounts(plan, layout).items()]
+    lines += [f"note: {sentence}" for sentence in notes]
     return "\n".join(lines)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -59,13 +59,15 @@ def rollout(
     progress: Progress | None = None,
     worker: Part = (0, 1),
     wait: bool = False,
+    tell: Callable[[str], None] | None = None,
 ) -> RolloutReport:
     """Sample every shard of a stage that is missing. A stage that is complete is left alone, and no model is loaded.
 
     `policy` is a loaded model, which is given the weights of the stage; None loads it as run.toml says. Worker (i, n)
     begins with the shards i, i+n, … and goes on with what others have not claimed. It ends when living workers hold
     what is left, or, with `wait`, when nothing is left; it takes over the shards of the dead in either case. Samples
-    are committed one by one to the spool of their shard, so that a killed stage goes on where it was. Raises UserError
+    are committed one by one to the spool of their shard, so that a killed stage goes on where it was. `tell` gets a
+    sentence for each kind of prompt that is longer than the model reads, before anything is sampled. Raises UserError
     for a plan that differs from the one on disk, for a policy that was not trained yet, for prompts or sizes the model
     cannot take, and for shards or claims of another version of rushes. With `rollout.ulysses` the ranks of torchrun
     sample each video in groups of that many.
@@ -77,7 +79,9 @@ def rollout(
         plan = stage.plan() or {}
         return RolloutReport(0, len(plan["groups"]) * plan["group_size"], time.monotonic() - began)
     _check_version(stage)
-    check_stage(run, stage, policy)
+    for sentence in check_stage(run, stage, policy):
+        if tell:
+            tell(sentence)
     policy = policy or Policy.of(run.config.model)
     policy.check_decoder()
     identity = take_policy(run, stage, policy)

@@ -122,7 +122,7 @@ class Sampler:
         negatives = [self._negative(group) for group in groups]
         prompts = [self.groups[group]["prompt"] for group in groups]
         texts = list(dict.fromkeys([*prompts, *negatives]))
-        embeds = dict(zip(texts, self.policy.encode(texts), strict=True))
+        embeds = dict(zip(texts, self.policy.encode(texts, cleaned=True), strict=True))
         result = {}
         for group, prompt, negative in zip(groups, prompts, negatives, strict=True):
             result[group] = {"prompt": embeds[prompt], "negative": embeds[negative]}

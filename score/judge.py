@@ -12,6 +12,7 @@ from score import process
 from score.ocr.text import NoTarget, target_of
 from score.reward import Chosen, Reward, Scored, Video, choose, known
 from shards.errors import UserError
+from shards.text.cleaning import clean
 
 EXAMPLE = "for example ocr or ocr:mode=flow_grpo_video,interval=2"
 ONE_FOR_ALL = "give it once for all videos, or as often as there are videos"
@@ -22,9 +23,10 @@ def judge(
 ) -> Iterator[dict[str, Any]]:
     """One record a video, in order, as soon as it is scored: plain JSON values.
 
-    A record has `file`, `prompt`, `target` (the one given, else what the prompt quotes, as in a run; null without),
-    `fps` (of the container), `frames` (how many it has) and `rewards`, a list with, for each reward: `reward` (name),
-    `scorer` (name and fingerprint), `status` ("ok" or why there is no score), `value` (its first component),
+    A record has `file`, `prompt` (as given; rewards get it cleaned, as in a run), `target` (the one given, else what
+    the prompt quotes, cleaned; null without), `fps` (of the container), `frames` (how many it has) and `rewards`, a
+    list with, for each reward: `reward` (name), `scorer` (name and fingerprint), `status` ("ok" or why there is no
+    score), `value` (its first component),
     `components` (all, raw and normalised), `frames_used` (numbers of the frames looked at), and `text` (frame, text,
     confidence) when it reads. Every video is judged alone: what a reward makes of a group is not in it. `prompts` and
     `targets` hold one for all or one for each. Raises UserError, for wrong names, options and counts and for missing
@@ -50,7 +52,8 @@ def _records(
     for path, prompt, target in zip(videos, prompts, targets, strict=True):
         frames, fps = load_video(path)
         built = built or [(one, one.build()) for one in chosen]
-        video = Video(str(path), frames, prompt, _target(prompt, target), fps)
+        cleaned = clean(prompt)  # as in a run
+        video = Video(str(path), frames, cleaned, _target(cleaned, clean(target)), fps)
         yield {
             "file": str(path),
             "prompt": prompt,

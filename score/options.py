@@ -14,7 +14,14 @@ from shards.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-WANTED = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
+TEXTS = list[str]
+WANTED = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a finite number",
+    TEXTS: "a list of texts",
+    str: "text",
+}
 
 
 def resolve(name: str, found: Any, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,6 +96,10 @@ def _as(kind: Any, value: Any) -> Any:
         return str(value).lower() == "true"
     if kind is str and isinstance(value, str):
         return value
+    if kind == TEXTS:  # on a command line separated by commas
+        texts = [text.strip() for text in value.split(",")] if isinstance(value, str) else value
+        if isinstance(texts, list | tuple) and texts and all(isinstance(text, str) and text for text in texts):
+            return list(texts)
     if kind in (int, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
         number = float(value)
         if math.isfinite(number) and (kind is float or number == int(number)):
@@ -97,4 +108,4 @@ def _as(kind: Any, value: Any) -> Any:
 
 
 def _example(kind: Any) -> str:
-    return {bool: "true", int: "4", float: "0.5", str: '"a text"'}[kind]
+    return {bool: "true", int: "4", float: "0.5", TEXTS: '["a text", "another"]', str: '"a text"'}[kind]

@@ -86,7 +86,10 @@ class Reward(Protocol):
     names of options that change speed and not numbers; `keeps_text = True` when it gives `Scored.text`; a static method
     `after_group(list[Scored]) -> list[Scored]`, called with all samples of one prompt; a static method
     `identity(options) -> {option: digest}`, the content of files that options name, which then counts instead of their
-    paths; a static method `components_for(options)` for names that depend on options. An exception means that this
+    paths; a static method `components_for(options)` for names that depend on options; a static method
+    `check_files(options)`, which raises UserError for those that are not there; a static method
+    `unscorable(options, prompt, target)`, a UserError that says why no video of a prompt can have a score,
+    None where one can. An exception means that this
     video has no score; it is never turned into 0. A UserError means that nothing can be scored at all.
     """
 
@@ -123,6 +126,17 @@ class Chosen:
     def build(self) -> Reward:
         """The reward itself."""
         return cast(Reward, _class_of(self.name, self.target)(**_here(self.options)))
+
+    def check_files(self) -> None:
+        """UserError when a file is not there that the reward needs; it is not loaded."""
+        function = getattr(_class_of(self.name, self.target), "check_files", None)
+        if function:
+            function(_here(self.options))
+
+    def unscorable(self, prompt: str, target: str | None) -> UserError | None:
+        """Why no video of a prompt can have a score; None where one can, as far as the prompt tells."""
+        function = getattr(_class_of(self.name, self.target), "unscorable", None)
+        return cast(UserError | None, function(_here(self.options), prompt, target)) if function else None
 
     def after_group(self, scored: list[Scored]) -> list[Scored]:
         """What the reward makes of all samples of one prompt together; most leave them as they are."""

@@ -15,6 +15,7 @@ from shards.errors import StillBusy, UserError
 from shards.files import read_json
 from shards.process.progress import counted
 from shards.run import Run, Stage
+from shards.store.urls import in_shell
 from shards.workers.worker import Part, Worker, order
 
 if TYPE_CHECKING:
@@ -77,11 +78,13 @@ def score(
     start, config = time.monotonic(), run.config.score
     plan = stage.plan()
     if plan is None:
-        hint = f"`rushes rollout {run.path} --iteration {stage.iteration}` comes first"
+        hint = f"`rushes rollout {in_shell(run.path)} --iteration {stage.iteration}` comes first"
         raise UserError(f"{stage.path} has no plan.json, so there is nothing to score", hint)
     selection = tables.select(config, rewards)
     ours = Worker(stage, "score", worker, run.config.workers.claim_seconds)
     scoring = Scoring(config, stage, plan, selection.scorers, ours, progress)
+    if not advantages_only:
+        _check_rewards(selection, plan, stage, config.max_missing)
     everything = range(stage.expected())
     pending = _pending(stage, everything, selection) if advantages_only else _score_all(scoring, selection, wait)
     ours.sweep()
@@ -106,6 +109,21 @@ def score(
         advantages_written=written,
         waited=ours.waited,
     )
+
+
+def _check_rewards(selection: tables.Selection, plan: Mapping[str, Any], stage: Stage, max_missing: float) -> None:
+    """UserError, before a video is decoded, when a file of a reward is missing, or when a reward can score so few of
+    the prompts that the stage must fail. A few that it cannot are missing with that reason."""
+    for name, chosen in selection.rewards.items():
+        chosen.check_files()
+        found = [(group, chosen.unscorable(group["prompt"], group.get("target"))) for group in plan["groups"]]
+        refused = [(group, error) for group, error in found if error is not None]
+        if len(refused) > max_missing * len(found):
+            group, error = refused[0]
+            some = f"{len(refused)} of {counted(len(found), 'prompt')}"
+            which = f"prompt {group['prompt_id']} ({group['prompt'][:60]!r})"
+            problem = f"{stage.path}: reward {name!r} cannot score {some}; {which}: {error.problem}"
+            raise UserError(problem, error.hint)
 
 
 def _score_all(scoring: Scoring, selection: tables.Selection, wait: bool) -> list[int]:

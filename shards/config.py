@@ -39,6 +39,9 @@ class RolloutConfig(Section):
     """[rollout]: what is sampled, and the law that samples it."""
 
     prompts: str = Field("words", description="prompts file, also at a URL, or `words`: those of the embedded model")
+    prompt_column: str = Field(
+        "prompt", min_length=1, description="field of the prompts in a JSON-lines, CSV or Parquet file"
+    )
     negative_prompt: str = Field("", description="the other side of guidance (flow_grpo: empty)")
     seed: int = Field(0, ge=0, lt=2**63, description="run seed; every noise tensor is derived from it")
     prompts_per_iteration: int = Field(
@@ -206,6 +209,7 @@ class EvalConfig(Section):
     """[eval]: fixed prompts and seeds, a deterministic sampler."""
 
     prompts: str = Field("words", description="prompts file, also at a URL, or `words`: the embedded model's held-out")
+    prompt_column: str = Field("prompt", min_length=1, description="field of the prompts in that file, as in rollout")
     holdout: float = Field(
         0.0, ge=0, lt=1, description="share of prompts that is only evaluated; rollout and eval then name one file"
     )
@@ -245,6 +249,3 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     workers: WorkersConfig = WorkersConfig()
-
-
-# --- Reading and writing run.toml ------------------------------------------------------------------------------------

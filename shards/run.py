@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from shards.errors import UserError
 from shards.files import publish_new, read_json, sha256_file, to_json
 from shards.store import mirror
-from shards.store.urls import shown, url_of, working_copy
+from shards.store.urls import in_shell, shown, url_of, working_copy
 
 if TYPE_CHECKING:
     from shards.config import RunConfig
@@ -73,7 +73,7 @@ class Run:
         mirror.pull(run.path)
         if not run.config_path.is_file():
             above = next((folder for folder in run.path.parents if (folder / "run.toml").is_file()), None)
-            make = f"`rushes init {shown(str(run.path))} --preset words` makes one"
+            make = f"`rushes init {in_shell(run.path)} --preset words` makes one"
             raise UserError(
                 f"{shown(str(run.path))} is not a run: it has no run.toml", f"the run is {above}" if above else make
             )
@@ -135,8 +135,8 @@ class Run:
     def way_to_policy(self, iteration: int) -> str:
         """For hints: the command that trains an iteration, or where its rollouts are missing, all up to it."""
         if self.iteration(iteration).is_complete():
-            return f"rushes train {self.path} --iteration {iteration}"
-        return f"rushes loop {self.path} --iterations {iteration + 1}"
+            return f"rushes train {in_shell(self.path)} --iteration {iteration}"
+        return f"rushes loop {in_shell(self.path)} --iterations {iteration + 1}"
 
     def evaluations(self) -> list[int]:
         """Numbers of the evaluations that have a directory, ascending."""

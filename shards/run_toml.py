@@ -6,6 +6,7 @@ import copy
 import difflib
 import json
 import re
+import shlex
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -79,6 +80,12 @@ def apply_sets(values: dict[str, Any], sets: Iterable[str]) -> dict[str, Any]:
                 raise UserError(f"--set {setting}: {part} is a value, not a section", "name one section and one key")
         table[key] = _toml_value(text.strip())
     return changed
+
+
+def set_option(key: str, value: Any) -> str:
+    """For hints: the option that sets `key` to `value`, to be pasted into a shell."""
+    plain = isinstance(value, str) and value == value.strip() and _toml_value(value) == value
+    return "--set " + shlex.quote(f"{key}={value if plain else _toml(value)}")
 
 
 def dump_config(config: RunConfig) -> str:

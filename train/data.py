@@ -13,6 +13,7 @@ from rollout.schedule import Plan
 from shards.errors import UserError
 from shards.reader import Shard, open_shard
 from shards.run import Stage, sample_key
+from shards.store.urls import in_shell
 from train.order import Unit, chunks
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Rollouts:
 
         UserError when the plan or, unless `partial`, a shard is missing, and when shards were made by another plan.
         """
-        plan, again = stage.plan(), f"rushes rollout {stage.run_path} --iteration {stage.iteration}"
+        plan, again = stage.plan(), f"rushes rollout {in_shell(stage.run_path)} --iteration {stage.iteration}"
         if plan is None:
             raise UserError(f"{stage.path} has no rollouts", f"run `{again}` first")
         present = stage.shards()

@@ -9,6 +9,7 @@ from shards.errors import UserError
 from shards.files import publish_new, read_json, to_json
 from shards.process.progress import counted
 from shards.sidecar import advantaged, read_advantages, specifications
+from shards.store.urls import in_shell
 from train.data import Inputs, Rollouts
 from train.objectives.selection import Advantages, select_samples
 
@@ -139,7 +140,7 @@ def _check_advantages(stage: Stage, rollouts: Rollouts, specification: str) -> N
 
 
 def _score_again(stage: Stage) -> str:
-    return f"rushes score {stage.run_path} --iteration {stage.iteration}"
+    return f"rushes score {in_shell(stage.run_path)} --iteration {stage.iteration}"
 
 
 def _summary(stage: Stage, specification: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from shards.errors import UserError
 from shards.process.progress import counted
 from shards.process.signals import stopped
 from shards.run import EXPERT_NAMES, Stage
+from shards.store.urls import in_shell
 from train import checkpoint
 from train.checkpoint import Checkpoints
 from train.data import Inputs, Rollouts
@@ -124,7 +125,7 @@ def train(
             check_settings(run.config)
             if stage.plan() is None:  # told before the claim, which would make the folder of the iteration
                 problem = f"{stage.path} has no rollouts"
-                raise UserError(problem, f"run `rushes rollout {run.path} --iteration {iteration}` first")
+                raise UserError(problem, f"run `rushes rollout {in_shell(run.path)} --iteration {iteration}` first")
             device = policy.device if policy else Policy.device_of(run.config.model)
         world = meet(run, device)
         with claimed(world, stage, run.config.workers.claim_seconds) as held:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -18,14 +18,17 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 from transformers.utils import logging as transformers_logging
 
+from rollout.policy.found import check_names, not_a_folder, not_a_pipeline, refuse_pointers
 from rollout.words.paths import words_folder
 from shards.errors import RunFailed, UserError
 from shards.files import canonical_sha256, sha256_file
+from shards.pointers import refuse_pointer
 from shards.store.mirror import fetch_model
 from shards.store.urls import is_url
 
 EXPERT_FOLDERS = ("transformer", "transformer_2")  # of the high-noise expert, of the low-noise one
 PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
+CONFIGURATIONS = (".json", ".model", ".txt")  # the files of a tokenizer among them
 FINGERPRINTED = (".json", ".safetensors", ".model", ".txt")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -87,15 +90,16 @@ def tokens(latents: tuple[int, int, int, int], patch: Sequence[int]) -> int:
 def find_folder(path: str, *, weights: bool = True) -> Path:
     """The local folder of a model: the embedded `words`, a path, or the local copy of a URL or a hub repository.
 
-    Without `weights` only the configurations of a repository are fetched.
-    Raises UserError when there is no such folder, or it holds no Wan pipeline.
+    Without `weights` only the configurations of a repository are fetched, and so from one that holds no pipeline.
+    Raises UserError when there is no such folder, or a file.
     """
     if is_url(path):
-        suffixes = FINGERPRINTED if weights else (".json",)
-        return fetch_model(path, lambda name: name.endswith(suffixes))
+        return _fetched(lambda suffixes: fetch_model(path, lambda name: name.endswith(suffixes)), weights)
     folder = words_folder() / "model" if path == "words" else Path(path).expanduser()
     if not folder.exists() and path.count("/") == 1 and not path.startswith((".", "~", "/")):
-        folder = _download(path, FINGERPRINTED if weights else (".json",))
+        folder = _fetched(lambda suffixes: _download(path, suffixes), weights)
+    if folder.is_file():
+        raise not_a_folder(folder)
     if not folder.is_dir():
         hint = "model.path is a folder in WanPipeline layout, a hub id, or `words`"
         hint += "" if folder.is_absolute() else f"; relative, it counts from {Path.cwd()}"
@@ -108,6 +112,8 @@ def read_layout(folder: Path, *, weights: bool = True) -> Layout:
 
     Raises UserError for a folder that holds no Wan pipeline, or one of a layout this program cannot sample.
     """
+    if not (folder / "model_index.json").is_file():
+        raise not_a_pipeline(folder)
     index = read_config(folder / "model_index.json", "a Wan model folder is made by WanPipeline.save_pretrained")
     kind = index.get("_class_name")
     if kind not in PIPELINES:
@@ -117,6 +123,8 @@ def read_layout(folder: Path, *, weights: bool = True) -> Layout:
     for name in ("tokenizer", "text_encoder", "vae", "scheduler", "transformer"):
         if name not in parts or (weights and not (folder / name).is_dir()):
             raise UserError(f"{folder}: the part {name!r} is missing", "save the whole pipeline with save_pretrained")
+    for name in parts:
+        refuse_pointers(folder / name, FINGERPRINTED)
     for name in ("text_encoder", "vae", "transformer", "transformer_2"):
         if weights and name in parts:
             _check_weights(folder / name)
@@ -163,12 +171,17 @@ def load_text(layout: Layout, dtype: str, device: torch.device) -> tuple[PreTrai
     so, without a word, and no video follows its prompt then.
     """
     transformers_logging.disable_progress_bar()  # the stage has its own
-    tokenizer = _load(AutoTokenizer, layout.folder / "tokenizer")
+    tokenizer = load_text_tokenizer(layout.folder)
     encoder = _rest(_load_model(UMT5EncoderModel, layout.folder / "text_encoder", dtype=DTYPES[dtype]), device)
     table = encoder.get_input_embeddings().weight
     if not bool(table.any()) or table.data_ptr() != encoder.shared.weight.data_ptr():
         raise RunFailed(f"{layout.folder}/text_encoder: the token embeddings were not loaded", "upgrade transformers")
     return tokenizer, encoder
+
+
+def load_text_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder. UserError where its files are missing or damaged."""
+    return _load(AutoTokenizer, folder / "tokenizer")
 
 
 def fingerprint_folder(layout: Layout) -> str:
@@ -234,7 +247,8 @@ def _load(kind: Any, folder: Path, **options: Any) -> Any:
 
 
 def read_config(path: Path, hint: str) -> dict[str, Any]:
-    """One configuration file; UserError when it is missing or no JSON object."""
+    """One configuration file; UserError when it is missing, a Git LFS pointer or no JSON object."""
+    refuse_pointer(path)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -247,18 +261,18 @@ def read_config(path: Path, hint: str) -> dict[str, Any]:
 
 
 def _check_weights(folder: Path) -> None:
-    """UserError when a part of the model has no weights, lacks one of the files its index names, or has one cut off.
+    """UserError when a part of the model has no weights under the names that are loaded, lacks one of the files its
+    index names, or has one cut off.
 
     Only the beginning of each file is read. Without this a VAE copied by half would be told after the sampling.
     """
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     hint = "copy or fetch the whole model folder; weights are safetensors, never pickled"
-    if not indexes and not any(folder.glob("*.safetensors")):
-        raise UserError(f"{folder}: holds no weights", hint)
     for index in indexes:
         for name in sorted(set(read_config(index, hint).get("weight_map", {}).values())):
             if not (folder / name).is_file():
                 raise UserError(f"{folder / name}: no such file, but {index.name} names it", hint)
+    check_names(folder)
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt"):
@@ -287,6 +301,12 @@ def _takes_image(folder: Path, index: dict[str, Any], transformer: dict[str, Any
         return "must"
     problem = f"{folder}/transformer: {inputs} input and {outputs} output channels"
     raise UserError(problem, "neither text-to-video nor image-to-video")
+
+
+def _fetched(fetch: Callable[[tuple[str, ...]], Path], weights: bool) -> Path:
+    """The local folder of a repository: configurations first, and weights where these are wanted and of a pipeline."""
+    folder = fetch(CONFIGURATIONS)
+    return fetch(FINGERPRINTED) if weights and (folder / "model_index.json").is_file() else folder
 
 
 def _download(name: str, suffixes: tuple[str, ...]) -> Path:

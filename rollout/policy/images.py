@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.errors import UserError
+from shards.pointers import refuse_pointer
 from shards.store.mirror import fetch_file
 from shards.store.urls import is_url
 
@@ -19,9 +20,10 @@ def open_image(image: Any) -> Any:
     image = fetch_file(image) if is_url(image) else image
     if not Path(image).is_file():
         raise UserError(f"{image}: no such image", "correct the path in the prompts file; it counts from that file")
+    refuse_pointer(Path(image))
     try:
         with Image.open(image) as opened:
             return opened.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         problem = f"{image}: cannot be read as an image: {error}"
         raise UserError(problem, "correct the path in the prompts file, or convert the file to PNG") from None

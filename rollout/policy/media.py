@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from diffusers.video_processor import VideoProcessor
 from numpy.typing import NDArray
 from torch import Tensor
@@ -17,6 +16,7 @@ from torch import Tensor
 from rollout.policy.folder import Layout, load_text, load_vae
 from rollout.policy.images import open_image
 from rollout.policy.place import Places
+from shards.text.cleaning import clean
 
 
 class Media(Places):
@@ -29,14 +29,17 @@ class Media(Places):
     # --- Text --------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> list[Tensor]:
-        """Embeddings of prompts, each [L,D] without padding, on the host; one prompt a forward."""
+    def encode(self, prompts: Sequence[str], *, cleaned: bool = False) -> list[Tensor]:
+        """Embeddings of prompts, each [L,D] without padding, on the host; one prompt a forward.
+
+        Prompts that are `cleaned` already, those of a plan, are taken as they are.
+        """
         tokenizer, encoder = self._text
         result = []
         with self._working(encoder):
             for prompt in prompts:
                 tokens = tokenizer(
-                    [prompt_clean(prompt)],
+                    [prompt if cleaned else clean(prompt)],
                     padding="max_length",
                     max_length=self.text_length,
                     truncation=True,

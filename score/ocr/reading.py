@@ -16,12 +16,12 @@ from torch import Tensor
 
 from score.ocr.networks import Networks, load_networks
 from score.ocr.reading_order import reading_order
+from shards.text.recognisers import Recogniser
 
 Frames = NDArray[np.uint8]
 
 TEXT_THRESHOLD, LINK_THRESHOLD, LOW_TEXT = 0.7, 0.4, 0.4  # EasyOCR's defaults, as all numbers below
 SLOPE, CENTRE, HEIGHT, WIDTH, MARGIN = 0.1, 0.5, 0.5, 0.5, 0.1
-CROP_HEIGHT = 64
 LOW_CONFIDENCE, STRETCHED_CONTRAST = 0.1, 0.5
 
 
@@ -46,18 +46,20 @@ class TextReader:
         device: str = "cpu",
         batch_pixels: int = 100_000,
         batch_crops: int = 64,
+        recogniser: Recogniser | None = None,
     ) -> None:
         """min_size: boxes whose larger side is not above it are dropped (0: 5 px in frames under 128 px, else EasyOCR's
         20). canvas_size: the detector sees frames shrunk to this larger side. batch_pixels, batch_crops: memory bounds.
+        recogniser: None reads English.
         """
         self.min_size, self.canvas_size = min_size, canvas_size
         self.batch_pixels, self.batch_crops = batch_pixels, batch_crops
-        self._device, self._bf16 = device, detector_bf16
+        self._device, self._bf16, self._recogniser = device, detector_bf16, recogniser
 
     @property
     def networks(self) -> Networks:
         """Loaded at first use."""
-        return load_networks(self._device, self._bf16)
+        return load_networks(self._device, self._bf16, self._recogniser)
 
     def read(self, frames: Sequence[Frames]) -> list[list[Box]]:
         """Text of RGB frames [H, W, 3] uint8, of any sizes; boxes in EasyOCR's order. Equal frames are read once."""
@@ -70,7 +72,11 @@ class TextReader:
 
     def lines(self, frames: Sequence[Frames], *, ordered: bool = True, min_confidence: float = 0.0) -> list[str]:
         """One string a frame, boxes joined by a space: in reading order, or in EasyOCR's when `ordered` is false."""
-        return [joined(boxes, ordered=ordered, min_confidence=min_confidence) for boxes in self.read(frames)]
+        rtl = self.networks.right_to_left
+        return [
+            joined(boxes, ordered=ordered, min_confidence=min_confidence, right_to_left=rtl)
+            for boxes in self.read(frames)
+        ]
 
     def _read(self, frames: list[Frames]) -> list[list[Box]]:
         import cv2
@@ -79,7 +85,7 @@ class TextReader:
         for frame, regions in zip(frames, self._detect(frames), strict=True):
             # EasyOCR takes RGB for BGR here, which swaps the weights of red and blue
             grey = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
-            found.append(_crops(grey, *regions))
+            found.append(_crops(grey, *regions, self.networks.height))
         texts = self._recognise([crop for crops in found for crop in crops])
         iterator = iter(texts)
         return [[Box(corners, *next(iterator)) for corners, _, _ in crops] for crops in found]
@@ -133,11 +139,12 @@ class TextReader:
     def _recognise_batch(self, crops: list[Frames], width: int) -> list[tuple[str, float]]:
         from easyocr.recognition import adjust_contrast_grey
 
-        texts = self._predict(np.stack([_padded(crop, width) for crop in crops]))
+        height = self.networks.height
+        texts = self._predict(np.stack([_padded(crop, width, height) for crop in crops]))
         weak = [position for position, (_, confidence) in enumerate(texts) if confidence < LOW_CONFIDENCE]
         if weak:  # EasyOCR looks again at what it could hardly read, with the contrast stretched
             stretched = [adjust_contrast_grey(crops[position], target=STRETCHED_CONTRAST) for position in weak]
-            again = self._predict(np.stack([_padded(crop, width) for crop in stretched]))
+            again = self._predict(np.stack([_padded(crop, width, height) for crop in stretched]))
             for position, second in zip(weak, again, strict=True):
                 if second[1] >= texts[position][1]:
                     texts[position] = second
@@ -145,18 +152,29 @@ class TextReader:
 
     @torch.inference_mode()
     def _predict(self, crops: NDArray[np.float32]) -> list[tuple[str, float]]:
-        """Greedy CTC decoding of crops [B, 64, W], grey 0..255."""
+        """Greedy CTC decoding of crops [B, rows, W], grey 0..255."""
         networks = self.networks
         images = torch.from_numpy(crops)[:, None].to(networks.device).div_(255).sub_(0.5).div_(0.5)
         probabilities = networks.recogniser(images, None).softmax(2)
+        if networks.ignored is not None:  # EasyOCR shares what they had among the others
+            probabilities.index_fill_(2, networks.ignored, 0.0)
+            probabilities /= probabilities.sum(2, keepdim=True)
         best, indices = (tensor.cpu().numpy() for tensor in probabilities.max(2))
-        return [_decode(row, values, networks.alphabet) for row, values in zip(indices, best, strict=True)]
+        read = [_decode(row, values, networks.alphabet) for row, values in zip(indices, best, strict=True)]
+        if not networks.right_to_left:
+            return read
+        from bidi import get_display
+
+        return [(get_display(text), sure) for text, sure in read]
 
 
-def joined(boxes: Sequence[Box], *, ordered: bool = True, min_confidence: float = 0.0) -> str:
+def joined(
+    boxes: Sequence[Box], *, ordered: bool = True, min_confidence: float = 0.0, right_to_left: bool = False
+) -> str:
     """The text of one frame; boxes of confidence `min_confidence` or less are left out."""
     kept = [box for box in boxes if box.confidence > min_confidence and box.text]
-    order: Iterable[int] = reading_order([box.corners for box in kept]) if ordered else range(len(kept))
+    corners = [box.corners[[1, 0, 3, 2]] * (-1, 1) if right_to_left else box.corners for box in kept]  # in a mirror
+    order: Iterable[int] = reading_order(corners) if ordered else range(len(kept))
     return " ".join(kept[position].text for position in order)
 
 
@@ -182,30 +200,32 @@ def _canvas(frames: list[Frames], canvas_size: int) -> tuple[Tensor, float]:
     return torch.from_numpy(images).float().sub_(mean).div_(deviation).permute(0, 3, 1, 2), ratio
 
 
-def _crops(grey: Frames, upright: list[Any], slanted: list[Any]) -> list[tuple[NDArray[np.float64], Frames, int]]:
-    """(corners, crop 64 px high, padded width) of every region; regions that leave no pixels are skipped."""
+def _crops(
+    grey: Frames, upright: list[Any], slanted: list[Any], rows: int
+) -> list[tuple[NDArray[np.float64], Frames, int]]:
+    """(corners, crop `rows` px high, padded width) of every region; regions that leave no pixels are skipped."""
     import cv2
     from easyocr.utils import get_image_list
 
     crops: list[tuple[NDArray[np.float64], Frames, int]] = []
     for region in [([box], []) for box in upright] + [([], [box]) for box in slanted]:
         try:
-            images, width = get_image_list(*region, grey, model_height=CROP_HEIGHT)
+            images, width = get_image_list(*region, grey, model_height=rows)
         except (cv2.error, ZeroDivisionError):  # a region wholly outside the frame has an empty crop
             continue
         crops.extend((np.asarray(corners, dtype=np.float64), crop, int(width)) for corners, crop in images)
     return crops
 
 
-def _padded(crop: Frames, width: int) -> NDArray[np.float32]:
-    """Recogniser input [64, width]: the crop resized to 64 rows, its last column repeated to the right."""
+def _padded(crop: Frames, width: int, rows: int) -> NDArray[np.float32]:
+    """Recogniser input [rows, width]: the crop resized to `rows`, its last column repeated to the right."""
     from PIL import Image
 
     height, own = crop.shape
-    scaled = min(width, math.ceil(CROP_HEIGHT * (own / height)))
-    if (own, height) != (scaled, CROP_HEIGHT):
-        crop = np.asarray(Image.fromarray(crop).resize((scaled, CROP_HEIGHT), Image.Resampling.BICUBIC))
-    image = np.empty((CROP_HEIGHT, width), np.float32)
+    scaled = min(width, math.ceil(rows * (own / height)))
+    if (own, height) != (scaled, rows):
+        crop = np.asarray(Image.fromarray(crop).resize((scaled, rows), Image.Resampling.BICUBIC))
+    image = np.empty((rows, width), np.float32)
     image[:, :scaled] = crop
     image[:, scaled:] = crop[:, -1:]
     return image

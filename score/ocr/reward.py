@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from score.ocr.text import DEFINITIONS, NoTarget, judge
 from score.reward import Scored, Video
 from shards.errors import UserError
+from shards.text.recognisers import ENGLISH, STANDARD, Recogniser, recogniser_of, unreadable_text
 
 
 class OCR:
@@ -21,9 +22,9 @@ class OCR:
     """
 
     name = "ocr"
-    version = "1"
+    version = "2"
     components = ("similarity", "exact", "positive", "empty", "length_ratio")
-    neutral = ("device", "batch_pixels")
+    neutral = ("device", "batch_pixels", "model_storage_directory", "user_network_directory")
     keeps_text = True
 
     def __init__(
@@ -38,11 +39,18 @@ class OCR:
         min_confidence: float = 0.0,
         device: str = "cpu",
         batch_pixels: int = 100_000,
+        languages: list[str] = [*ENGLISH],  # noqa: B006
+        recog_network: str = STANDARD,
+        model_storage_directory: str = "",
+        user_network_directory: str = "",
     ) -> None:
         """interval: every n-th frame is read. max_frames: at most so many of those, evenly spread (0: all).
         min_size: smallest box in pixels (0: by frame size). canvas_size: larger side the detector sees (416: 3 times
         faster, for text over 28 px). detector_bf16: for GPUs, and CPUs with AMX; boxes may differ.
         fold_confusables: 0/o, 1/i/l, 5/s count as equal. min_confidence: boxes not above it are ignored.
+        languages: as EasyOCR calls them (["ch_sim", "en"]); others than ["en"] need the file of their model in
+        model_storage_directory (else where EasyOCR keeps it, ~/.EasyOCR/model). recog_network: a model of EasyOCR's by
+        name, or one of your own, whose .yaml and .py lie in user_network_directory (~/.EasyOCR/user_network).
         """
         if mode not in DEFINITIONS:
             raise UserError(f"reward 'ocr' has no mode {mode!r}", f"there are {', '.join(DEFINITIONS)}")
@@ -55,26 +63,55 @@ class OCR:
             raise UserError(f"reward 'ocr': min_confidence is {min_confidence:g}", "give 0 or more and less than 1")
         self.mode, self.interval, self.max_frames = mode, interval, max_frames
         self.fold_confusables, self.min_confidence = fold_confusables, min_confidence
+        self.recogniser = recogniser_of(
+            {
+                "languages": languages,
+                "recog_network": recog_network,
+                "model_storage_directory": model_storage_directory,
+                "user_network_directory": user_network_directory,
+            }
+        )
         self._reading: dict[str, Any] = {
             "min_size": min_size,
             "canvas_size": canvas_size,
             "detector_bf16": detector_bf16,
             "device": device,
             "batch_pixels": batch_pixels,
+            "recogniser": self.recogniser,
         }
+
+    @staticmethod
+    def identity(options: Mapping[str, Any]) -> dict[str, str]:
+        """The recognition model, where it is not the English one, in place of the options that name it."""
+        found = recogniser_of(options)
+        return {} if found.weights is None else {"languages": found.identity, "recog_network": found.name}
+
+    @staticmethod
+    def check_files(options: Mapping[str, Any]) -> None:
+        """UserError when the file of the recognition model is not there."""
+        recogniser_of(options).check_weights()
+
+    @staticmethod
+    def unscorable(options: Mapping[str, Any], prompt: str, target: str | None) -> UserError | None:
+        """Why no video of a prompt can have a score: characters of its target that the recogniser does not know."""
+        try:
+            return _refusal(recogniser_of(options), options["mode"], options["fold_confusables"], prompt, target)
+        except NoTarget:
+            return None
 
     def __call__(self, videos: Sequence[Video]) -> list[Scored]:
         """Read all chosen frames of all videos together and compare. A video without a target has no score."""
         from score.ocr.reading import TextReader, confidence, joined  # imports torch and EasyOCR
 
         reader, ordered = TextReader(**self._reading), DEFINITIONS[self.mode].reading_order
+        style = {"ordered": ordered, "right_to_left": self.recogniser.right_to_left}
         picked = [self.pick(len(video.frames)) for video in videos]
         chosen = [as_uint8(video.frames)[numbers] for video, numbers in zip(videos, picked, strict=True)]
         found = iter(reader.read([frame for frames in chosen for frame in frames]))
         scored = []
         for video, numbers in zip(videos, picked, strict=True):
             frames = [next(found) for _ in numbers]
-            texts = [joined(boxes, ordered=ordered, min_confidence=self.min_confidence) for boxes in frames]
+            texts = [joined(boxes, min_confidence=self.min_confidence, **style) for boxes in frames]
             sure = [confidence(boxes, self.min_confidence) for boxes in frames]
             scored.append(replace(self.judge(video, texts), text=texts, confidence=sure, frames=numbers))
         return scored
@@ -91,6 +128,9 @@ class OCR:
     def judge(self, video: Video, texts: Sequence[str]) -> Scored:
         """The score that follows from the texts of the chosen frames; no model is needed."""
         try:
+            refusal = _refusal(self.recogniser, self.mode, self.fold_confusables, video.prompt, video.target)
+            if refusal is not None:
+                return Scored(reason=refusal.problem)
             judgement = judge(texts, video.prompt, video.target, mode=self.mode, fold_confusables=self.fold_confusables)
         except NoTarget as error:
             return Scored(reason=str(error))
@@ -102,6 +142,12 @@ class OCR:
             judgement.length_ratio,
         )
         return Scored(components=dict(zip(self.components, values, strict=True)), text=list(texts))
+
+
+def _refusal(recogniser: Recogniser, mode: str, fold: bool, prompt: str, target: str | None) -> UserError | None:
+    """The characters of what the mode looks for that the recogniser does not know, as an error; None for none."""
+    wanted = DEFINITIONS[mode].target(prompt, target)
+    return unreadable_text(wanted, recogniser, DEFINITIONS[mode].normaliser(wanted, fold))
 
 
 def as_uint8(frames: NDArray[Any]) -> NDArray[np.uint8]:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from shards.quotes import quoted
-
-_PUNCTUATION = str.maketrans({"\u2018": "'", "\u2019": "'", "\u2013": "-", "\u2014": "-", "\u2044": "/"})
-_CONFUSABLES = str.maketrans({"0": "o", "1": "l", "i": "l", "5": "s"})
+from shards.text.letters import Normaliser, normaliser, plain_normaliser
+from shards.text.quotes import quoted
 
 
 class NoTarget(ValueError):
@@ -17,7 +14,7 @@ class NoTarget(ValueError):
 
 
 def quotations(prompt: str) -> list[str]:
-    """The texts between quotation marks of a prompt, blank ones left out (shards.quotes.quoted). Raises NoTarget."""
+    """The texts between quotation marks of a prompt without blank ones (shards.text.quotes.quoted). Raises NoTarget."""
     try:
         spans = quoted(prompt)
     except ValueError as error:
@@ -40,25 +37,6 @@ def target_of(prompt: str, target: str | None = None) -> str:
     return wanted
 
 
-def normaliser(target: str, fold_confusables: bool = False) -> Callable[[str], str]:
-    """The function that both the target and the read text go through before they are compared.
-
-    NFKC (so that a superscript 2 is a 2), typographic to ASCII punctuation, case folded, and only letters and digits
-    kept; a target without any keeps all visible characters instead. `fold_confusables`: 0/o, 1/i/l, 5/s are equal.
-    """
-    keep_all = not any(character.isalnum() for character in unicodedata.normalize("NFKC", target))
-
-    def keep(character: str) -> bool:
-        return character.isalnum() or (keep_all and unicodedata.category(character)[0] not in "ZC")
-
-    def normalise(text: str) -> str:
-        folded = unicodedata.normalize("NFKC", text).translate(_PUNCTUATION).casefold()
-        kept = "".join(filter(keep, folded))
-        return kept.translate(_CONFUSABLES) if fold_confusables else kept
-
-    return normalise
-
-
 def levenshtein(left: str, right: str) -> int:
     """Edit distance: the fewest insertions, deletions and replacements of a character that turn one into the other."""
     previous = list(range(len(right) + 1))
@@ -76,11 +54,6 @@ def similarity(text: str, target: str) -> float:
     if abs(len(text) - length) >= length:  # the distance is never below the difference of the lengths
         return 0.0
     return 1.0 - min(levenshtein(text, target), length) / length
-
-
-def _plain(text: str) -> str:
-    """The normalisation of flow_grpo and FastVideo: only U+0020 goes, only `lower`."""
-    return text.replace(" ", "").lower()
 
 
 def _similarity_or_substring(text: str, target: str) -> float:
@@ -101,7 +74,7 @@ def _first_quoted(prompt: str, target: str | None) -> str:
     text = parts[1] if len(parts) > 1 else target
     if text is None:
         raise NoTarget('the prompt has no text between "')
-    if not _plain(text):
+    if not plain_normaliser(text)(text):
         raise NoTarget("the quoted text of the prompt is empty")
     return text
 
@@ -117,24 +90,20 @@ class Definition:
     """How a reward follows from the texts read in the frames of one video."""
 
     target: Callable[[str, str | None], str]
-    normaliser: Callable[[str, bool], Callable[[str], str]]
+    normaliser: Callable[[str, bool], Normaliser]
     similarity: Callable[[str, str], float]
     combine: Callable[[Sequence[float]], float]
     first_frame_only: bool = False
     reading_order: bool = False
 
 
-def _plain_normaliser(target: str, fold_confusables: bool) -> Callable[[str], str]:
-    return (lambda text: _plain(text).translate(_CONFUSABLES)) if fold_confusables else _plain
-
-
 DEFINITIONS: dict[str, Definition] = {
     "default": Definition(target_of, normaliser, similarity, _mean, reading_order=True),
-    "flow_grpo_video": Definition(_first_quoted, _plain_normaliser, similarity, _mean_of_positive),
+    "flow_grpo_video": Definition(_first_quoted, plain_normaliser, similarity, _mean_of_positive),
     "flow_grpo_image": Definition(
-        _first_quoted, _plain_normaliser, _similarity_or_substring, _mean, first_frame_only=True
+        _first_quoted, plain_normaliser, _similarity_or_substring, _mean, first_frame_only=True
     ),
-    "fastvideo": Definition(_first_quoted_or_prompt, _plain_normaliser, _similarity_or_substring, _mean_of_positive),
+    "fastvideo": Definition(_first_quoted_or_prompt, plain_normaliser, _similarity_or_substring, _mean_of_positive),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import shlex
 import shutil
 import stat
 import sys
@@ -141,7 +142,8 @@ def _grouped(frame: pandas.DataFrame, by: list[str], wanted: Sequence[str]) -> p
     _check(frame.assign(**dict.fromkeys(result.columns, 0)), extra)
     texts = [name for name in extra if name not in numbers]
     if texts:
-        raise UserError(f"{texts[0]} is no number, so a group has no mean of it", f"group by it: --group-by {texts[0]}")
+        problem = f"{texts[0]} is no number, so a group has no mean of it"
+        raise UserError(problem, f"group by it: --group-by {shlex.quote(texts[0])}")
     return result.join(groups[extra].mean()).reset_index() if extra else result.reset_index()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from functools import cache
 from pathlib import Path
 
@@ -59,6 +60,11 @@ def shown(text: str) -> str:
     found = re.escape(_root()) + r"/(?P<store>\w+)(@[^/]*)?(?P<rest>/\S*)"
     text = re.sub(found, lambda one: one[0] if _STAYS.search(one["rest"]) else f"{one['store']}:/{one['rest']}", text)
     return re.sub(r"\b(s3|gs|gcs|hf):/(?=[^/])", r"\1://", text)  # Path("s3://a")
+
+
+def in_shell(path: str | Path) -> str:
+    """A path or URL as a word of a command, to be pasted into a shell."""
+    return shlex.quote(shown(str(path)))
 
 
 def cache_folder() -> Path:

@@ -167,7 +167,7 @@ def test_the_videoalign_script_has_its_recipe_without_full_too(tmp_path: Path, t
 
 def test_the_real_sizes_fit_the_images_and_prompts_suffice() -> None:
     """What the tiny runs replace: prompts enough for an iteration of the preset, images of the size of its video."""
-    from rollout.prompts import load_prompts
+    from rollout.prompts.load import load_prompts
     from shards.run_toml import parse_config, read_preset
 
     for name, preset, prompts in (

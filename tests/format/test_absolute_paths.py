@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
 
 from shards.absolute_paths import in_full
+from shards.errors import UserError
+from shards.run import Run
 from shards.run_toml import apply_sets, parse_config, read_preset
+from shards.store.urls import in_shell, working_copy
 
 SAID = "written in full, so that it holds wherever a command is given"
 
@@ -89,3 +93,29 @@ def test_a_value_of_a_wrong_type_is_left_to_the_check() -> None:
         section = {key: 3} if "." not in key else None
         values = section or apply_sets({}, [setting])
         assert in_full(values) == (values, [])
+
+
+def test_commands_in_hints_can_be_pasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder with blanks and quotation marks is one word of every command that is proposed."""
+    from score.run import score
+    from train.data import Rollouts
+    from train.run import train
+
+    folder = tmp_path / "it's my run"
+    run = Run.create(folder, parse_config(read_preset("words"), "here"))
+    hints = [run.way_to_policy(0)]
+    for action in (
+        lambda: score(run, run.iteration(0)),
+        lambda: Rollouts.open(run.iteration(0)),
+        lambda: train(run, 0),
+        lambda: Run.open(tmp_path / "no run's here"),
+    ):
+        with pytest.raises(UserError) as caught:
+            action()
+        hints.append(caught.value.hint.partition("`")[2].partition("`")[0])
+    expected = [str(folder)] * 4 + [str(tmp_path / "no run's here")]
+    assert [shlex.split(hint)[2] for hint in hints] == expected
+    assert all(shlex.split(hint)[0] == "rushes" for hint in hints)
+    monkeypatch.setenv("RUSHES_CACHE", str(tmp_path / "a cache"))
+    assert in_shell(working_copy("s3://bucket/runs/first")) == "s3://bucket/runs/first"
+    assert in_shell(working_copy("s3://bucket/my runs/first")) == "'s3://bucket/my runs/first'"

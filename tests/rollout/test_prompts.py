@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rollout import plan as rollout_plan
-from rollout.prompts import Prompt, load_prompts, prompts_of_iteration, split
+from rollout.prompts.load import Prompt, load_prompts, prompts_of_iteration, split
 from shards.errors import UserError
 from shards.process.progress import counted
 from shards.run import Run
@@ -36,7 +36,7 @@ def test_text_keeps_line_numbers_and_skips_blank_lines(tmp_path: Path) -> None:
     prompts = load_prompts(path, need_target=False)
     assert [(p.id, p.text, p.target) for p in prompts] == [
         (0, 'a sign that says "OPEN"', "OPEN"),
-        (3, "zwei Töne\u2028weiter", None),
+        (3, "zwei Töne weiter", None),
     ]
 
 

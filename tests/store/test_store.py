@@ -596,7 +596,7 @@ def test_prompts_and_their_images_at_urls(s3: Proxy, url: str, tmp_path: Path) -
     from PIL import Image
 
     from rollout.policy.images import open_image
-    from rollout.prompts import load_prompts
+    from rollout.prompts.load import load_prompts
 
     Image.new("RGB", (16, 16)).save(tmp_path / "first.png")
     files = objects._store(url)

@@ -1,0 +1,1 @@
+"""Texts of prompts: cleaned once, quoted targets, and the characters that a recogniser can read."""
