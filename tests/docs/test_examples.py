@@ -24,6 +24,7 @@ from shards.errors import UserError
 from shards.run import Run
 from tests.support.tiny_models import TEXT_LENGTH
 from tests.support.videoalign_fixtures import DATA
+from tests.support.videoalign_fixtures import template_fixture as template_fixture
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RUSHES = """#!/usr/bin/env bash

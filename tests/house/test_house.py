@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import tomllib
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
@@ -74,7 +75,7 @@ TWICE = {
     "Taken": "a name that a store has already, and a step that was taken; the second goes with StepInputs",
     "Work": "one worker's way through the shards, and what a training carries along",
     "Worker": "a worker at work, and what `status` sees of one",
-    "check": MODULE_SAYS,
+    "check": "checksums of tensors, one table beside a shard, and a signal to this process or to any rank",
     "checksum": "of an object as its store counts it, and of weights in memory",
     "describe": "one sample in full, and the steps of a schedule",
     "encode": MODULE_SAYS,
@@ -268,6 +269,11 @@ def test_no_folder_is_too_full() -> None:
     assert {
         folder: count for folder, count in folders.items() if count > PACKAGE_MODULES.get(folder, MOST_MODULES)
     } == {}
+
+
+def test_every_folder_is_installed() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert set(project["tool"]["setuptools"]["packages"]) == {folder.replace("/", ".") for folder in FOLDERS}
 
 
 def test_no_file_is_too_long() -> None:
