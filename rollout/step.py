@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from rollout.policy import Policy
-    from rollout.schedule import Plan
+    from shards.plan import Schedule
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Taken(NamedTuple):
 
 def step_log_prob(
     policy: Policy,
-    plan: Plan,
+    schedule: Schedule,
     step: int,
     x: Tensor,
     x_next: Tensor,
@@ -59,20 +59,20 @@ def step_log_prob(
     condition: Tensor | None = None,
     x0_prev: Tensor | None = None,
 ) -> Scored:
-    """The log-prob of having gone from x to x_next at `step` of the plan, with everything that led to it.
+    """The log-prob of having gone from x to x_next at `step` of the schedule, with everything that led to it.
 
     x, x_next, x0_prev: [B,C,F,H,W] fp32, as they were stored; the expert of the step must be in use. Gradients reach
     the policy's weights. Raises ValueError for a step without noise.
     """
     inputs = Inputs(prompt_embeds, negative_embeds, condition)
-    velocity = _velocity(policy, plan, step, x, inputs)
-    mean, std = _transition(plan, step, x, velocity, x0_prev)
-    return Scored(law_log_prob(plan.law, x_next, mean, std, policy.free_mask(x, condition)), mean, std, velocity)
+    velocity = _velocity(policy, schedule, step, x, inputs)
+    mean, std = _transition(schedule, step, x, velocity, x0_prev)
+    return Scored(law_log_prob(schedule.law, x_next, mean, std, policy.free_mask(x, condition)), mean, std, velocity)
 
 
 def take_step(
     policy: Policy,
-    plan: Plan,
+    schedule: Schedule,
     step: int,
     x: Tensor,
     noise: Tensor | None,
@@ -80,53 +80,63 @@ def take_step(
     inputs: Inputs,
     x0_prev: Tensor | None = None,
 ) -> Taken:
-    """Go from x to the next state: with `noise` [B,C,F,H,W] by the plan's law, without it by the plan's solver.
+    """Go from x to the next state: with `noise` [B,C,F,H,W] by the schedule's law, without it by its solver.
 
     The state is rounded to the storage dtype before its log-prob is taken and before the next step sees it: what is
     scored is what is stored is what training replays, so that the ratio is exactly 1 until a weight moves.
     """
-    velocity = _velocity(policy, plan, step, x, inputs)
-    clean = clean_estimate(x, velocity, plan.sigmas[step])
+    velocity = _velocity(policy, schedule, step, x, inputs)
+    clean = clean_estimate(x, velocity, schedule.sigmas[step])
     if noise is None:
-        return Taken(_deterministic(plan, step, x, velocity, x0_prev).to(storage).float(), None, clean)
-    mean, std = _transition(plan, step, x, velocity, x0_prev)
+        return Taken(_deterministic(schedule, step, x, velocity, x0_prev).to(storage).float(), None, clean)
+    mean, std = _transition(schedule, step, x, velocity, x0_prev)
     x_next = (mean + std * noise).to(storage).float()
-    return Taken(x_next, law_log_prob(plan.law, x_next, mean, std, policy.free_mask(x, inputs.condition)), clean)
+    return Taken(x_next, law_log_prob(schedule.law, x_next, mean, std, policy.free_mask(x, inputs.condition)), clean)
 
 
-def step_mean(plan: Plan, step: int, x: Tensor, velocity: Tensor, x0_prev: Tensor | None = None) -> Tensor:
+def step_mean(schedule: Schedule, step: int, x: Tensor, velocity: Tensor, x0_prev: Tensor | None = None) -> Tensor:
     """Mean [B,C,F,H,W] fp32 of the state after a step with noise, for a velocity [B,C,F,H,W] at x."""
-    return _transition(plan, step, x, velocity, x0_prev)[0]
+    return _transition(schedule, step, x, velocity, x0_prev)[0]
 
 
-def looks_back(plan: Plan) -> bool:
+def looks_back(schedule: Schedule) -> bool:
     """Whether law or solver use the clean estimate of the step before."""
-    return plan.law == "dpm-sde-2m" or plan.solver == "dpm-2m"
+    return schedule.law == "dpm-sde-2m" or schedule.solver == "dpm-2m"
 
 
-def _velocity(policy: Policy, plan: Plan, step: int, x: Tensor, inputs: Inputs) -> Tensor:
-    expert, t, guidance = plan.experts[step], plan.timesteps[step], plan.guidance[step]
+def _velocity(policy: Policy, schedule: Schedule, step: int, x: Tensor, inputs: Inputs) -> Tensor:
+    expert, t, guidance = schedule.experts[step], schedule.timesteps[step], schedule.guidance[step]
     return policy.velocity(expert, x, t, inputs.prompt, inputs.negative, guidance, inputs.condition)
 
 
-def _transition(plan: Plan, step: int, x: Tensor, velocity: Tensor, x0_prev: Tensor | None) -> tuple[Tensor, float]:
-    sigma, sigma_next = plan.sigmas[step], plan.sigmas[step + 1]
-    previous = _previous(plan, step, x0_prev) if plan.law == "dpm-sde-2m" else None
+def _transition(
+    schedule: Schedule, step: int, x: Tensor, velocity: Tensor, x0_prev: Tensor | None
+) -> tuple[Tensor, float]:
+    sigma, sigma_next = schedule.sigmas[step], schedule.sigmas[step + 1]
+    previous = _previous(schedule, step, x0_prev) if schedule.law == "dpm-sde-2m" else None
     return transition(
-        plan.law, plan.form, x, velocity, sigma, sigma_next, plan.eta, sigma_1=plan.sigmas[1], previous=previous
+        schedule.law,
+        schedule.form,
+        x,
+        velocity,
+        sigma,
+        sigma_next,
+        schedule.eta,
+        sigma_1=schedule.sigmas[1],
+        previous=previous,
     )
 
 
-def _deterministic(plan: Plan, step: int, x: Tensor, velocity: Tensor, x0_prev: Tensor | None) -> Tensor:
-    sigma, sigma_next = plan.sigmas[step], plan.sigmas[step + 1]
-    if plan.solver == "dpm-2m":
-        return dpm_2m(x, velocity, sigma, sigma_next, _previous(plan, step, x0_prev))
+def _deterministic(schedule: Schedule, step: int, x: Tensor, velocity: Tensor, x0_prev: Tensor | None) -> Tensor:
+    sigma, sigma_next = schedule.sigmas[step], schedule.sigmas[step + 1]
+    if schedule.solver == "dpm-2m":
+        return dpm_2m(x, velocity, sigma, sigma_next, _previous(schedule, step, x0_prev))
     return euler(x, velocity, sigma, sigma_next)
 
 
-def _previous(plan: Plan, step: int, x0_prev: Tensor | None) -> Previous | None:
+def _previous(schedule: Schedule, step: int, x0_prev: Tensor | None) -> Previous | None:
     """What the step before left; nothing before step 0."""
     if step == 0:
         return None
     assert x0_prev is not None, "this law or solver looks back at the step before"
-    return x0_prev, plan.sigmas[step - 1]
+    return x0_prev, schedule.sigmas[step - 1]

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rollout.schedule import Plan
 from shards.errors import UserError
+from shards.plan import Group, RolloutPlan, Schedule, sample_key
 from shards.reader import Shard, open_shard
-from shards.run import Stage, sample_key
-from train.order import Unit, chunks
+from shards.run import Stage
+from train.order import Unit
 
 if TYPE_CHECKING:
     from rollout.policy import Policy
@@ -24,13 +24,18 @@ class Rollouts:
     """The committed shards of a stage and the plan they were made by."""
 
     stage: Stage
-    plan: dict[str, Any]
-    """plan.json of the stage."""
-    schedule: Plan
-    """The frozen sampler: sigmas, timesteps, experts, guidance, law."""
+    plan: RolloutPlan
     shards: dict[int, Shard]
-    groups: dict[str, dict[str, Any]]
-    """The plan's entry of each group, by group key."""
+
+    @property
+    def schedule(self) -> Schedule:
+        """The frozen sampler: sigmas, timesteps, experts, guidance, law."""
+        return self.plan.schedule
+
+    @property
+    def groups(self) -> dict[str, Group]:
+        """The plan's record of each group, by group key."""
+        return self.plan.by_key
 
     @classmethod
     def open(cls, stage: Stage, *, partial: bool = False) -> Rollouts:
@@ -49,7 +54,6 @@ class Rollouts:
                 f"{stage.path} lacks {len(missing)} of {stage.expected()} shards: {names}",
                 f"run `{again}`; it makes only what is missing",
             )
-        groups = {group["key"]: group for group in plan["groups"]}
         opened = {number: open_shard(stage, number) for number in present}
         sha256 = stage.plan_sha256()
         for number, shard in opened.items():
@@ -58,16 +62,15 @@ class Rollouts:
                     f"{stage.plan_path} was changed after {stage.shard_path(number).name} was sampled by it",
                     "restore it from a copy; `rushes verify` lists all faults",
                 )
-        return cls(stage, plan, Plan.from_dict(plan["sampler"]), opened, groups)
+        return cls(stage, plan, opened)
 
     def units(self) -> list[Unit]:
         """Every (chunk, stochastic step) of every shard, in plan order."""
         return [
-            Unit(self.schedule.experts[step], number, group, tuple(range(first, first + count)), step)
+            Unit(self.schedule.experts[step], number, chunk.group, tuple(chunk.samples), step)
             for number in self.shards
-            for group in self.plan["shards"][number]
-            for first, count in chunks(self.plan["group_size"], self.plan["batch_size"])
-            for step in self.window(group)
+            for chunk in self.plan.chunks(self.plan.shards[number])
+            for step in self.window(chunk.group)
         ]
 
     def steps(self, expert: int) -> list[int]:
@@ -78,7 +81,7 @@ class Rollouts:
     def window(self, group: str) -> list[int]:
         """The steps of a group that are trained on: the stochastic ones, or, after a rollout without noise (which only
         DiffusionNFT can use), all but the first and the last."""
-        return list(self.groups[group]["window"]) or list(range(1, self.schedule.steps - 1))
+        return list(self.groups[group].window) or list(range(1, self.schedule.steps - 1))
 
     def keys(self) -> list[str]:
         """Sample keys of all shards, in plan order."""
@@ -107,7 +110,7 @@ class Inputs:
         everything = self.rollouts.units()
         if not self.alone:
             return everything
-        size = self.rollouts.plan["batch_size"]
+        size = self.rollouts.plan.batch_size
         places = dict.fromkeys((unit.expert, unit.shard, unit.group, unit.step) for unit in everything)
         return [
             Unit(expert, shard, group, samples, step)
@@ -117,7 +120,7 @@ class Inputs:
 
     def _counting(self, group: str) -> list[int]:
         """Numbers of the samples of a group that count."""
-        numbers = range(self.rollouts.plan["group_size"])
+        numbers = range(self.rollouts.plan.group_size)
         return [number for number in numbers if self.advantages[sample_key(group, number)][1] > 0]
 
     def weight(self, units: Iterable[Unit]) -> float:

@@ -63,14 +63,14 @@ class Forwards:
 
     def has_noise(self, unit: Unit) -> bool:
         """Whether the rollout took this step with noise."""
-        return bool(self.inputs.rollouts.groups[unit.group]["window"])
+        return bool(self.inputs.rollouts.groups[unit.group].window)
 
     def fresh_noise(self, chunk: Chunk) -> Tensor:
         """Noise [B, C, F, H, W] that no rollout has seen; of pairs, the same for all samples of a group."""
         plan, group = self.inputs.rollouts.plan, self.inputs.rollouts.groups[chunk.unit.group]
         step = FRESH_NOISE + chunk.unit.step
         samples = [0 if self.inputs.pairs else sample for sample in chunk.unit.samples]
-        seeds = [noise_seed(plan["seed"], plan["iteration"], group["prompt_id"], sample, step) for sample in samples]
+        seeds = [noise_seed(plan.seed, plan.iteration, group.prompt_id, sample, step) for sample in samples]
         return torch.stack([noise(chunk.x0.shape[1:], seed=seed) for seed in seeds])
 
     def free(self, chunk: Chunk, x: Tensor) -> Tensor | None:

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from shards.files import read_json, read_json_lines
-from shards.run import EXPERT_NAMES, group_of
+from shards.plan import group_of
+from shards.run import EXPERT_NAMES
 from shards.sidecar import specifications
 from train.data import Inputs
 from train.metrics import Clips, Record, guard, guard_groups, guard_unmoved

@@ -106,7 +106,7 @@ def sample_units(rollouts: Rollouts, samples: int) -> list[Unit]:
     units = rollouts.units()
     for shard, expert in sorted({(unit.shard, unit.expert) for unit in units}):
         mine = sorted(unit for unit in units if (unit.shard, unit.expert) == (shard, expert))
-        seed = int(rollouts.plan["seed"])
+        seed = rollouts.plan.seed
         taken = 0
         for index in generator(seed, "replay", rollouts.stage.iteration, shard, expert).permutation(len(mine)):
             if taken >= samples:

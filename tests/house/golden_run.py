@@ -39,7 +39,8 @@ FOLDER = Path(tempfile.gettempdir()) / "rushes-golden"
 NOW = 1_700_000_000.0  # seconds since 1970
 LAYOUTS: dict[str, dict[str, Any]] = {
     "t2v2": {"rollout.high_steps": 1, "rollout.low_steps": 2, "train.objective": "grpo", "train.kl_beta": 0.1},
-    "i2v2": {"rollout.high_steps": 1, "rollout.low_steps": 1, "train.objective": "grpo", "train.ratio_norm": True},
+    "i2v2": {"rollout.high_steps": 1, "rollout.low_steps": 1, "train.objective": "grpo", "train.ratio_norm": True,
+             "train.estimator": "noise", "train.error_weight": "derived", "train.proximal": 0.0},
     "ti2v": {"rollout.high_steps": 2, "rollout.low_steps": 0, "train.objective": "nft", "rollout.width": 32,
              "rollout.height": 32},
 }  # fmt: skip

@@ -56,7 +56,7 @@ CIRCLES = {
 }  # fmt: skip
 DIFFUSERS = {"rollout/grids.py": "the sigmas of its schedulers", "rollout/words/pretrain.py": "makes the model `words`"}
 
-PACKAGE_MODULES = {"shards": 21, "rollout": 14, "score": 16, "train": 16}  # modules that lie in a package itself
+PACKAGE_MODULES = {"shards": 22, "rollout": 14, "score": 16, "train": 16}  # modules that lie in a package itself
 MOST_MODULES = 12  # in any other folder
 MOST_LINES = 350
 LONG_FILES = {"rollout/words/pretrain.py": "one program: the whole training of the embedded model"}

@@ -53,7 +53,7 @@ def test_a_layout_goes_round(case: str, tmp_path: Path, request: pytest.FixtureR
     assert all(line["gradient_norm"] > 0 for line in lines)
     assert [line["kl"] > 0 for line in lines] == [line["update"] > 1 for line in lines]
     after = training.roll(run, 1, policy)
-    assert after.plan()["policy"]["fingerprint"] == trained.fingerprint  # type: ignore[index]
+    assert after.plan().policy.fingerprint == trained.fingerprint  # type: ignore[union-attr]
     assert prove(policy, Rollouts.open(after), samples=10**6, limit=0.0).largest == 0.0
 
 
