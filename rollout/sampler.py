@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rollout.policy import Policy
 from rollout.policy.folder import DTYPES
-from rollout.step import Inputs, looks_back, take_step
+from rollout.step import StepInputs, looks_back, take_step
 from rollout.transitions import noise, noise_seed
 from shards.plan import SCHEMA, Chunk, RolloutPlan, sample_key
 from shards.spool import Sample
@@ -123,11 +123,11 @@ class Sampler:
         began, device = time.monotonic(), self.policy.device
         prompt, negative = (self.policy.pad(shared[name], chunk.count) for name in ("prompt", "negative"))
         condition = shared["condition"].to(device) if "condition" in shared else None
-        inputs = Inputs(prompt, negative, condition)
         x, clean = state.x.to(device), None if state.clean is None else state.clean.to(device)
         for step in steps:
             drawn = self._noise(chunk, step, device)
-            taken = take_step(self.policy, self.schedule, step, x, drawn, self.storage, inputs, clean)
+            inputs = StepInputs(x, prompt, negative, condition, clean)
+            taken = take_step(self.policy, self.schedule, step, inputs, drawn, self.storage)
             if taken.log_prob is not None:
                 state.log_prob[step] = taken.log_prob.cpu()
                 if self.schedule.law == "dpm-sde-2m":

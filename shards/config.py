@@ -201,6 +201,12 @@ class TrainConfig(Section):
     keep_checkpoints: int = Field(2, ge=1, description="trainer checkpoints kept of each expert and iteration")
     async_checkpoints: bool = Field(True, description="train on while they are written, from a copy in host memory")
 
+    @property
+    def is_published(self) -> bool:
+        """Whether the loss is the clipped ratio of stored log-probs, as Flow-GRPO and DanceGRPO published it."""
+        held = self.proximal or self.proximal_2
+        return self.objective == "grpo" and self.estimator == "noise" and not held
+
 
 class EvalConfig(Section):
     """[eval]: fixed prompts and seeds, a deterministic sampler."""

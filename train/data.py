@@ -1,14 +1,15 @@
-"""The rollouts of one iteration as training reads them back: chunk by chunk, in the shape they were made in."""
+"""The rollouts of one iteration as training reads them back: batch by batch, in the shape they were made in."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from rollout.step import StepInputs
 from shards.errors import UserError
 from shards.plan import Group, RolloutPlan, Schedule, sample_key
 from shards.reader import Shard, open_shard
@@ -148,7 +149,7 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Chunk:
+class Batch:
     """One forward batch at one step, on the policy's device. B samples of one group."""
 
     unit: Unit
@@ -161,8 +162,14 @@ class Chunk:
     """[B, text_length, D] padded embeddings."""
     negative: Tensor
     """[B, text_length, D] padded embeddings of the negative prompt."""
-    extra: dict[str, Any]
-    """`condition` of image-to-video and `x0_prev` of the 2M law, where there are any."""
+    condition: Tensor | None = None
+    """Of image-to-video."""
+    x0_prev: Tensor | None = None
+    """[B, C, F, H, W] of the 2M law."""
+
+    def inputs(self, x: Tensor) -> StepInputs:
+        """What the step of the unit starts from at a state [B, C, F, H, W]: the stored one, or another."""
+        return StepInputs(x, self.prompt, self.negative, self.condition, self.x0_prev)
 
     @property
     def x(self) -> Tensor:
@@ -218,22 +225,20 @@ def _states(rollouts: Rollouts, unit: Unit, wanted: dict[str, int]) -> dict[str,
     return {name: latents[:, index] for index, name in enumerate(wanted)}
 
 
-def chunk_of(stored: Stored, policy: Policy) -> Chunk:
+def batch_of(stored: Stored, policy: Policy) -> Batch:
     """What was read, on the policy's device."""
     states = {name: latents.float().to(policy.device).contiguous() for name, latents in stored.states.items()}
     like = next(iter(states.values()))
-    extra: dict[str, Any] = {}
-    if stored.x0_prev:
-        extra["x0_prev"] = torch.stack(stored.x0_prev).float().to(policy.device)
-    if "condition" in stored.text:
-        extra["condition"] = stored.text["condition"].to(policy.device)
+    x0_prev = torch.stack(stored.x0_prev).float().to(policy.device) if stored.x0_prev else None
+    condition = stored.text["condition"].to(policy.device) if "condition" in stored.text else None
     prompt, negative = (policy.pad(stored.text[name], stored.unit.size) for name in ("prompt", "negative"))
-    return Chunk(stored.unit, keys_of(stored.unit), states, row(stored.log_prob, like), prompt, negative, extra)
+    log_prob = row(stored.log_prob, like)
+    return Batch(stored.unit, keys_of(stored.unit), states, log_prob, prompt, negative, condition, x0_prev)
 
 
-def read_chunk(rollouts: Rollouts, policy: Policy, unit: Unit) -> Chunk:
+def read_batch(rollouts: Rollouts, policy: Policy, unit: Unit) -> Batch:
     """Read a transition and bring it to the policy's device."""
-    return chunk_of(read_step(rollouts, unit), policy)
+    return batch_of(read_step(rollouts, unit), policy)
 
 
 def row(values: Sequence[float], like: Tensor) -> Tensor:

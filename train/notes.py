@@ -11,7 +11,6 @@ from shards.run import EXPERT_NAMES
 from shards.sidecar import specifications
 from train.data import Inputs
 from train.metrics import Clips, Record, guard, guard_groups, guard_unmoved
-from train.objectives.settings import is_published
 
 if TYPE_CHECKING:
     from shards.run import Run, Stage
@@ -43,8 +42,8 @@ def notes(
         small = "clips nothing of the small ratios of ratio_norm; GRPO-Guard has 2e-6 to 4e-6"
         sentences.append(f"clip_range {settings.clip_range:g} {small}")
     sentences += guard_history(run, rollouts.stage.iteration, records)
-    on_policy = settings.clip_range / 10 if lag == 0 and is_published(settings) else float("inf")
-    clips: Clips = "both" if is_published(settings) else "high" if settings.objective == "grpo" else "none"
+    on_policy = settings.clip_range / 10 if lag == 0 and settings.is_published else float("inf")
+    clips: Clips = "both" if settings.is_published else "high" if settings.objective == "grpo" else "none"
     return sentences + guard(records, epsilon=settings.epsilon, on_policy_limit=on_policy, clips=clips)
 
 

@@ -24,7 +24,7 @@ from train.data import Inputs, Rollouts
 from train.inputs import check_policy
 from train.metrics import MetricsLog
 from train.notes import notes
-from train.objectives.settings import check_settings, is_published
+from train.objectives.settings import check_settings
 from train.order import RankPlan, plan_ranks
 from train.publish import publish
 from train.ranks import agree_on_inputs, agreed, claimed, lost_ranks
@@ -222,7 +222,7 @@ def _train_expert(work: Work, expert: int) -> Trained:
         whole_groups=bool(inputs.pairs),
     )
     with closing(trainer):
-        if is_published(settings) and settings.recompute_log_probs and done < len(plan.batches):
+        if settings.is_published and settings.recompute_log_probs and done < len(plan.batches):
             trainer.recompute_log_probs([unit for unit in inputs.units() if unit.expert == expert])
         _update_all(work, trainer, plan, done)
     return Trained(trainer.averages(), trainer.unmoved())

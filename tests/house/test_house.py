@@ -64,12 +64,8 @@ LONGEST_BODY = 40  # lines of a function without its signature and docstring
 
 MODULE_SAYS = "called as module.name, and the module says of what"
 TWICE = {
-    "Chunk": "a part of a group to sample, and one that was read back; one record of the plan will serve both",
     "Clip": "a clip on the page of a tracker, and the patches VideoAlign sees; neither module knows the other",
     "Entry": "an entry of a tensor file, and one of a store's listing; neither leaves its format",
-    "Inputs": "what one step needs, and what an iteration trains on; the first will be StepInputs",
-    "Scored": "the log-prob of a step, and what a reward says; the first goes with StepInputs",
-    "Taken": "a name that a store has already, and a step that was taken; the second goes with StepInputs",
     "Work": "one worker's way through the shards, and what a training carries along",
     "Worker": "a worker at work, and what `status` sees of one",
     "check": MODULE_SAYS,

@@ -15,7 +15,7 @@ from PIL import Image
 
 from rollout.policy import Policy
 from rollout.policy.folder import find_folder
-from rollout.step import Inputs, step_log_prob, take_step
+from rollout.step import StepInputs, step_log_prob, take_step
 from shards.errors import UserError
 from shards.plan import Schedule
 from tests.support.tiny_models import TEXT_LENGTH
@@ -70,8 +70,8 @@ def sample(policy: Policy, plan: Schedule, x: torch.Tensor, condition: torch.Ten
     with torch.no_grad():
         for step in range(plan.steps):
             policy.use(plan.experts[step])
-            inputs = Inputs(prompt, negative, condition)
-            x = take_step(policy, plan, step, x, None, torch.float32, inputs).x
+            inputs = StepInputs(x, prompt, negative, condition)
+            x = take_step(policy, plan, step, inputs, None, torch.float32).x
     return policy.impose(x, condition)
 
 
@@ -263,11 +263,11 @@ def test_the_given_frame_of_ti2v_does_not_enter_the_log_prob(folders: dict[str, 
     condition = policy.encode_image(IMAGE, 64, 64, 5)
     assert tuple(condition.shape) == (1, 48, 1, 4, 4)
     with torch.no_grad():
-        scored = step_log_prob(policy, plan, 1, x, x_next, prompt, prompt, condition)
+        scored = step_log_prob(policy, plan, 1, StepInputs(x, prompt, prompt, condition), x_next)
         for tensor in (x, x_next):
             tensor[:, :, 0] += 3
-        again = step_log_prob(policy, plan, 1, x, x_next, prompt, prompt, condition)
-        without = step_log_prob(policy, plan, 1, x, x_next, prompt, prompt)
+        again = step_log_prob(policy, plan, 1, StepInputs(x, prompt, prompt, condition), x_next)
+        without = step_log_prob(policy, plan, 1, StepInputs(x, prompt, prompt), x_next)
     assert torch.equal(scored.log_prob, again.log_prob)
     assert not torch.equal(without.log_prob, again.log_prob)
 

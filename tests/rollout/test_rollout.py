@@ -17,7 +17,7 @@ from rollout import run as rollout_run
 from rollout.policy import Policy
 from rollout.run import regenerate, rollout
 from rollout.sampler import Sampler
-from rollout.step import step_log_prob
+from rollout.step import StepInputs, step_log_prob
 from shards.config import RunConfig
 from shards.errors import RunFailed, UserError
 from shards.plan import Chunk, Schedule
@@ -178,7 +178,7 @@ def test_replay_through_disk_is_exact_until_a_weight_moves(finished: tuple[Run, 
             for position, step in enumerate(shard.meta(keys[0])["window"]):
                 x, x_next = torch.stack([shard.latents(key, [step, step + 1]) for key in keys]).float().unbind(1)
                 policy.use(plan.experts[step])
-                scored = step_log_prob(policy, plan, step, x, x_next, prompt, negative)
+                scored = step_log_prob(policy, plan, step, StepInputs(x, prompt, negative), x_next)
                 assert scored.log_prob.requires_grad == bool(policy.trainable(0))
                 stored = torch.tensor([shard.meta(key)["log_prob"][position] for key in keys])
                 ratios += (scored.log_prob.detach() - stored).tolist()
@@ -289,7 +289,8 @@ def test_bfloat16_storage_is_replayed_exactly(tiny_t2v2: Path, policy: Policy, t
         pair = shard.latents(key, [step, step + 1]).float()
         before = tensors["x0_prev"][position][None]
         with torch.no_grad():
-            scored = step_log_prob(policy, plan, step, pair[:1], pair[1:], prompt, negative, x0_prev=before)
+            inputs = StepInputs(pair[:1], prompt, negative, x0_prev=before)
+            scored = step_log_prob(policy, plan, step, inputs, pair[1:])
         assert scored.log_prob.item() == meta["log_prob"][position]
     initial = {shard.meta(key)["noise_seeds"]["initial"] for key in shard.keys}
     assert len(initial) == 1
@@ -391,7 +392,8 @@ def test_images_become_conditions(layout: str, size: int, tmp_path: Path, reques
     pair = shard.latents(key, [step, step + 1]).float()
     prompt, negative = (policy.pad(text[name], 1) for name in ("prompt", "negative"))
     with torch.no_grad():
-        scored = step_log_prob(policy, plan, step, pair[:1], pair[1:], prompt, negative, text["condition"])
+        inputs = StepInputs(pair[:1], prompt, negative, text["condition"])
+        scored = step_log_prob(policy, plan, step, inputs, pair[1:])
     assert scored.log_prob.item() == shard.meta(key)["log_prob"][0]
     assert differences(sample_parts(regenerate(run, stage, key, policy)), contents(stage)[key]) == []
     if size == 64:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from rollout.policy import Policy
 from rollout.policy.folder import load_text
 from rollout.schedule import make_schedule
-from rollout.step import Inputs, take_step
+from rollout.step import StepInputs, take_step
 from shards.config import ModelConfig, RolloutConfig
 from shards.errors import RunFailed, UserError
 from shards.plan import Schedule
@@ -86,7 +86,7 @@ def test_the_model_is_given_the_fraction_of_a_timestep(policies: dict[str, Polic
     prompt = policy.pad(policy.encode(["a"])[0], 1)
     with torch.no_grad():
         for step in range(plan.steps):
-            take_step(policy, plan, step, latents(policy), None, torch.float32, Inputs(prompt, prompt))
+            take_step(policy, plan, step, StepInputs(latents(policy), prompt, prompt), None, torch.float32)
     assert [float(call[1]) for call in calls] == list(plan.timesteps)
     assert {call[1].dtype for call in calls} == {torch.float32}
 

@@ -13,7 +13,7 @@ from rollout.policy import Policy
 from score.run import score
 from shards.run import Run
 from tests.support import training
-from train.data import Rollouts, read_chunk
+from train.data import Rollouts, read_batch
 from train.inputs import freeze
 from train.replay import prove
 from train.run import train
@@ -90,4 +90,6 @@ def test_what_happens_in_the_given_frame_has_no_say(
     assert calls[0] >= 2
     for name, value in plain.items():
         assert torch.equal(value, again[name]), name
-    assert read_chunk(inputs.rollouts, policy, unit).extra["condition"].shape[2] == 1
+    condition = read_batch(inputs.rollouts, policy, unit).condition
+    assert condition is not None
+    assert condition.shape[2] == 1

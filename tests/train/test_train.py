@@ -32,7 +32,7 @@ from shards.workers.claims import claim
 from shards.writer import seal
 from tests.support import training
 from train import run as train_run
-from train.data import Inputs, Rollouts, Stored, keys_of, read_chunk, read_step
+from train.data import Inputs, Rollouts, Stored, keys_of, read_batch, read_step
 from train.inputs import check_policy, freeze
 from train.objectives.terms import nft_loss
 from train.order import Slot, Unit
@@ -293,7 +293,7 @@ def test_chunks_add_up_to_one_big_batch(objective: str, rolled: Run, policy: Pol
 
 def test_the_gradient_is_the_mean_over_rows_that_count(rolled: Run, policy: Policy, tmp_path: Path) -> None:
     """On policy and without KL it is -mean(advantage * d log_prob): taken here row by row from the step's own code."""
-    from rollout.step import step_log_prob
+    from rollout.step import StepInputs, step_log_prob
 
     run = training.fork(rolled, tmp_path / "run", kl_beta=0.0)
     inputs = freeze(run, run.iteration(0))
@@ -302,9 +302,9 @@ def test_the_gradient_is_the_mean_over_rows_that_count(rolled: Run, policy: Poli
     found = gradient(policy, inputs, run, 1)
     rows = []
     for unit in (unit for unit in inputs.units() if unit.expert == 1):
-        chunk = read_chunk(inputs.rollouts, policy, unit)
-        scored = step_log_prob(policy, inputs.rollouts.schedule, unit.step, chunk.x, chunk.x_next, chunk.prompt,
-                               chunk.negative)  # fmt: skip
+        batch = read_batch(inputs.rollouts, policy, unit)
+        start = StepInputs(batch.x, batch.prompt, batch.negative)
+        scored = step_log_prob(policy, inputs.rollouts.schedule, unit.step, start, batch.x_next)
         rows += [training.advantage_of(key)[0] * value
                  for key, value in zip(keys_of(unit), scored.log_prob, strict=True)]  # fmt: skip
     assert len(rows) == 2 * training.GROUP * 2
@@ -664,7 +664,7 @@ def test_good_samples_become_likelier_and_bad_ones_less(trained: Run, policy: Po
     gains: dict[int, float] = {0: 0.0, 1: 0.0}
     for unit in rollouts.units():
         policy.use(unit.expert)
-        chunk = read_chunk(rollouts, policy, unit)
+        chunk = read_batch(rollouts, policy, unit)
         change = log_probs(policy, rollouts, chunk) - chunk.log_prob
         advantages = torch.tensor([training.advantage_of(key)[0] for key in chunk.keys])
         gains[unit.expert] += float((advantages * change).sum())
