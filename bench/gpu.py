@@ -49,10 +49,10 @@ from rollout.policy import Policy
 from rollout.policy.folder import DTYPES
 from rollout.policy.sizes import peak_bytes
 from rollout.run import rollout
+from shards.plan import spans
 from shards.reader import open_shard
 from shards.run import Run, Stage
 from shards.sidecar import write_advantages
-from train.order import chunks
 from train.run import train
 
 MIB = 2**20
@@ -127,7 +127,7 @@ def passes(policy: Policy, run: Run) -> tuple[nn.Module, list[tuple[Tensor, Tens
     shape = policy.latent_shape(settings.height, settings.width, settings.frames)
     shape = (int(module.config.in_channels), *shape[1:])  # with the condition of an image, where the model takes one
     inputs = []
-    for _, size in chunks(settings.group_size, settings.batch_size) * settings.prompts_per_iteration:
+    for _, size in spans(settings.group_size, settings.batch_size) * settings.prompts_per_iteration:
         x = torch.randn(size, *shape, device=device).to(dtype)
         text = torch.randn(size, run.config.model.text_length, module.config.text_dim, device=device).to(dtype)
         inputs.append((x, torch.full((size,), 500.0, device=device), text))
@@ -199,7 +199,7 @@ def pipeline_seconds(folder: Path, run: Run, device: torch.device) -> float:
         torch.cuda.synchronize(device)
     began = time.monotonic()
     for row in rows:
-        for _, videos in chunks(settings.group_size, settings.batch_size):
+        for _, videos in spans(settings.group_size, settings.batch_size):
             call(row["prompt"], videos, settings.steps)
     return time.monotonic() - began  # its result is on the host: nothing is left to wait for
 

@@ -16,10 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from bench.plans import bare_plan
 from score import tables
 from score.reward import Chosen, Scored
 from shards import sidecar
-from shards.run import SCHEMA, Run, Stage, group_key, sample_key
+from shards.plan import SCHEMA, sample_key
+from shards.run import Run, Stage
 from shards.run_toml import parse_config, read_preset
 from shards.spool import Sample, write_group, write_sample
 from shards.writer import seal
@@ -49,22 +51,9 @@ def measure(folder: Path, samples: int) -> tuple[float, float]:
 
 def fill(stage: Stage, samples: int) -> Stage:
     """A sampled stage: `samples` of them, rounded up to whole groups, with tensors and videos of a few bytes."""
-    keys = [group_key(stage.iteration, number) for number in range(-(-samples // GROUP))]
-    shards = [keys[first : first + GROUPS_A_SHARD] for first in range(0, len(keys), GROUPS_A_SHARD)]
-    groups = [{"key": key, "prompt_id": number} for number, key in enumerate(keys)]
-    stage.publish_plan(
-        {
-            "schema": SCHEMA,
-            "kind": "rollout",
-            "iteration": 0,
-            "groups": groups,
-            "group_size": GROUP,
-            "shards": shards,
-            "video": {"height": 32, "width": 64, "frames": 5, "fps": 16},
-        }
-    )
+    plan = stage.publish_plan(bare_plan(stage.iteration, -(-samples // GROUP), GROUP, GROUPS_A_SHARD))
     tensors: dict[str, Any] = {"latents": np.zeros((1, 1, 1, 1, 1), np.float16), "states": np.zeros(1, np.int32)}
-    for shard, members in enumerate(shards):
+    for shard, members in enumerate(plan.shards):
         for group in members:
             write_group(stage, shard, group, {"prompt": np.zeros((1, 1), np.float16)})
             for number in range(GROUP):

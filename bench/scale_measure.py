@@ -21,12 +21,14 @@ from typing import Any
 
 import numpy as np
 
+from bench.plans import bare_plan
 from bench.scale_probe import kinds, moved
 from bench.scale_simulation import Measured
 from shards.errors import RunFailed
 from shards.files import publish_new
+from shards.plan import SCHEMA, group_key, sample_key
 from shards.reader import open_shard
-from shards.run import SCHEMA, Run, Stage, group_key, sample_key
+from shards.run import Run, Stage
 from shards.run_toml import apply_sets, parse_config, read_preset
 from shards.spool import Sample, write_group, write_phase, write_sample
 from shards.workers.claims import claim
@@ -184,7 +186,7 @@ def time_files(out: Path, samples: int, files: int) -> tuple[Measured, dict[str,
     """Publish, seal and read a shard as large as A14B's, and small files; also seconds of single actions, median."""
     stage = Stage(out, "iter-0000", 0, "rollout")
     group = group_key(0, 0)
-    stage.publish_plan({"schema": SCHEMA, "shards": [[group]], "groups": [{"key": group}], "group_size": samples})
+    stage.publish_plan(bare_plan(0, 1, samples))
     numbers = np.random.default_rng(0).standard_normal((STATES, *STATE), dtype=np.float32).astype(np.float16)
     found = [_sample(group, number, numbers) for number in range(samples)]
     parked = {"x": numbers[0].astype(np.float32), "kept": numbers[:4]}

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from shards.config import Schedule
+    from shards.config import SigmaGrid
 
 Grid = tuple[tuple[float, ...], tuple[float, ...]]
 
 
-def grid(schedule: Schedule, steps: int, shift: float, scheduler_config: Mapping[str, Any]) -> Grid:
+def grid(schedule: SigmaGrid, steps: int, shift: float, scheduler_config: Mapping[str, Any]) -> Grid:
     """(sigmas [N+1], timesteps [N]) of a schedule, as fp32 values; sigmas end with 0.
 
     scheduler_config: the model's scheduler_config.json. Its entries hold, but for the shift and for what makes it a

@@ -14,10 +14,11 @@ import torch
 from rollout import run as rollout_run
 from rollout.policy import Policy
 from rollout.run import RolloutReport
+from shards.plan import Kind
 from shards.process.pool import Pool
 from shards.process.progress import Progress
 from shards.process.torchrun import world_size
-from shards.run import Kind, Run, Stage
+from shards.run import Run, Stage
 from shards.workers.worker import Part
 
 MOMENT = 1.0  # seconds to wait for the report of a helper whose work is published

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from shards.errors import ANEW, RunFailed, UserError
 from shards.files import publish_new, read_json, to_json
-from shards.run import AVERAGE, SCHEMA, Run, Stage
+from shards.plan import SCHEMA
+from shards.run import AVERAGE, Run, Stage
 
 if TYPE_CHECKING:
     from rollout.policy import Policy

@@ -15,11 +15,12 @@ from rollout.prompts.checks import check_lengths, check_readable, reads
 from rollout.prompts.files import Column
 from rollout.prompts.load import Prompt, load_prompts, prompts_of_iteration, split
 from rollout.ranks.device import find_device
-from rollout.schedule import Plan, make_plan, step_std
+from rollout.schedule import make_schedule, step_std
 from rollout.window import choose_window, trained_steps
 from rollout.words.paths import words_folder
 from shards.errors import UserError
-from shards.run import SCHEMA, Run, Stage, group_key
+from shards.plan import SCHEMA, Group, PolicyIdentity, RolloutPlan, Schedule, VideoShape, group_key
+from shards.run import Run, Stage
 from shards.text.cleaning import clean
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def check_stage(run: Run, stage: Stage, policy: Policy | None = None) -> list[st
     if policy is None:
         find_device(model.device, model.dtype)
     layout = policy.layout if policy is not None else read_layout(find_folder(model.path))
-    stage_plan(run, stage, layout, {})
+    stage_plan(run, stage, layout)
     return check_prompts(run, stage, layout)
 
 
@@ -55,44 +56,41 @@ def check_prompts(run: Run, stage: Stage, layout: Layout) -> list[str]:
     return check_lengths(every, taken, run.config, layout.folder)
 
 
-def stage_plan(run: Run, stage: Stage, layout: Layout, identity: dict[str, Any]) -> dict[str, Any]:
-    """The content of plan.json: a pure function of run.toml, the prompts file and the policy. Raises UserError."""
+def stage_plan(run: Run, stage: Stage, layout: Layout, identity: dict[str, Any] | None = None) -> RolloutPlan:
+    """The plan of a stage: a pure function of run.toml, the prompts file and the policy. Raises UserError.
+
+    `identity` is what `Policy.fingerprint` gives. Without it the plan names no policy, and is only good to look at.
+    """
     config, rollout = run.config, run.config.rollout
     evaluation = config.eval if stage.kind == "eval" else None
     layout.check_shape(rollout.height, rollout.width, rollout.frames)
-    sampler = make_plan(
+    schedule = make_schedule(
         rollout, boundary=layout.boundary, scheduler_config=layout.scheduler_config, evaluation=evaluation
     )
     prompts = _prompts(run, stage)
     _check_images(prompts, layout, rollout.height, rollout.width, rollout.frames)
     if evaluation is None and stage.plan() is None:  # what was begun can be finished
-        _check_noise(sampler, rollout)
+        _check_noise(schedule, rollout)
     size = evaluation.videos_per_prompt if evaluation else rollout.group_size
     # an evaluation has small groups: as many videos a shard as in a rollout
     per_shard = max(1, rollout.groups_per_shard * rollout.group_size // size)
     keys = [group_key(stage.iteration, prompt.id) for prompt in prompts]
-    return {
-        "schema": SCHEMA,
-        "kind": stage.kind,
-        "iteration": stage.iteration,
-        "seed": evaluation.seed if evaluation else rollout.seed,
-        "policy": {**identity, "lag_of": stage.iteration},
-        "sampler": sampler.to_dict(),
-        "video": {
-            "height": rollout.height,
-            "width": rollout.width,
-            "frames": rollout.frames,
-            "fps": rollout.fps,
-            "crf": rollout.video_crf,
-        },
-        "storage_dtype": rollout.storage_dtype,
-        "group_size": size,
-        "batch_size": batch_size(rollout, layout),
-        "negative_prompt": clean(rollout.negative_prompt),
-        "groups": [_group(run, stage, sampler, prompt) for prompt in prompts],
-        "shards": [keys[start : start + per_shard] for start in range(0, len(keys), per_shard)],
-        "same_initial_noise": rollout.same_initial_noise and evaluation is None,
-    }
+    return RolloutPlan(
+        schema=SCHEMA,
+        kind=stage.kind,
+        iteration=stage.iteration,
+        seed=evaluation.seed if evaluation else rollout.seed,
+        policy=PolicyIdentity(**(identity or {"fingerprint": "", "base": "", "adapters": {}}), lag_of=stage.iteration),
+        schedule=schedule,
+        video=VideoShape(rollout.height, rollout.width, rollout.frames, rollout.fps, rollout.video_crf),
+        storage_dtype=rollout.storage_dtype,
+        group_size=size,
+        batch_size=batch_size(rollout, layout),
+        negative_prompt=clean(rollout.negative_prompt),
+        groups=tuple(_group(run, stage, schedule, prompt) for prompt in prompts),
+        shards=tuple(tuple(keys[start : start + per_shard]) for start in range(0, len(keys), per_shard)),
+        same_initial_noise=rollout.same_initial_noise and evaluation is None,
+    )
 
 
 def batch_size(rollout: RolloutConfig, layout: Layout) -> int:
@@ -113,18 +111,16 @@ def batch_size(rollout: RolloutConfig, layout: Layout) -> int:
     return min(rollout.batch_tokens // tokens, rollout.group_size)
 
 
-def _group(run: Run, stage: Stage, sampler: Plan, prompt: Prompt) -> dict[str, Any]:
-    """One group of the plan. A prompt's own negative prompt is written down only where there is one."""
-    window = choose_window(sampler, run.config.rollout, iteration=stage.iteration, prompt_id=prompt.id)
-    group = {
-        "key": group_key(stage.iteration, prompt.id),
-        "prompt_id": prompt.id,
-        "prompt": prompt.text,
-        "target": prompt.target,
-        "image": prompt.image,
-        "window": list(window),
-    }
-    return group if prompt.negative is None else {**group, "negative_prompt": prompt.negative}
+def _group(run: Run, stage: Stage, schedule: Schedule, prompt: Prompt) -> Group:
+    return Group(
+        key=group_key(stage.iteration, prompt.id),
+        prompt_id=prompt.id,
+        prompt=prompt.text,
+        target=prompt.target,
+        image=prompt.image,
+        window=choose_window(schedule, run.config.rollout, iteration=stage.iteration, prompt_id=prompt.id),
+        negative_prompt=prompt.negative,
+    )
 
 
 def _prompts(run: Run, stage: Stage) -> list[Prompt]:
@@ -172,18 +168,18 @@ def _split(config: RunConfig, need_target: bool) -> tuple[list[Prompt], list[Pro
     return train, test
 
 
-def _check_noise(sampler: Plan, config: RolloutConfig) -> None:
+def _check_noise(schedule: Schedule, config: RolloutConfig) -> None:
     """UserError for noise so small that stored states do not hold it: a log-prob would be that of rounding errors.
 
     Rounding a normal variable to a dtype changes it by 0.2 eps, root mean square; and below the eps of float32 a std is
     not exact. All steps that any iteration may train are looked at, so that a run does not end in the middle.
     """
     storage = config.storage_dtype
-    steps = {step: step_std(sampler, step) for step in trained_steps(sampler, config)}
+    steps = {step: step_std(schedule, step) for step in trained_steps(schedule, config)}
     weakest = min(steps, key=steps.__getitem__, default=None)
     least = max(torch.finfo(DTYPES[storage]).eps / 4, torch.finfo(torch.float32).eps)
     if weakest is not None and steps[weakest] < least:
-        problem = f"rollout.eta = {sampler.eta:g}: step {weakest} adds noise of {steps[weakest]:.2g}"
+        problem = f"rollout.eta = {schedule.eta:g}: step {weakest} adds noise of {steps[weakest]:.2g}"
         hint = "take a larger rollout.eta" + (", or rollout.storage_dtype=float32" if storage != "float32" else "")
         raise UserError(f"{problem}, which latents stored as {storage} cannot hold", hint)
 

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from rollout.lineage import take_policy
 from rollout.plan import check_stage, stage_plan
@@ -14,13 +13,14 @@ from rollout.policy import Policy
 from rollout.policy.ulysses import shared_tokens
 from rollout.ranks.device import find_device
 from rollout.sampler import Sampler
-from rollout.ulysses_group import Group, Leader, follow
+from rollout.ulysses_group import Leader, UlyssesGroup, follow
 from rollout.work import Work
 from shards.errors import UserError
 from shards.files import read_json
+from shards.plan import SAMPLE_KEY, RolloutPlan
 from shards.process.progress import Progress
 from shards.process.versions import our_version
-from shards.run import SAMPLE_KEY, Run, Stage
+from shards.run import Run, Stage
 from shards.spool import Sample
 from shards.workers.worker import Part, Worker
 
@@ -74,10 +74,11 @@ def rollout(
     """
     began = time.monotonic()
     complete = stage.is_complete()
-    group = Group.of(run.config, find_device(run.config.model.device))
+    group = UlyssesGroup.of(run.config, find_device(run.config.model.device))
     if group.world.broadcast(complete) if group else complete:  # ranks that work together must not part here
-        plan = stage.plan() or {}
-        return RolloutReport(0, len(plan["groups"]) * plan["group_size"], time.monotonic() - began)
+        there = stage.plan()
+        assert there is not None
+        return RolloutReport(0, there.samples, time.monotonic() - began)
     _check_version(stage)
     for sentence in check_stage(run, stage, policy):
         if tell:
@@ -86,32 +87,29 @@ def rollout(
     policy.check_decoder()
     identity = take_policy(run, stage, policy)
     plan = stage.publish_plan(stage_plan(run, stage, policy.layout, identity))
-    total = len(plan["groups"]) * plan["group_size"]
     with _sampler(group, policy, plan, stage) as sampler:
         if group and not group.leads:
             follow(group, sampler)
-            return RolloutReport(0, total, time.monotonic() - began)
+            return RolloutReport(0, plan.samples, time.monotonic() - began)
         if group:
             worker = worker[0] // group.world.ulysses, worker[1] // group.world.ulysses
         ours = Worker(stage, "rollout", worker, run.config.workers.claim_seconds)
         work = Work(stage, sampler, ours, progress)
         busy = work.run(wait)
-    there = total if not busy else sum(len(plan["shards"][n]) for n in stage.shards()) * plan["group_size"]
+    finished = plan.samples if not busy else sum(plan.shard_sizes[shard] for shard in stage.shards())
     return RolloutReport(
-        work.made, max(0, there - work.made), time.monotonic() - began, len(busy), ours.waited, work.broken
+        work.made, max(0, finished - work.made), time.monotonic() - began, len(busy), ours.waited, work.broken
     )
 
 
 @contextmanager
-def _sampler(group: Group | None, policy: Policy, plan: dict[str, Any], stage: Stage) -> Iterator[Sampler]:
+def _sampler(group: UlyssesGroup | None, policy: Policy, plan: RolloutPlan, stage: Stage) -> Iterator[Sampler]:
     """The sampler of a stage; within a group of ranks, that of its leader has the others compute along."""
     identity = policy, plan, stage.plan_sha256()
     with ExitStack() as open_now:
         open_now.callback(policy.use, None)
         if group:
-            video = plan["video"]
-            size = video["height"], video["width"], video["frames"]
-            open_now.enter_context(shared_tokens(policy, size, group.world))
+            open_now.enter_context(shared_tokens(policy, plan.video.size, group.world))
         sampler = Leader(group, *identity) if group and group.leads else Sampler(*identity)
         open_now.callback(sampler.end)
         yield sampler
@@ -125,15 +123,15 @@ def regenerate(run: Run, stage: Stage, key: str, policy: Policy) -> Sample:
     """
     plan, match = stage.plan(), SAMPLE_KEY.fullmatch(key)
     group, _, number = key.rpartition("-s")
-    if plan is None or match is None or group not in {item["key"] for item in plan["groups"]}:
+    if plan is None or match is None or group not in plan.by_key:
         raise UserError(f"{key!r} is not a sample of {stage.path}", "`rushes inspect` lists the keys")
-    if int(number) >= plan["group_size"]:
-        raise UserError(f"{key!r} is not a sample of {stage.path}", f"its groups have {plan['group_size']} samples")
+    if int(number) >= plan.group_size:
+        raise UserError(f"{key!r} is not a sample of {stage.path}", f"its groups have {plan.group_size} samples")
     identity = take_policy(run, stage, policy)
-    if identity["fingerprint"] != plan["policy"]["fingerprint"]:
+    if identity["fingerprint"] != plan.policy.fingerprint:
         raise UserError(f"{key} was sampled by another policy", "restore the model or the adapters of that iteration")
     sampler = Sampler(policy, plan, stage.plan_sha256())
-    chunk = next(chunk for chunk in sampler.chunks([group]) if int(number) in chunk.samples)
+    chunk = next(chunk for chunk in plan.chunks([group]) if int(number) in chunk.samples)
     shared = sampler.group_tensors([group])[group]
     state = sampler.start(chunk)
     for expert, steps in sampler.phases:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -13,10 +13,9 @@ from torch import Tensor
 
 from rollout.policy import Policy
 from rollout.policy.folder import DTYPES
-from rollout.schedule import Plan
-from rollout.step import Inputs, looks_back, take_step
+from rollout.step import StepInputs, looks_back, take_step
 from rollout.transitions import noise, noise_seed
-from shards.run import SCHEMA, sample_key
+from shards.plan import SCHEMA, Chunk, RolloutPlan, sample_key
 from shards.spool import Sample
 from shards.video import encode_mp4
 
@@ -24,25 +23,6 @@ INITIAL = -1  # the step number of the initial noise in a seed
 EVALUATION = -1  # the iteration number in the seeds of an evaluation: the same noise for every policy
 
 Tensors = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Consecutive samples of one group. Training runs the same chunks again, in the same batch shape."""
-
-    group: str
-    first: int
-    count: int
-
-    @property
-    def samples(self) -> range:
-        """Sample numbers within the group."""
-        return range(self.first, self.first + self.count)
-
-    @property
-    def keys(self) -> list[str]:
-        """Sample keys, in the order of the batch."""
-        return [sample_key(self.group, sample) for sample in self.samples]
 
 
 @dataclass
@@ -97,13 +77,11 @@ class State:
 class Sampler:
     """Samples the chunks of a stage as its plan says. What it computes depends on the plan and the policy alone."""
 
-    def __init__(self, policy: Policy, plan: Mapping[str, Any], plan_sha256: str) -> None:
+    def __init__(self, policy: Policy, plan: RolloutPlan, plan_sha256: str) -> None:
         self.policy, self.plan, self.plan_sha256 = policy, plan, plan_sha256
-        self.schedule = Plan.from_dict(plan["sampler"])
-        self.storage = DTYPES[plan["storage_dtype"]]
-        self.groups: dict[str, dict[str, Any]] = {group["key"]: group for group in plan["groups"]}
-        self.size = tuple(plan["video"][name] for name in ("height", "width", "frames"))
-        self.shape = policy.latent_shape(*self.size)
+        self.schedule, self.groups = plan.schedule, plan.by_key
+        self.storage = DTYPES[plan.storage_dtype]
+        self.shape = policy.latent_shape(*plan.video.size)
         self.looks_back = looks_back(self.schedule)
 
     @property
@@ -112,22 +90,18 @@ class Sampler:
         experts = self.schedule.experts
         return [(e, [i for i, expert in enumerate(experts) if expert == e]) for e in sorted(set(experts))]
 
-    def chunks(self, groups: Sequence[str]) -> list[Chunk]:
-        """The chunks of groups, in order."""
-        size, batch = self.plan["group_size"], self.plan["batch_size"]
-        return [Chunk(group, s, min(batch, size - s)) for group in groups for s in range(0, size, batch)]
-
     def group_tensors(self, groups: Sequence[str]) -> dict[str, Tensors]:
         """What the samples of each group share: embeddings "prompt" and "negative" [L,D], an image's "condition"."""
-        negatives = [self._negative(group) for group in groups]
-        prompts = [self.groups[group]["prompt"] for group in groups]
+        negatives = [self.plan.negative_of(group) for group in groups]
+        prompts = [self.groups[group].prompt for group in groups]
         texts = list(dict.fromkeys([*prompts, *negatives]))
         embeds = dict(zip(texts, self.policy.encode(texts, cleaned=True), strict=True))
         result = {}
         for group, prompt, negative in zip(groups, prompts, negatives, strict=True):
             result[group] = {"prompt": embeds[prompt], "negative": embeds[negative]}
-            if self.groups[group]["image"] is not None:
-                result[group]["condition"] = self.policy.encode_image(self.groups[group]["image"], *self.size)
+            image = self.groups[group].image
+            if image is not None:
+                result[group]["condition"] = self.policy.encode_image(image, *self.plan.video.size)
         return result
 
     def stay(self) -> None:
@@ -149,11 +123,11 @@ class Sampler:
         began, device = time.monotonic(), self.policy.device
         prompt, negative = (self.policy.pad(shared[name], chunk.count) for name in ("prompt", "negative"))
         condition = shared["condition"].to(device) if "condition" in shared else None
-        inputs = Inputs(prompt, negative, condition)
         x, clean = state.x.to(device), None if state.clean is None else state.clean.to(device)
         for step in steps:
             drawn = self._noise(chunk, step, device)
-            taken = take_step(self.policy, self.schedule, step, x, drawn, self.storage, inputs, clean)
+            inputs = StepInputs(x, prompt, negative, condition, clean)
+            taken = take_step(self.policy, self.schedule, step, inputs, drawn, self.storage)
             if taken.log_prob is not None:
                 state.log_prob[step] = taken.log_prob.cpu()
                 if self.schedule.law == "dpm-sde-2m":
@@ -172,9 +146,9 @@ class Sampler:
         A sample that is not finite, as when numbers outgrow float16, is stored as zeros, with a status that says so.
         """
         began = time.monotonic()
-        video, whole = self.plan["video"], state.blank_broken()
+        video, whole = self.plan.video, state.blank_broken()
         frames = self.policy.decode(state.x)
-        videos = [encode_mp4(rows, video["fps"], video["crf"]) for rows in frames]
+        videos = [encode_mp4(rows, video.fps, video.crf) for rows in frames]
         seconds = round((state.seconds + time.monotonic() - began) / chunk.count, 3)
         samples = [self._sample(chunk, state, index, videos[index], seconds) for index in range(chunk.count)]
         for sample, ok in zip(samples, whole, strict=True):
@@ -183,13 +157,13 @@ class Sampler:
 
     def _keep(self, chunk: Chunk, state: State, number: int) -> None:
         """Keep state `number` if it is stored: before and after every window step, and the last."""
-        window = self.groups[chunk.group]["window"]
+        window = self.groups[chunk.group].window
         if number in window or number - 1 in window or number == self.schedule.steps:
             state.kept[number] = state.x.to(self.storage)
 
     def _noise(self, chunk: Chunk, step: int, device: torch.device) -> Tensor | None:
         """Fresh noise of a window step [B,C,F,H,W]; None for the other steps."""
-        if step not in self.groups[chunk.group]["window"]:
+        if step not in self.groups[chunk.group].window:
             return None
         seeds = [self._seed(chunk.group, sample, step) for sample in chunk.samples]
         return torch.stack([noise(self.shape, seed=seed) for seed in seeds]).to(device)
@@ -197,15 +171,10 @@ class Sampler:
     def _seed(self, group: str, sample: int, step: int) -> int:
         """Seed of one noise tensor; with `same_initial_noise` a group begins from the noise of its first sample."""
         plan = self.plan
-        iteration = EVALUATION if plan["kind"] == "eval" else plan["iteration"]
-        if step == INITIAL and plan["same_initial_noise"]:
+        iteration = EVALUATION if plan.kind == "eval" else plan.iteration
+        if step == INITIAL and plan.same_initial_noise:
             sample = 0
-        return noise_seed(plan["seed"], iteration, self.groups[group]["prompt_id"], sample, step)
-
-    def _negative(self, group: str) -> str:
-        negative = self.groups[group].get("negative_prompt", self.plan["negative_prompt"])
-        assert isinstance(negative, str)
-        return negative
+        return noise_seed(plan.seed, iteration, self.groups[group].prompt_id, sample, step)
 
     def _sample(self, chunk: Chunk, state: State, index: int, video: bytes, seconds: float) -> Sample:
         key = chunk.keys[index]
@@ -228,26 +197,26 @@ class Sampler:
     def _meta(self, chunk: Chunk, sample: int) -> dict[str, Any]:
         """The record of a sample but for what came out of it."""
         group, plan = self.groups[chunk.group], self.plan
-        seeds = {"initial": INITIAL} | {str(step): step for step in group["window"]}
+        seeds = {"initial": INITIAL} | {str(step): step for step in group.window}
         return {
             "schema": SCHEMA,
             "key": sample_key(chunk.group, sample),
-            "iteration": plan["iteration"],
-            "prompt_id": group["prompt_id"],
+            "iteration": plan.iteration,
+            "prompt_id": group.prompt_id,
             "group": chunk.group,
             "sample": sample,
-            "prompt": group["prompt"],
-            "target": group["target"],
-            "image": group["image"],
-            "negative_prompt": self._negative(chunk.group),
+            "prompt": group.prompt,
+            "target": group.target,
+            "image": group.image,
+            "negative_prompt": plan.negative_of(chunk.group),
             "chunk": [chunk.first, chunk.count],
-            "seed": plan["seed"],
+            "seed": plan.seed,
             "noise_seeds": {name: self._seed(chunk.group, sample, step) for name, step in seeds.items()},
-            "policy": plan["policy"]["fingerprint"],
+            "policy": plan.policy.fingerprint,
             "plan_sha256": self.plan_sha256,
-            **plan["sampler"],
-            "window": group["window"],
-            **{name: plan["video"][name] for name in ("height", "width", "frames", "fps")},
+            **asdict(plan.schedule),
+            "window": group.window,
+            **{name: getattr(plan.video, name) for name in ("height", "width", "frames", "fps")},
             "text": chunk.group,
             "host": socket.gethostname(),
         }

@@ -1,91 +1,31 @@
-"""The frozen plan of a rollout: sigmas, timesteps, experts and guidance of every step, and its table for people."""
+"""The schedule of a rollout: sigmas, timesteps, experts and guidance of every step, and its table for people."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rollout.grids import grid
 from rollout.transitions import Kernel, gradient_scale, kernel, resolve_form, velocity_slope
-from shards.config import Form, Law, Solver
+from shards.config import Form, Law
 from shards.errors import UserError
+from shards.plan import HIGH_NOISE, LOW_NOISE, Schedule
 from shards.run import EXPERT_NAMES
 
 if TYPE_CHECKING:
     from shards.config import EvalConfig, RolloutConfig
 
-HIGH_NOISE, LOW_NOISE = 0, 1
 
-
-@dataclass(frozen=True)
-class Plan:
-    """What the sampler does at each step, computed once, stored with the shard and never derived again.
-
-    Step i goes from sigmas[i] to sigmas[i+1]. sigmas [N+1] fall strictly and end with 0; timesteps [N] are what the
-    model is conditioned on, in 0..1000; experts [N] are 0 (high noise, or the only one) or 1 (low noise); guidance
-    [N]. All of these are fp32 values, so nothing is lost in a shard. law, form and eta are those of the window steps,
-    solver that of the others. Raises UserError when the parts do not fit together.
-    """
-
-    sigmas: tuple[float, ...]
-    timesteps: tuple[float, ...]
-    experts: tuple[int, ...]
-    guidance: tuple[float, ...]
-    law: Law
-    form: Form
-    eta: float
-    solver: Solver
-
-    def __post_init__(self) -> None:
-        """Refuse what no schedule can be."""
-        for problem in _problems(self):
-            raise UserError(f"bad sampler plan: {problem}", "a plan is made by `rushes rollout` and must not be edited")
-
-    @property
-    def steps(self) -> int:
-        """N, the number of denoising steps."""
-        return len(self.timesteps)
-
-    @property
-    def sha256(self) -> str:
-        """Hash of the canonical JSON of this plan, 64 hex digits."""
-        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"), allow_nan=False)
-        return hashlib.sha256(text.encode()).hexdigest()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain lists, numbers and strings; through JSON and `from_dict` it comes back equal, bit for bit."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
-        """The plan that `to_dict` described. Raises UserError for missing or unknown keys and for bad values."""
-        names = {field.name for field in fields(cls)}
-        if names != set(data):
-            wrong = ", ".join(sorted(names ^ set(data)))
-            raise UserError(f"bad sampler plan: missing or unknown keys: {wrong}", "was it written by another version?")
-        try:
-            vectors = {key: tuple(float(value) for value in data[key]) for key in ("sigmas", "timesteps", "guidance")}
-            experts, eta = tuple(int(value) for value in data["experts"]), float(data["eta"])
-        except (TypeError, ValueError) as error:
-            raise UserError(f"bad sampler plan: {error}", "the file is damaged") from error
-        return cls(**vectors, experts=experts, eta=eta, law=data["law"], form=data["form"], solver=data["solver"])
-
-
-def make_plan(
+def make_schedule(
     config: RolloutConfig,
     *,
     boundary: float | None,
     scheduler_config: Mapping[str, Any],
     evaluation: EvalConfig | None = None,
-) -> Plan:
-    """The plan of a rollout, or with `evaluation` that of the deterministic evaluation sampler.
+) -> Schedule:
+    """The schedule of a rollout, or with `evaluation` that of the deterministic evaluation sampler.
 
     boundary: `boundary_ratio` of the model's model_index.json, None for a model with one expert. scheduler_config: the
     model's scheduler/scheduler_config.json; the run's own shift replaces the one in it. Raises UserError for two
@@ -104,7 +44,7 @@ def make_plan(
     law: Law = "ode" if evaluation is not None else config.law
     if law != "ode":
         _check_eta(law, config.eta)
-    return Plan(
+    return Schedule(
         sigmas=sigmas,
         timesteps=timesteps,
         experts=experts,
@@ -123,7 +63,7 @@ def expert_ids(timesteps: Sequence[float], boundary: float | None, train_steps: 
     return tuple(HIGH_NOISE if t >= boundary * train_steps else LOW_NOISE for t in timesteps)
 
 
-def describe(plan: Plan, window: Sequence[int]) -> list[dict[str, Any]]:
+def describe(schedule: Schedule, window: Sequence[int]) -> list[dict[str, Any]]:
     """One row per step, for `--dry-run`.
 
     Keys: step, sigma, timestep, expert (name), guidance, law (that of the window, or the solver), std (of the whole
@@ -131,22 +71,22 @@ def describe(plan: Plan, window: Sequence[int]) -> list[dict[str, Any]]:
     trained, gradient_share (of this step among the trained steps of its expert, by `gradient_scale`; they sum to 1).
     """
     chosen = set(window)
-    scales = {step: step_scale(plan, step) for step in chosen}
+    scales = {step: step_scale(schedule, step) for step in chosen}
     rows = []
-    for step in range(plan.steps):
-        expert, trained = plan.experts[step], step in chosen
-        std = step_std(plan, step) if trained else 0.0
-        total = sum(scale for other, scale in scales.items() if plan.experts[other] == expert)
+    for step in range(schedule.steps):
+        expert, trained = schedule.experts[step], step in chosen
+        std = step_std(schedule, step) if trained else 0.0
+        total = sum(scale for other, scale in scales.items() if schedule.experts[other] == expert)
         rows.append(
             {
                 "step": step,
-                "sigma": plan.sigmas[step],
-                "timestep": plan.timesteps[step],
+                "sigma": schedule.sigmas[step],
+                "timestep": schedule.timesteps[step],
                 "expert": EXPERT_NAMES[expert],
-                "guidance": plan.guidance[step],
-                "law": plan.law if trained else plan.solver,
+                "guidance": schedule.guidance[step],
+                "law": schedule.law if trained else schedule.solver,
                 "std": std,
-                "noise_share": std / plan.sigmas[step + 1] if trained else 0.0,
+                "noise_share": std / schedule.sigmas[step + 1] if trained else 0.0,
                 "trained": trained,
                 "gradient_share": scales[step] / total if trained else 0.0,
             }
@@ -193,51 +133,35 @@ def _check_eta(law: Law, eta: float) -> None:
         raise UserError(problem, "take an eta from 0 to 1")
 
 
-def _law_of(plan: Plan, step: int) -> tuple[Law, Form, float, float, float, float]:
+def _law_of(schedule: Schedule, step: int) -> tuple[Law, Form, float, float, float, float]:
     """Arguments of `kernel` and `gradient_scale` for a window step."""
-    return plan.law, plan.form, plan.sigmas[step], plan.sigmas[step + 1], plan.eta, plan.sigmas[1]
+    return (
+        schedule.law,
+        schedule.form,
+        schedule.sigmas[step],
+        schedule.sigmas[step + 1],
+        schedule.eta,
+        schedule.sigmas[1],
+    )
 
 
-def step_std(plan: Plan, step: int) -> float:
+def step_std(schedule: Schedule, step: int) -> float:
     """Standard deviation of a window step, the whole of it."""
-    return kernel(*_law_of(plan, step)).std
+    return kernel(*_law_of(schedule, step)).std
 
 
-def step_kernel(plan: Plan, step: int) -> Kernel:
+def step_kernel(schedule: Schedule, step: int) -> Kernel:
     """Coefficients of a window step on x and v, and its std; of `dpm-sde-2m`, the first order alone."""
-    return kernel(*_law_of(plan, step))
+    return kernel(*_law_of(schedule, step))
 
 
-def step_slope(plan: Plan, step: int) -> float:
+def step_slope(schedule: Schedule, step: int) -> float:
     """d mean / d v of a window step, below 0."""
-    before = plan.sigmas[step - 1] if step > 0 else None
-    return velocity_slope(*_law_of(plan, step), sigma_previous=before)
+    before = schedule.sigmas[step - 1] if step > 0 else None
+    return velocity_slope(*_law_of(schedule, step), sigma_previous=before)
 
 
-def step_scale(plan: Plan, step: int) -> float:
+def step_scale(schedule: Schedule, step: int) -> float:
     """How strongly the log-prob of a window step pulls on the velocity: |d mean / d v| over the std."""
-    before = plan.sigmas[step - 1] if step > 0 else None
-    return gradient_scale(*_law_of(plan, step), sigma_previous=before)
-
-
-def _problems(plan: Plan) -> list[str]:
-    """What is wrong with a plan, in the order in which it is best mended."""
-    n, sigmas, found = plan.steps, plan.sigmas, []
-    if len(sigmas) != n + 1 or len(plan.experts) != n or len(plan.guidance) != n or n < 1:
-        found.append(
-            f"{n} timesteps, {len(sigmas)} sigmas, {len(plan.experts)} experts, {len(plan.guidance)} guidances"
-        )
-    falling = all(a > b for a, b in pairwise(sigmas))
-    if not falling or not sigmas or sigmas[0] > 1 + 1e-6 or sigmas[-1] != 0:
-        found.append("sigmas must fall strictly, from at most 1 down to 0")
-    values = (*sigmas, *plan.timesteps, *plan.guidance)
-    with np.errstate(over="ignore"):
-        exact = np.asarray(values, dtype=np.float32).tolist() == list(values)
-    if not exact or not all(map(math.isfinite, values)):
-        found.append("sigmas, timesteps and guidance must be finite fp32 values")
-    if not set(plan.experts) <= {HIGH_NOISE, LOW_NOISE}:
-        found.append("experts must be 0 or 1")
-    for key, allowed in (("law", Law), ("form", Form), ("solver", Solver)):
-        if getattr(plan, key) not in get_args(allowed):
-            found.append(f"unknown {key} {getattr(plan, key)!r}")
-    return found
+    before = schedule.sigmas[step - 1] if step > 0 else None
+    return gradient_scale(*_law_of(schedule, step), sigma_previous=before)

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from rollout.ranks.world import World
-from rollout.sampler import Chunk, Sampler, State, Tensors
+from rollout.sampler import Sampler, State, Tensors
 from shards.errors import RunFailed, UserError
 from shards.process.torchrun import world_size
 
 if TYPE_CHECKING:
     from rollout.policy import Policy
     from shards.config import RunConfig
+    from shards.plan import Chunk, RolloutPlan
 
 END, STAY = "end", "stay"
 
 
-class Group:
+class UlyssesGroup:
     """The ranks that share the tokens of each video: consecutive ones, as many as `rollout.ulysses` says."""
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
@@ -35,7 +36,7 @@ class Group:
         self.leader = self.world.rank - self.world.rank % degree
 
     @classmethod
-    def of(cls, config: RunConfig, device: torch.device) -> Group | None:
+    def of(cls, config: RunConfig, device: torch.device) -> UlyssesGroup | None:
         """The group of this rank; None where each rank samples videos of its own. All ranks must call this."""
         return cls(config, device) if config.rollout.ulysses > 1 else None
 
@@ -59,7 +60,7 @@ class Group:
 class Leader(Sampler):
     """The sampler of the rank that decides: it has the others of its group compute along."""
 
-    def __init__(self, group: Group, policy: Policy, plan: Mapping[str, Any], plan_sha256: str) -> None:
+    def __init__(self, group: UlyssesGroup, policy: Policy, plan: RolloutPlan, plan_sha256: str) -> None:
         super().__init__(policy, plan, plan_sha256)
         self.group = group
 
@@ -77,7 +78,7 @@ class Leader(Sampler):
         self.group.tell(END)
 
 
-def follow(group: Group, sampler: Sampler) -> None:
+def follow(group: UlyssesGroup, sampler: Sampler) -> None:
     """Compute along with the leader, until it says that the stage is at its end. What comes out is the leader's."""
     while (told := group.tell(None)) != END:
         if told == STAY:

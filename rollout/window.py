@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING
 
-from rollout.schedule import LOW_NOISE, Plan
 from shards.errors import UserError
+from shards.plan import LOW_NOISE, Schedule
 from shards.run import EXPERT_NAMES
 
 if TYPE_CHECKING:
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 _QUOTA_KEYS = ("rollout.high_steps", "rollout.low_steps")
 
 
-def choose_window(plan: Plan, config: RolloutConfig, *, iteration: int, prompt_id: int) -> tuple[int, ...]:
-    """The stochastic steps of one group, rising: a pure function of (run seed, iteration, prompt id) and the plan.
+def choose_window(schedule: Schedule, config: RolloutConfig, *, iteration: int, prompt_id: int) -> tuple[int, ...]:
+    """The stochastic steps of one group, rising: a pure function of (run seed, iteration, prompt id) and the schedule.
 
-    Each expert gets its quota (`high_steps`, `low_steps`; a plan with one expert ignores the other quota) among its
+    Each expert gets its quota (`high_steps`, `low_steps`; a schedule with one expert ignores the other quota) among its
     steps from `first_step` to `last_step`. The last step of all is never taken: its Gaussian would have no width. All
     videos of a group share the window. `fixed` takes the first steps of the range, `random` any, `progressive` a block
     that moves on by one step every `window_iterations` iterations and starts over at the end (MixGRPO). The law `ode`
@@ -26,25 +26,25 @@ def choose_window(plan: Plan, config: RolloutConfig, *, iteration: int, prompt_i
     `allow_untrained_expert` is off.
     """
     window: list[int] = []
-    for expert, (candidates, quota) in _quotas(plan, config).items():
+    for expert, (candidates, quota) in _quotas(schedule, config).items():
         window += _choose(candidates, quota, config, iteration, f"{iteration} {prompt_id} {expert}")
     return tuple(sorted(window))
 
 
-def window_range(plan: Plan, config: RolloutConfig) -> range:
+def window_range(schedule: Schedule, config: RolloutConfig) -> range:
     """The steps a window may take. Raises UserError for a range that is empty or leaves the schedule."""
-    final, first, last = plan.steps - 1, config.first_step, config.last_step
+    final, first, last = schedule.steps - 1, config.first_step, config.last_step
     if first >= final:
         raise UserError(
             f"rollout.first_step={first} leaves no step to train: "
-            f"of {plan.steps} steps the last, number {final}, is never stochastic",
+            f"of {schedule.steps} steps the last, number {final}, is never stochastic",
             f"take rollout.first_step <= {final - 1}, or more rollout.steps",
         )
     if last is None:
         return range(first, final)
     if last >= final:
         raise UserError(
-            f"rollout.last_step={last}, but of {plan.steps} steps (0 to {final}) the last is never stochastic",
+            f"rollout.last_step={last}, but of {schedule.steps} steps (0 to {final}) the last is never stochastic",
             f"take rollout.last_step <= {final - 1}, or more rollout.steps",
         )
     if last < first:
@@ -55,22 +55,22 @@ def window_range(plan: Plan, config: RolloutConfig) -> range:
     return range(first, last + 1)
 
 
-def trained_steps(plan: Plan, config: RolloutConfig) -> list[int]:
+def trained_steps(schedule: Schedule, config: RolloutConfig) -> list[int]:
     """The steps that the window of some group of some iteration takes. Raises UserError as `choose_window` does."""
     first = config.window == "fixed"
-    quotas = _quotas(plan, config).values()
+    quotas = _quotas(schedule, config).values()
     return sorted(step for candidates, quota in quotas if quota for step in candidates[: quota if first else None])
 
 
-def _quotas(plan: Plan, config: RolloutConfig) -> dict[int, tuple[list[int], int]]:
-    """(steps it may take, number it must take) of each expert in the plan, checked; of none under the law `ode`."""
-    if plan.law == "ode":
+def _quotas(schedule: Schedule, config: RolloutConfig) -> dict[int, tuple[list[int], int]]:
+    """(steps it may take, number it must take) of each expert in the schedule, checked; of none under the law `ode`."""
+    if schedule.law == "ode":
         return {}
-    allowed = window_range(plan, config)
-    present = sorted(set(plan.experts))
+    allowed = window_range(schedule, config)
+    present = sorted(set(schedule.experts))
     quotas = {}
     for expert in present:
-        candidates = [step for step in allowed if plan.experts[step] == expert]
+        candidates = [step for step in allowed if schedule.experts[step] == expert]
         quota = _quota(expert, len(candidates), config, alone=len(present) == 1)
         quotas[expert] = (candidates, quota)
     if not any(quota for _, quota in quotas.values()):

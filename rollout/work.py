@@ -9,7 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rollout.sampler import Chunk, Sampler, State, Tensors
+from rollout.sampler import Sampler, State, Tensors
+from shards.plan import Chunk
 from shards.process.peak_memory import peak_memory_bytes
 from shards.process.signals import check
 from shards.process.versions import version_of
@@ -48,9 +49,10 @@ class Work:
         """Videos sampled here."""
         self.broken = 0
         """Those of them that are not finite."""
-        sizes = {shard: len(groups) * sampler.plan["group_size"] for shard, groups in enumerate(sampler.plan["shards"])}
         self.tally = Tally(worker, progress, "videos", self._finished)
-        self.tally.add({shard: size for shard, size in sizes.items() if not stage.is_committed(shard)})
+        self.tally.add(
+            {shard: size for shard, size in sampler.plan.shard_sizes.items() if not stage.is_committed(shard)}
+        )
 
     def run(self, wait: bool) -> list[int]:
         """Sample what is missing; returns the shards that living workers hold.
@@ -92,7 +94,7 @@ class Work:
         shared = self._shared(shard, groups)
         if len(shared) < len(groups):  # without our claim: another worker has just committed the shard
             return self.stage.is_committed(shard)
-        chunks = [chunk for chunk in self.sampler.chunks(groups) if not finished.issuperset(chunk.keys)]
+        chunks = [chunk for chunk in self.sampler.plan.chunks(groups) if not finished.issuperset(chunk.keys)]
         hand = _InHand(shard, held, chunks, shared, self._restore(shard, chunks))
         for phase in range(len(self.sampler.phases)):
             if not self._phase(hand, phase):

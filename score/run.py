@@ -19,6 +19,7 @@ from shards.store.urls import in_shell
 from shards.workers.worker import Part, Worker, order
 
 if TYPE_CHECKING:
+    from shards.plan import RolloutPlan
     from shards.process.progress import Progress
 
 
@@ -111,17 +112,17 @@ def score(
     )
 
 
-def _check_rewards(selection: tables.Selection, plan: Mapping[str, Any], stage: Stage, max_missing: float) -> None:
+def _check_rewards(selection: tables.Selection, plan: RolloutPlan, stage: Stage, max_missing: float) -> None:
     """UserError, before a video is decoded, when a file of a reward is missing, or when a reward can score so few of
     the prompts that the stage must fail. A few that it cannot are missing with that reason."""
     for name, chosen in selection.rewards.items():
         chosen.check_files()
-        found = [(group, chosen.unscorable(group["prompt"], group.get("target"))) for group in plan["groups"]]
+        found = [(group, chosen.unscorable(group.prompt, group.target)) for group in plan.groups]
         refused = [(group, error) for group, error in found if error is not None]
         if len(refused) > max_missing * len(found):
             group, error = refused[0]
             some = f"{len(refused)} of {counted(len(found), 'prompt')}"
-            which = f"prompt {group['prompt_id']} ({group['prompt'][:60]!r})"
+            which = f"prompt {group.prompt_id} ({group.prompt[:60]!r})"
             problem = f"{stage.path}: reward {name!r} cannot score {some}; {which}: {error.problem}"
             raise UserError(problem, error.hint)
 

@@ -15,7 +15,8 @@ from score.reward import Chosen, Scored, choose, split_name
 from shards import sidecar
 from shards.errors import RunFailed, UserError
 from shards.files import publish_replace, to_json
-from shards.run import SAMPLE_KEY, Stage, group_of
+from shards.plan import SAMPLE_KEY, group_of
+from shards.run import Stage
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -10,12 +10,13 @@ from concurrent.futures import Executor, Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from score import process, tables
 from score.reward import Chosen, Scored
 from shards import sidecar
 from shards.errors import RunFailed, StillBusy
+from shards.plan import RolloutPlan
 from shards.process.signals import check, stopping
 from shards.process.torchrun import world_size
 from shards.run import Stage
@@ -67,14 +68,13 @@ class Scoring:
         self,
         config: ScoreConfig,
         stage: Stage,
-        plan: Mapping[str, Any],
+        plan: RolloutPlan,
         scorers: list[Chosen],
         worker: Worker,
         progress: Progress | None,
     ) -> None:
         self.config, self.stage, self.scorers, self.worker = config, stage, scorers, worker
-        video = plan["video"]
-        size = 3 * int(video["height"]) * int(video["width"]) * int(video["frames"])
+        size = 3 * math.prod(plan.video.size)
         self.per_job = max(1, min(JOB_SAMPLES, JOB_BYTES // size))
         self.tally = Tally(worker, progress, "samples", self._finished)
         self.outcome = Outcome()

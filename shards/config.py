@@ -12,7 +12,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Law = Literal["ode", "flow-sde", "dance-sde", "wan-sde", "cps", "cps-unnormalised", "dpm-sde", "dpm-sde-2m"]
 Form = Literal["exact", "euler-maruyama"]
 Solver = Literal["euler", "dpm-2m"]
-Schedule = Literal["shifted", "unipc", "euler"]
+SigmaGrid = Literal["shifted", "unipc", "euler"]
 Window = Literal["random", "fixed", "progressive"]
 Objective = Literal["grpo", "nft", "dpo", "sft"]
 Estimator = Literal["noise", "endpoint", "fresh"]
@@ -55,7 +55,7 @@ class RolloutConfig(Section):
     frames: int = Field(33, ge=1, description="frames of a video, 4k+1 (flow_grpo's Wan recipe)")
     fps: int = Field(16, ge=1, description="frames per second written into the video (Wan2.1 and A14B: 16)")
     steps: int = Field(20, ge=2, le=1000, description="denoising steps (flow_grpo's Wan recipe)")
-    schedule: Schedule = Field("shifted", description="sigma grid: shifted linear, or the model's UniPC or Euler grid")
+    schedule: SigmaGrid = Field("shifted", description="sigma grid: shifted linear, or the model's UniPC or Euler grid")
     shift: float = Field(3.0, ge=1e-3, le=1e3, description="flow shift of the grid (480p and less: 3, 720p: 5)")
     law: Law = Field("flow-sde", description="law of the stochastic steps (Flow-GRPO)")
     form: Form = Field("euler-maruyama", description="as published, or `exact`, which keeps the marginals")
@@ -203,6 +203,12 @@ class TrainConfig(Section):
     save_every: int = Field(1, ge=1, description="updates between trainer checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="trainer checkpoints kept of each expert and iteration")
     async_checkpoints: bool = Field(True, description="train on while they are written, from a copy in host memory")
+
+    @property
+    def is_published(self) -> bool:
+        """Whether the loss is the clipped ratio of stored log-probs, as Flow-GRPO and DanceGRPO published it."""
+        held = self.proximal or self.proximal_2
+        return self.objective == "grpo" and self.estimator == "noise" and not held
 
 
 class EvalConfig(Section):

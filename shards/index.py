@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from shards import parquet, tensors
 from shards.errors import REPAIR, Damaged
-from shards.run import SAMPLE_KEY, SCHEMA, group_of
+from shards.plan import SAMPLE_KEY, SCHEMA, group_of
 from shards.tar import EXTENSIONS, GROUP_NAME, SAMPLE_NAME, Member, members
 
 if TYPE_CHECKING:

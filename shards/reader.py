@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from shards import index, tensors
 from shards.errors import REPAIR, Damaged, UserError
 from shards.files import read_json
-from shards.run import SCHEMA, Stage
+from shards.plan import SCHEMA
+from shards.run import Stage
 from shards.source import open_source, open_tar
 from shards.store import mirror
 from shards.tar import EXTENSIONS, SAMPLE_NAME, group_name, header

@@ -2,54 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from shards.errors import UserError
-from shards.files import publish_new, read_json, sha256_file, to_json
+from shards.files import publish_new, sha256_file, to_json
+from shards.plan import Kind, RolloutPlan
 from shards.store import mirror
 from shards.store.urls import in_shell, shown, url_of, working_copy
 
 if TYPE_CHECKING:
     from shards.config import RunConfig
 
-SCHEMA = 1  # of plan, manifest, member and index; README.md has its history
-GROUP_KEY = re.compile(r"i(\d{6})-p(\d{6})")
-SAMPLE_KEY = re.compile(r"i(\d{6})-p(\d{6})-s(\d{2,3})")
 EXPERT_NAMES = ("high_noise", "low_noise")  # by number; a model with one expert has the first
 AVERAGE = "ema"  # folder of the averaged weights, in that of the policy
 COMMIT = "commit.json"  # written last of a checkpoint, which docs/checkpoints.md describes
-
-PLAN_NEEDS = {"shards": list, "groups": list, "group_size": int}  # what this package itself reads of a plan
-
-Kind = Literal["rollout", "eval"]
-
-
-def group_key(iteration: int, prompt_id: int) -> str:
-    """Key of all samples of one prompt in one iteration: `i000003-p000017`."""
-    return f"i{iteration:06d}-p{prompt_id:06d}"
-
-
-def sample_key(group: str, sample: int) -> str:
-    """Key of one sample of a group: `i000003-p000017-s05`."""
-    return f"{group}-s{sample:02d}"
-
-
-def group_of(key: str) -> str:
-    """The group of a sample: its key without the sample number."""
-    return key.rpartition("-s")[0]
-
-
-def sample_of(key: str) -> int:
-    """The number of a sample in its group."""
-    return int(key.rpartition("-s")[2])
 
 
 class Run:
@@ -151,6 +124,8 @@ class Stage:
     name: str  # relative to the run: iter-0003 or eval/iter-0003
     iteration: int
     kind: Kind
+    _read: dict[tuple[int, ...], RolloutPlan] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """The plan that was read last, by what its file was then."""
 
     @property
     def path(self) -> Path:
@@ -213,25 +188,31 @@ class Stage:
         """The advantages of one specification for one shard."""
         return self.advantage_dir(specification) / f"shard-{shard:06d}.parquet"
 
-    def plan(self) -> dict[str, Any] | None:
+    def plan(self) -> RolloutPlan | None:
         """The plan on disk, or None before there is one. Raises UserError when it is damaged or of another version.
 
-        All callers share one object as long as the file stays the same, so nobody may change what it holds.
+        It is parsed again only when the file is another one than the last time.
         """
         stamp = _stamp(self.plan_path) if mirror.look(self.plan_path) else None
-        return _read_plan(self.plan_path, stamp) if stamp else None
+        if stamp is None:
+            return None
+        found = self._read.get(stamp)
+        if found is None:
+            found = _read_plan(self.plan_path)
+            self._read.clear()
+            self._read[stamp] = found
+        return found
 
     def plan_sha256(self) -> str:
         """sha256 of plan.json, which every sample and manifest carries."""
         return sha256_file(self.plan_path)
 
-    def publish_plan(self, plan: dict[str, Any]) -> dict[str, Any]:
+    def publish_plan(self, plan: RolloutPlan) -> RolloutPlan:
         """Write the plan unless there is one; returns what is on disk. Raises UserError when that differs from ours."""
-        data = to_json(plan, self.plan_path)
-        publish_new(self.plan_path, data)
+        publish_new(self.plan_path, to_json(plan.to_dict(), self.plan_path))
         found = self.plan()
         assert found is not None
-        differing = _differences(json.loads(data), found)
+        differing = _differences(plan.to_dict(), found.to_dict())
         if differing:
             raise UserError(
                 f"{self.plan_path} was made with other settings: {', '.join(differing[:8])}",
@@ -254,42 +235,36 @@ class Stage:
     def is_complete(self) -> bool:
         """Whether there is a plan and every shard it asks for exists."""
         plan = self.plan()
-        return plan is not None and len(self.shards()) == len(plan["shards"])
+        return plan is not None and len(self.shards()) == len(plan.shards)
 
     def expected(self) -> int:
         """Number of shards the plan asks for; 0 before there is a plan."""
         plan = self.plan()
-        return len(plan["shards"]) if plan else 0
+        return len(plan.shards) if plan else 0
 
     def groups(self, shard: int) -> list[str]:
         """Group keys of a shard in the order of the plan. Raises UserError when the plan has no such shard."""
+        return list(self._plan_with(shard).shards[shard])
+
+    def keys(self, shard: int) -> list[str]:
+        """Sample keys of a shard in the order of the plan. Raises as `groups`."""
+        return self._plan_with(shard).keys(shard)
+
+    def _plan_with(self, shard: int) -> RolloutPlan:
         plan = self.plan()
         if plan is None:
             raise UserError(f"{self.plan_path} does not exist", "`rushes rollout` writes the plan first")
-        if not 0 <= shard < len(plan["shards"]):
-            raise UserError(f"{self.plan_path} has no shard {shard}", f"its shards are 0 to {len(plan['shards']) - 1}")
-        return list(plan["shards"][shard])
-
-    def keys(self, shard: int) -> list[str]:
-        """Sample keys of a shard in the order of the plan."""
-        groups, plan = self.groups(shard), self.plan()
-        assert plan is not None
-        return [sample_key(group, sample) for group in groups for sample in range(plan["group_size"])]
+        if not 0 <= shard < len(plan.shards):
+            raise UserError(f"{self.plan_path} has no shard {shard}", f"its shards are 0 to {len(plan.shards) - 1}")
+        return plan
 
 
-@lru_cache(maxsize=16)
-def _read_plan(path: Path, stamp: tuple[int, ...]) -> dict[str, Any]:
-    """A plan, parsed and checked once for each state of its file, which `stamp` tells apart."""
-    plan = read_json(path)
-    if plan.get("schema") != SCHEMA:
-        raise UserError(
-            f"{path} has schema {plan.get('schema')!r}; this version reads {SCHEMA}",
-            "use the version of rushes that wrote it",
-        )
-    for name, kind in PLAN_NEEDS.items():
-        if not isinstance(plan.get(name), kind):
-            raise UserError(f"{path} is damaged: it has no {name}", "restore it from a copy")
-    return plan
+def _read_plan(path: Path) -> RolloutPlan:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}", "restore it from a copy") from error
+    return RolloutPlan.from_json(data, path)
 
 
 def _stamp(path: Path) -> tuple[int, ...] | None:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from shards import parquet
 from shards.errors import Damaged, UserError
 from shards.files import publish_replace, sweep_temporary
+from shards.plan import SCHEMA
 from shards.reader import checked_index, read_manifest
-from shards.run import SCHEMA, Stage
+from shards.run import Stage
 from shards.store import mirror
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from shards import tensors
 from shards.errors import Damaged, UserError
 from shards.files import Buffer, publish_new, sweep_temporary, to_json
-from shards.run import GROUP_KEY, SAMPLE_KEY, SCHEMA, Stage
+from shards.plan import GROUP_KEY, SAMPLE_KEY, SCHEMA
+from shards.run import Stage
 from shards.tar import END, EXTENSIONS, wrap
 
 if TYPE_CHECKING:

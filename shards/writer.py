@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from shards import index
 from shards.errors import Damaged, RunFailed
 from shards.files import Buffer, publish_new, sha256_file, sweep_temporary, to_json
-from shards.run import SCHEMA, Stage
+from shards.plan import SCHEMA
+from shards.run import Stage
 from shards.spool import group_path, mapped, sample_path, sweep
 from shards.store.urls import url_of
 from shards.tar import END, Member, group_name, members, padding
@@ -155,12 +156,12 @@ def _manifest(stage: Stage, shard: int, assembly: _Assembly, info: dict[str, Any
         "shard": shard,
         "samples": len(keys),
         "groups": stage.groups(shard),
-        "group_size": assembly.plan["group_size"],
+        "group_size": assembly.plan.group_size,
         "keys_sha256": index.keys_sha256(keys),
         "tar": {"bytes": assembly.size, "sha256": assembly.digest.hexdigest()},
         "index": {"bytes": path.stat().st_size, "sha256": sha256_file(path)},
         "plan_sha256": assembly.plan_sha256,
-        "policy": assembly.plan.get("policy"),
+        "policy": asdict(assembly.plan.policy),
         "info": info,
     }
 

@@ -1,20 +1,21 @@
-"""The rollouts of one iteration as training reads them back: chunk by chunk, in the shape they were made in."""
+"""The rollouts of one iteration as training reads them back: batch by batch, in the shape they were made in."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from rollout.schedule import Plan
+from rollout.step import StepInputs
 from shards.errors import UserError
+from shards.plan import Group, RolloutPlan, Schedule, sample_key
 from shards.reader import Shard, open_shard
-from shards.run import Stage, sample_key
+from shards.run import Stage
 from shards.store.urls import in_shell
-from train.order import Unit, chunks
+from train.order import Unit
 
 if TYPE_CHECKING:
     from rollout.policy import Policy
@@ -25,13 +26,18 @@ class Rollouts:
     """The committed shards of a stage and the plan they were made by."""
 
     stage: Stage
-    plan: dict[str, Any]
-    """plan.json of the stage."""
-    schedule: Plan
-    """The frozen sampler: sigmas, timesteps, experts, guidance, law."""
+    plan: RolloutPlan
     shards: dict[int, Shard]
-    groups: dict[str, dict[str, Any]]
-    """The plan's entry of each group, by group key."""
+
+    @property
+    def schedule(self) -> Schedule:
+        """The frozen sampler: sigmas, timesteps, experts, guidance, law."""
+        return self.plan.schedule
+
+    @property
+    def groups(self) -> dict[str, Group]:
+        """The plan's record of each group, by group key."""
+        return self.plan.by_key
 
     @classmethod
     def open(cls, stage: Stage, *, partial: bool = False) -> Rollouts:
@@ -50,7 +56,6 @@ class Rollouts:
                 f"{stage.path} lacks {len(missing)} of {stage.expected()} shards: {names}",
                 f"run `{again}`; it makes only what is missing",
             )
-        groups = {group["key"]: group for group in plan["groups"]}
         opened = {number: open_shard(stage, number) for number in present}
         sha256 = stage.plan_sha256()
         for number, shard in opened.items():
@@ -59,16 +64,15 @@ class Rollouts:
                     f"{stage.plan_path} was changed after {stage.shard_path(number).name} was sampled by it",
                     "restore it from a copy; `rushes verify` lists all faults",
                 )
-        return cls(stage, plan, Plan.from_dict(plan["sampler"]), opened, groups)
+        return cls(stage, plan, opened)
 
     def units(self) -> list[Unit]:
         """Every (chunk, stochastic step) of every shard, in plan order."""
         return [
-            Unit(self.schedule.experts[step], number, group, tuple(range(first, first + count)), step)
+            Unit(self.schedule.experts[step], number, chunk.group, tuple(chunk.samples), step)
             for number in self.shards
-            for group in self.plan["shards"][number]
-            for first, count in chunks(self.plan["group_size"], self.plan["batch_size"])
-            for step in self.window(group)
+            for chunk in self.plan.chunks(self.plan.shards[number])
+            for step in self.window(chunk.group)
         ]
 
     def steps(self, expert: int) -> list[int]:
@@ -79,7 +83,7 @@ class Rollouts:
     def window(self, group: str) -> list[int]:
         """The steps of a group that are trained on: the stochastic ones, or, after a rollout without noise (which only
         DiffusionNFT can use), all but the first and the last."""
-        return list(self.groups[group]["window"]) or list(range(1, self.schedule.steps - 1))
+        return list(self.groups[group].window) or list(range(1, self.schedule.steps - 1))
 
     def keys(self) -> list[str]:
         """Sample keys of all shards, in plan order."""
@@ -108,7 +112,7 @@ class Inputs:
         everything = self.rollouts.units()
         if not self.alone:
             return everything
-        size = self.rollouts.plan["batch_size"]
+        size = self.rollouts.plan.batch_size
         places = dict.fromkeys((unit.expert, unit.shard, unit.group, unit.step) for unit in everything)
         return [
             Unit(expert, shard, group, samples, step)
@@ -118,7 +122,7 @@ class Inputs:
 
     def _counting(self, group: str) -> list[int]:
         """Numbers of the samples of a group that count."""
-        numbers = range(self.rollouts.plan["group_size"])
+        numbers = range(self.rollouts.plan.group_size)
         return [number for number in numbers if self.advantages[sample_key(group, number)][1] > 0]
 
     def weight(self, units: Iterable[Unit]) -> float:
@@ -146,7 +150,7 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Chunk:
+class Batch:
     """One forward batch at one step, on the policy's device. B samples of one group."""
 
     unit: Unit
@@ -159,8 +163,14 @@ class Chunk:
     """[B, text_length, D] padded embeddings."""
     negative: Tensor
     """[B, text_length, D] padded embeddings of the negative prompt."""
-    extra: dict[str, Any]
-    """`condition` of image-to-video and `x0_prev` of the 2M law, where there are any."""
+    condition: Tensor | None = None
+    """Of image-to-video."""
+    x0_prev: Tensor | None = None
+    """[B, C, F, H, W] of the 2M law."""
+
+    def inputs(self, x: Tensor) -> StepInputs:
+        """What the step of the unit starts from at a state [B, C, F, H, W]: the stored one, or another."""
+        return StepInputs(x, self.prompt, self.negative, self.condition, self.x0_prev)
 
     @property
     def x(self) -> Tensor:
@@ -216,22 +226,20 @@ def _states(rollouts: Rollouts, unit: Unit, wanted: dict[str, int]) -> dict[str,
     return {name: latents[:, index] for index, name in enumerate(wanted)}
 
 
-def chunk_of(stored: Stored, policy: Policy) -> Chunk:
+def on_device(stored: Stored, policy: Policy) -> Batch:
     """What was read, on the policy's device."""
     states = {name: latents.float().to(policy.device).contiguous() for name, latents in stored.states.items()}
     like = next(iter(states.values()))
-    extra: dict[str, Any] = {}
-    if stored.x0_prev:
-        extra["x0_prev"] = torch.stack(stored.x0_prev).float().to(policy.device)
-    if "condition" in stored.text:
-        extra["condition"] = stored.text["condition"].to(policy.device)
+    x0_prev = torch.stack(stored.x0_prev).float().to(policy.device) if stored.x0_prev else None
+    condition = stored.text["condition"].to(policy.device) if "condition" in stored.text else None
     prompt, negative = (policy.pad(stored.text[name], stored.unit.size) for name in ("prompt", "negative"))
-    return Chunk(stored.unit, keys_of(stored.unit), states, row(stored.log_prob, like), prompt, negative, extra)
+    log_prob = row(stored.log_prob, like)
+    return Batch(stored.unit, keys_of(stored.unit), states, log_prob, prompt, negative, condition, x0_prev)
 
 
-def read_chunk(rollouts: Rollouts, policy: Policy, unit: Unit) -> Chunk:
+def read_batch(rollouts: Rollouts, policy: Policy, unit: Unit) -> Batch:
     """Read a transition and bring it to the policy's device."""
-    return chunk_of(read_step(rollouts, unit), policy)
+    return on_device(read_step(rollouts, unit), policy)
 
 
 def row(values: Sequence[float], like: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What one expert is asked about a chunk of samples: states, velocities of the policy now and then, targets, errors."""
+"""What one expert is asked about a batch of samples: states, velocities of the policy now and then, targets, errors."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from rollout.schedule import step_slope
-from rollout.step import step_log_prob, step_mean
+from rollout.step import StepScore, step_log_prob, step_mean, step_velocity
 from rollout.transitions import noise, noise_seed
-from train.data import Chunk, Inputs
+from train.data import Batch, Inputs
 from train.objectives import estimators, terms
 from train.objectives.settings import noised_afresh
 from train.order import Unit
@@ -18,7 +18,6 @@ from train.weights import RolledOut
 
 if TYPE_CHECKING:
     from rollout.policy import Policy
-    from rollout.step import Scored
     from shards.config import TrainConfig
 
 FRESH_NOISE = 1_000_000
@@ -27,83 +26,71 @@ FRESH_NOISE = 1_000_000
 
 
 class Forwards:
-    """Forwards of one expert on chunks, with gradient unless the policy that sampled is asked."""
+    """Forwards of one expert on batches, with gradient unless the policy that sampled is asked."""
 
-    def __init__(self, policy: Policy, inputs: Inputs, config: TrainConfig, expert: int, rolled_out: RolledOut) -> None:
-        self.policy, self.inputs, self.config, self.expert = policy, inputs, config, expert
+    def __init__(self, policy: Policy, inputs: Inputs, config: TrainConfig, rolled_out: RolledOut) -> None:
+        self.policy, self.inputs, self.config = policy, inputs, config
         self.rolled_out = rolled_out
 
-    def state(self, chunk: Chunk) -> Tensor:
+    def state(self, batch: Batch) -> Tensor:
         """What the model is shown [B, C, F, H, W]: the state before the step, or the final latents noised afresh."""
         if not noised_afresh(self.config):
-            return chunk.x
-        sigma = self.inputs.rollouts.schedule.sigmas[chunk.unit.step]
-        return (1.0 - sigma) * chunk.x0 + sigma * self.fresh_noise(chunk).to(chunk.x0.device)
+            return batch.x
+        sigma = self.inputs.rollouts.schedule.sigmas[batch.unit.step]
+        return (1.0 - sigma) * batch.x0 + sigma * self.fresh_noise(batch).to(batch.x0.device)
 
-    def target(self, chunk: Chunk, x: Tensor, old: Tensor) -> Tensor:
+    def target(self, batch: Batch, x: Tensor, old: Tensor) -> Tensor:
         """u of `train.objectives.estimators`: the velocity [B, C, F, H, W] that the samples pull towards at x."""
-        schedule, step = self.inputs.rollouts.schedule, chunk.unit.step
+        schedule, step = self.inputs.rollouts.schedule, batch.unit.step
         if not noised_afresh(self.config) and self.config.estimator == "noise":
-            mean = step_mean(schedule, step, x, old, chunk.extra.get("x0_prev"))
-            return old + (chunk.x_next - mean) / step_slope(schedule, step)
-        return (x - chunk.x0) / schedule.sigmas[step]
+            mean = step_mean(schedule, step, x, old, batch.x0_prev)
+            return old + (batch.x_next - mean) / step_slope(schedule, step)
+        return (x - batch.x0) / schedule.sigmas[step]
 
-    def weight(self, chunk: Chunk, old: Tensor, target: Tensor) -> float | Tensor:
+    def weight(self, batch: Batch, old: Tensor, target: Tensor) -> float | Tensor:
         """w of `train.objectives.estimators`."""
-        rollouts, config, step = self.inputs.rollouts, self.config, chunk.unit.step
+        rollouts, config, step = self.inputs.rollouts, self.config, batch.unit.step
         if config.objective != "grpo" or config.error_weight == "adaptive":
-            mask = self.free(chunk, old)
+            mask = self.free(batch, old)
             return estimators.adaptive_weight(old, target, rollouts.schedule.sigmas[step], mask)
-        return estimators.step_weight(config.error_weight, rollouts.schedule, step, rollouts.window(chunk.unit.group))
+        return estimators.step_weight(config.error_weight, rollouts.schedule, step, rollouts.window(batch.unit.group))
 
-    def error(self, chunk: Chunk, x: Tensor, velocity: Tensor) -> Tensor:
+    def error(self, batch: Batch, x: Tensor, velocity: Tensor) -> Tensor:
         """Flow-matching error [B] of a velocity at x."""
-        target = (x - chunk.x0) / self.inputs.rollouts.schedule.sigmas[chunk.unit.step]
-        return terms.matching_error(velocity, target, self.free(chunk, x))
+        target = (x - batch.x0) / self.inputs.rollouts.schedule.sigmas[batch.unit.step]
+        return terms.matching_error(velocity, target, self.free(batch, x))
 
     def has_noise(self, unit: Unit) -> bool:
         """Whether the rollout took this step with noise."""
-        return bool(self.inputs.rollouts.groups[unit.group]["window"])
+        return bool(self.inputs.rollouts.groups[unit.group].window)
 
-    def fresh_noise(self, chunk: Chunk) -> Tensor:
+    def fresh_noise(self, batch: Batch) -> Tensor:
         """Noise [B, C, F, H, W] that no rollout has seen; of pairs, the same for all samples of a group."""
-        plan, group = self.inputs.rollouts.plan, self.inputs.rollouts.groups[chunk.unit.group]
-        step = FRESH_NOISE + chunk.unit.step
-        samples = [0 if self.inputs.pairs else sample for sample in chunk.unit.samples]
-        seeds = [noise_seed(plan["seed"], plan["iteration"], group["prompt_id"], sample, step) for sample in samples]
-        return torch.stack([noise(chunk.x0.shape[1:], seed=seed) for seed in seeds])
+        plan, group = self.inputs.rollouts.plan, self.inputs.rollouts.groups[batch.unit.group]
+        step = FRESH_NOISE + batch.unit.step
+        samples = [0 if self.inputs.pairs else sample for sample in batch.unit.samples]
+        seeds = [noise_seed(plan.seed, plan.iteration, group.prompt_id, sample, step) for sample in samples]
+        return torch.stack([noise(batch.x0.shape[1:], seed=seed) for seed in seeds])
 
-    def free(self, chunk: Chunk, x: Tensor) -> Tensor | None:
+    def free(self, batch: Batch, x: Tensor) -> Tensor | None:
         """The latents that are the policy's to choose; None when all are."""
-        return self.policy.free_mask(x, chunk.extra.get("condition"))
+        return self.policy.free_mask(x, batch.condition)
 
-    def score(self, chunk: Chunk) -> Scored:
+    def score(self, batch: Batch) -> StepScore:
         """The stored transition under the policy in force."""
         schedule = self.inputs.rollouts.schedule
-        return step_log_prob(
-            self.policy, schedule, chunk.unit.step, chunk.x, chunk.x_next, chunk.prompt, chunk.negative, **chunk.extra
-        )
+        return step_log_prob(self.policy, schedule, batch.unit.step, batch.inputs(batch.x), batch.x_next)
 
-    def old_mean(self, chunk: Chunk) -> Tensor:
+    def old_mean(self, batch: Batch) -> Tensor:
         """Mean [B, C, F, H, W] of the stored transition under the policy that sampled, without gradient."""
         with self.rolled_out.in_place():
-            mean: Tensor = self.score(chunk).mean
-        return mean
+            return self.score(batch).mean
 
-    def old_velocity(self, chunk: Chunk, x: Tensor) -> Tensor:
+    def old_velocity(self, batch: Batch, x: Tensor) -> Tensor:
         """Velocity [B, C, F, H, W] at x of the policy that sampled, without gradient."""
         with self.rolled_out.in_place():
-            return self.velocity(chunk, x)
+            return self.velocity(batch, x)
 
-    def velocity(self, chunk: Chunk, x: Tensor) -> Tensor:
+    def velocity(self, batch: Batch, x: Tensor) -> Tensor:
         """Guided velocity [B, C, F, H, W] at x of the policy in force."""
-        schedule, step = self.inputs.rollouts.schedule, chunk.unit.step
-        return self.policy.velocity(
-            self.expert,
-            x,
-            schedule.timesteps[step],
-            chunk.prompt,
-            chunk.negative,
-            schedule.guidance[step],
-            chunk.extra.get("condition"),
-        )
+        return step_velocity(self.policy, self.inputs.rollouts.schedule, batch.unit.step, batch.inputs(x))

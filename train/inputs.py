@@ -90,9 +90,9 @@ def check_policy(rollouts: Rollouts, fingerprint: str, settings: TrainConfig) ->
     }
     if not stale:
         return 0
-    planned = rollouts.plan["policy"]
-    lag = rollouts.stage.iteration - int(planned.get("lag_of", rollouts.stage.iteration))
-    agree = all(found == {planned["fingerprint"]} for found in stale.values()) and len(stale) == len(rollouts.shards)
+    planned = rollouts.plan.policy
+    lag = rollouts.stage.iteration - planned.lag_of
+    agree = all(found == {planned.fingerprint} for found in stale.values()) and len(stale) == len(rollouts.shards)
     if agree and 0 < lag <= settings.max_policy_lag:
         return lag
     names = ", ".join(rollouts.stage.shard_path(number).name for number in sorted(stale)[:8])
@@ -110,10 +110,10 @@ def _plan(config: RunConfig, stage: Stage, rollouts: Rollouts, specification: st
         "schema": SCHEMA,
         "iteration": stage.iteration,
         "plan_sha256": stage.plan_sha256(),
-        "policy": rollouts.plan["policy"]["fingerprint"],
+        "policy": rollouts.plan.policy.fingerprint,
         "shards": {str(number): shard.manifest["tar"]["sha256"] for number, shard in rollouts.shards.items()},
         "advantage": specification,
-        "order_seed": rollouts.plan["seed"],
+        "order_seed": rollouts.plan.seed,
         "train": {name: value for name, value in config.train.model_dump(mode="json").items() if name not in FREE},
     }
 

@@ -1,4 +1,4 @@
-"""What one chunk of samples contributes to the loss of an expert, by objective and estimator."""
+"""What one batch of samples contributes to the loss of an expert, by objective and estimator."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from rollout.schedule import step_scale, step_std
-from train.data import Chunk, Inputs, chunk_of, read_end, read_final, read_step
+from train.data import Batch, Inputs, on_device, read_end, read_final, read_step
 from train.forwards import Forwards
 from train.objectives import estimators, terms
 from train.objectives.estimators import Compared
-from train.objectives.settings import is_published, noised_afresh
+from train.objectives.settings import noised_afresh
 from train.order import Unit
 from train.prefetch import Ahead
 from train.weights import RolledOut
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Rows:
-    """What one chunk contributes, sample by sample: all [B]."""
+    """What one batch contributes, sample by sample: all [B]."""
 
     loss: Tensor
     """The differentiable loss."""
@@ -49,7 +49,7 @@ class Losses:
     ) -> None:
         self.policy, self.inputs, self.config, self.expert = policy, inputs, config, expert
         self.rolled_out, self.world = rolled_out, world
-        self.forwards = Forwards(policy, inputs, config, expert, rolled_out)
+        self.forwards = Forwards(policy, inputs, config, rolled_out)
         self.references: dict[Unit, tuple[Tensor, Tensor]] = {}
         self.gains: dict[str, float] = {}
         self.step_weights = _step_weights(inputs, config, expert)
@@ -83,8 +83,8 @@ class Losses:
             return
         with torch.no_grad(), self.policy.reference():
             for unit, following in zip(missing, [*missing[1:], units[0]], strict=True):
-                chunk = self.read(unit, following)
-                velocity, mean = self._under_reference(chunk, self.forwards.state(chunk))
+                batch = self.read(unit, following)
+                velocity, mean = self._under_reference(batch, self.forwards.state(batch))
                 self.references[unit] = velocity.to(self.rolled_out.away), mean.to(self.rolled_out.away)
 
     @torch.no_grad()
@@ -92,49 +92,49 @@ class Losses:
         """The gain of every sample of these units, on all ranks: partners of a pair may be in different batches."""
         found: dict[str, float] = {}
         for unit, following in zip(units, [*units[1:], units[0]], strict=True):
-            chunk = self.read(unit, following)
-            x = self.forwards.state(chunk)
-            old = self.forwards.old_velocity(chunk, x)
-            velocity = self.forwards.velocity(chunk, x) if moved else old
-            gain = self.forwards.error(chunk, x, velocity) - self.forwards.error(chunk, x, old)
-            found |= {f"{key} {unit.step}": value for key, value in zip(chunk.keys, gain.tolist(), strict=True)}
+            batch = self.read(unit, following)
+            x = self.forwards.state(batch)
+            old = self.forwards.old_velocity(batch, x)
+            velocity = self.forwards.velocity(batch, x) if moved else old
+            gain = self.forwards.error(batch, x, velocity) - self.forwards.error(batch, x, old)
+            found |= {f"{key} {unit.step}": value for key, value in zip(batch.keys, gain.tolist(), strict=True)}
         self.gains = {name: value for part in self.world.gather_data(found) for name, value in part.items()}
 
     def _group_size(self, unit: Unit) -> int:
         """Number of samples of a unit's group that have a pair."""
         return len({sample for pair in self.inputs.pairs.get(unit.group, ()) for sample in pair})
 
-    def rows(self, chunk: Chunk, advantage: Tensor, *, measure: bool, moved: bool) -> Rows:
-        """The losses of a chunk, with gradient. `measure` asks for the shift of the mean, if the expert has `moved`."""
-        if is_published(self.config):
-            return self._published(chunk, advantage, measure, moved)
+    def rows(self, batch: Batch, advantage: Tensor, *, measure: bool, moved: bool) -> Rows:
+        """The losses of a batch, with gradient. `measure` asks for the shift of the mean, if the expert has `moved`."""
+        if self.config.is_published:
+            return self._published(batch, advantage, measure, moved)
         if self.config.objective == "sft":
-            return self._supervised(chunk)
-        return self._matched(chunk, advantage, moved)
+            return self._supervised(batch)
+        return self._matched(batch, advantage, moved)
 
-    def _supervised(self, chunk: Chunk) -> Rows:
+    def _supervised(self, batch: Batch) -> Rows:
         """Flow matching of the final latents, as in pretraining."""
-        x = self.forwards.state(chunk)
-        velocity = self.forwards.velocity(chunk, x)
-        error = self.forwards.error(chunk, x, velocity)
-        kl = self._kl(chunk, x, velocity, velocity)
+        x = self.forwards.state(batch)
+        velocity = self.forwards.velocity(batch, x)
+        error = self.forwards.error(batch, x, velocity)
+        kl = self._kl(batch, x, velocity, velocity)
         one = torch.ones_like(kl)
         return Rows(error + self.config.kl_beta * kl, one, torch.zeros_like(one, dtype=torch.bool), kl)
 
-    def _published(self, chunk: Chunk, advantage: Tensor, measure: bool, moved: bool) -> Rows:
+    def _published(self, batch: Batch, advantage: Tensor, measure: bool, moved: bool) -> Rows:
         """The clipped ratio of a step's log-prob, by the stored transition."""
-        config, step = self.config, chunk.unit.step
-        mask = self.forwards.free(chunk, chunk.x)
-        old_mean = self.forwards.old_mean(chunk) if config.ratio_norm or (measure and moved) else None
-        scored = self.forwards.score(chunk)
-        old_log_prob = self.old_log_probs[chunk.unit] if config.recompute_log_probs else chunk.log_prob
+        config, step = self.config, batch.unit.step
+        mask = self.forwards.free(batch, batch.x)
+        old_mean = self.forwards.old_mean(batch) if config.ratio_norm or (measure and moved) else None
+        scored = self.forwards.score(batch)
+        old_log_prob = self.old_log_probs[batch.unit] if config.recompute_log_probs else batch.log_prob
         log_ratio = scored.log_prob - old_log_prob
         if config.ratio_norm and old_mean is not None:
             log_ratio = terms.ratio_norm(
-                log_ratio, scored.mean, old_mean, scored.std, self.forwards.free(chunk, chunk.x)
+                log_ratio, scored.mean, old_mean, scored.std, self.forwards.free(batch, batch.x)
             )
         policy_loss = terms.policy_loss(log_ratio, advantage, config.clip_range)
-        kl = self._kl(chunk, chunk.x, scored.velocity, scored.mean)
+        kl = self._kl(batch, batch.x, scored.velocity, scored.mean)
         loss = self.step_weights[step] * policy_loss.loss + config.kl_beta * kl
         shift = None
         if old_mean is not None:
@@ -143,32 +143,32 @@ class Losses:
             shift = torch.zeros_like(kl)
         return Rows(loss, policy_loss.ratio, policy_loss.clipped, kl, shift)
 
-    def _matched(self, chunk: Chunk, advantage: Tensor, moved: bool) -> Rows:
+    def _matched(self, batch: Batch, advantage: Tensor, moved: bool) -> Rows:
         """Losses in the velocity of the policy, that of the policy that sampled, and a target, at one state.
 
         Before the first update both policies are one, which saves a forward. The old one goes first, as no backward
         pass may be pending when its weights are put in place.
         """
-        x = self.forwards.state(chunk)
-        old = self.forwards.old_velocity(chunk, x) if moved else None
-        velocity = self.forwards.velocity(chunk, x)
+        x = self.forwards.state(batch)
+        old = self.forwards.old_velocity(batch, x) if moved else None
+        velocity = self.forwards.velocity(batch, x)
         old = velocity.detach() if old is None else old
-        target = self.forwards.target(chunk, x, old)
-        weight, mask = self.forwards.weight(chunk, old, target), self.forwards.free(chunk, x)
+        target = self.forwards.target(batch, x, old)
+        weight, mask = self.forwards.weight(batch, old, target), self.forwards.free(batch, x)
         compared = estimators.compare(velocity, old, target, weight, mask)
-        rows = self._objective(chunk, advantage, x, velocity, old, target, compared)
-        rows.kl = self._kl(chunk, x, velocity, velocity)
+        rows = self._objective(batch, advantage, x, velocity, old, target, compared)
+        rows.kl = self._kl(batch, x, velocity, velocity)
         rows.loss = rows.loss + self.config.kl_beta * rows.kl
         rows.more |= {"moved": compared.square.detach(), "wanted": compared.wanted}
-        if self.forwards.has_noise(chunk.unit):
-            scale = step_scale(self.inputs.rollouts.schedule, chunk.unit.step)
+        if self.forwards.has_noise(batch.unit):
+            scale = step_scale(self.inputs.rollouts.schedule, batch.unit.step)
             one = estimators.compare(velocity.detach(), old, target, scale**2, mask)
             rows.shift = one.square.sqrt()
         return rows
 
     def _objective(
         self,
-        chunk: Chunk,
+        batch: Batch,
         advantage: Tensor,
         x: Tensor,
         velocity: Tensor,
@@ -179,20 +179,20 @@ class Losses:
         config, zero = self.config, torch.zeros_like(advantage)
         if config.objective == "grpo":
             held = self._held(compared, advantage)
-            weight = self.step_weights.get(chunk.unit.step, 1.0)
+            weight = self.step_weights.get(batch.unit.step, 1.0)
             more = {
                 "pull": (advantage * compared.pull).detach(),
                 "hold": 0.5 * self.proximal * compared.square.detach(),
             }
             return Rows(weight * held.loss, held.ratio, held.clipped, zero, more=more)
         if config.objective == "nft":
-            sigma = self.inputs.rollouts.schedule.sigmas[chunk.unit.step]
+            sigma = self.inputs.rollouts.schedule.sigmas[batch.unit.step]
             optimality = terms.nft_optimality(advantage, config.advantage_clip)
-            mask = self.forwards.free(chunk, x)
-            error = terms.nft_loss(velocity, old, x, chunk.x0, sigma, optimality, config.nft_beta, mask)
+            mask = self.forwards.free(batch, x)
+            error = terms.nft_loss(velocity, old, x, batch.x0, sigma, optimality, config.nft_beta, mask)
             return Rows(config.advantage_clip * error, zero + 1.0, zero.bool(), zero)
-        error = self.forwards.error(chunk, x, velocity)
-        return self._preferred(chunk, error, (error - self.forwards.error(chunk, x, old)).detach())
+        error = self.forwards.error(batch, x, velocity)
+        return self._preferred(batch, error, (error - self.forwards.error(batch, x, old)).detach())
 
     def _held(self, compared: Compared, advantage: Tensor) -> terms.PolicyLoss:
         """The loss of the policy gradient: with a hold, or the clipped ratio of the log-ratio <e, q> - |q|²/2."""
@@ -201,20 +201,20 @@ class Losses:
             return terms.held_loss(*arguments, self.proximal, self.config.clip_range)
         return terms.policy_loss(compared.pull - 0.5 * compared.square, advantage, self.config.clip_range)
 
-    def _preferred(self, chunk: Chunk, error: Tensor, gain: Tensor) -> Rows:
-        """DPO on the pairs of the chunk's group; `error` and `gain` are [B]."""
-        pairs = self.inputs.pairs[chunk.unit.group]
+    def _preferred(self, batch: Batch, error: Tensor, gain: Tensor) -> Rows:
+        """DPO on the pairs of the batch's group; `error` and `gain` are [B]."""
+        pairs = self.inputs.pairs[batch.unit.group]
         samples = sorted({sample for pair in pairs for sample in pair})
-        own = dict(zip(chunk.unit.samples, gain, strict=True))
-        prefix = chunk.keys[0].rpartition("-s")[0]
+        own = dict(zip(batch.unit.samples, gain, strict=True))
+        prefix = batch.keys[0].rpartition("-s")[0]
         everyone = torch.stack([
-            own[sample] if sample in own else gain.new_tensor(self.gains[f"{prefix}-s{sample:02d} {chunk.unit.step}"])
+            own[sample] if sample in own else gain.new_tensor(self.gains[f"{prefix}-s{sample:02d} {batch.unit.step}"])
             for sample in samples
         ])  # fmt: skip
         place = {sample: index for index, sample in enumerate(samples)}
         winners, losers = (torch.tensor([place[pair[side]] for pair in pairs], device=gain.device) for side in (0, 1))
         found = terms.pair_loss(everyone, winners, losers, self.config.dpo_beta)
-        mine = torch.tensor([place[sample] for sample in chunk.unit.samples], device=gain.device)
+        mine = torch.tensor([place[sample] for sample in batch.unit.samples], device=gain.device)
         push, loss, right, wins = (value[mine] for value in found)
         pulled = push * error
         total = pulled - pulled.detach() + loss + self.config.dpo_sft * wins * error
@@ -223,42 +223,42 @@ class Losses:
 
     # --- The reference -----------------------------------------------------------------------------------------------
 
-    def _kl(self, chunk: Chunk, x: Tensor, velocity: Tensor, mean: Tensor) -> Tensor:
+    def _kl(self, batch: Batch, x: Tensor, velocity: Tensor, mean: Tensor) -> Tensor:
         """Distance [B] to the reference; of velocities wherever no transition is scored."""
         if self.config.kl_beta == 0:
             return torch.zeros(len(x), device=x.device)
-        reference_velocity, reference_mean = self._reference(chunk, x)
-        transition = is_published(self.config)
+        reference_velocity, reference_mean = self._reference(batch, x)
+        transition = self.config.is_published
         return terms.kl_divergence(
             self.config.kl if transition else "velocity",
             velocity=velocity,
             reference_velocity=reference_velocity,
             mean=mean,
             reference_mean=reference_mean,
-            std=step_std(self.inputs.rollouts.schedule, chunk.unit.step) if transition else 1.0,
-            mask=self.forwards.free(chunk, x),
+            std=step_std(self.inputs.rollouts.schedule, batch.unit.step) if transition else 1.0,
+            mask=self.forwards.free(batch, x),
         )
 
-    def _reference(self, chunk: Chunk, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _reference(self, batch: Batch, x: Tensor) -> tuple[Tensor, Tensor]:
         """Velocity and mean of the reference policy: as prepared, or asked for now, with the adapter off."""
-        if chunk.unit in self.references:
-            velocity, mean = self.references[chunk.unit]
+        if batch.unit in self.references:
+            velocity, mean = self.references[batch.unit]
             return velocity.to(x.device), mean.to(x.device)
         with torch.no_grad(), self.policy.reference():
-            return self._under_reference(chunk, x)
+            return self._under_reference(batch, x)
 
-    def _under_reference(self, chunk: Chunk, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _under_reference(self, batch: Batch, x: Tensor) -> tuple[Tensor, Tensor]:
         """Velocity and mean of the policy in force; where the mean is not needed the velocity stands for it."""
-        if is_published(self.config) and self.config.kl == "transition":
-            scored = self.forwards.score(chunk)
+        if self.config.is_published and self.config.kl == "transition":
+            scored = self.forwards.score(batch)
             return scored.velocity, scored.mean
-        velocity = self.forwards.velocity(chunk, x)
+        velocity = self.forwards.velocity(batch, x)
         return velocity, velocity
 
-    def read(self, unit: Unit, following: Unit | None = None) -> Chunk:
-        """The chunk of a unit, as the objective needs it; `following` is then read in the background, to come next."""
+    def read(self, unit: Unit, following: Unit | None = None) -> Batch:
+        """The batch of a unit, as the objective needs it; `following` is then read in the background, to come next."""
         with self.world.together():
-            return chunk_of(self.ahead.take(unit, following), self.policy)
+            return on_device(self.ahead.take(unit, following), self.policy)
 
 
 def _reader(config: TrainConfig) -> Any:

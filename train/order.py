@@ -33,11 +33,6 @@ class Unit(NamedTuple):
         return len(self.samples)
 
 
-def chunks(group_size: int, batch_size: int) -> list[tuple[int, int]]:
-    """(first sample, number of samples) of each forward batch of a group; the last one may be smaller."""
-    return [(first, min(batch_size, group_size - first)) for first in range(0, group_size, batch_size)]
-
-
 def generator(seed: int, *names: object) -> np.random.Generator:
     """A Philox generator keyed by sha256 of the seed and the names: the same on every machine and numpy."""
     text = "/".join(str(part) for part in (seed, *names))

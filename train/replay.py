@@ -13,7 +13,7 @@ from rollout.ranks.world import World
 from rollout.step import step_log_prob
 from shards.errors import RunFailed
 from shards.run import EXPERT_NAMES
-from train.data import Chunk, Rollouts, read_chunk
+from train.data import Batch, Rollouts, read_batch
 from train.inputs import check_policy
 from train.order import Unit, deal, generator
 from train.ranks import check
@@ -106,7 +106,7 @@ def sample_units(rollouts: Rollouts, samples: int) -> list[Unit]:
     units = rollouts.units()
     for shard, expert in sorted({(unit.shard, unit.expert) for unit in units}):
         mine = sorted(unit for unit in units if (unit.shard, unit.expert) == (shard, expert))
-        seed = int(rollouts.plan["seed"])
+        seed = rollouts.plan.seed
         taken = 0
         for index in generator(seed, "replay", rollouts.stage.iteration, shard, expert).permutation(len(mine)):
             if taken >= samples:
@@ -117,12 +117,9 @@ def sample_units(rollouts: Rollouts, samples: int) -> list[Unit]:
 
 
 @torch.no_grad()
-def log_probs(policy: Policy, rollouts: Rollouts, chunk: Chunk) -> torch.Tensor:
-    """[B] fp32 log-probs of a chunk under the policy as it is; its expert must be in memory."""
-    scored = step_log_prob(
-        policy, rollouts.schedule, chunk.unit.step, chunk.x, chunk.x_next, chunk.prompt, chunk.negative, **chunk.extra
-    )
-    return scored.log_prob
+def log_probs(policy: Policy, rollouts: Rollouts, batch: Batch) -> torch.Tensor:
+    """[B] fp32 log-probs of a batch under the policy as it is; its expert must be in memory."""
+    return step_log_prob(policy, rollouts.schedule, batch.unit.step, batch.inputs(batch.x), batch.x_next).log_prob
 
 
 def _replay_unit(policy: Policy, rollouts: Rollouts, unit: Unit, world: World) -> tuple[float, str]:
@@ -131,12 +128,12 @@ def _replay_unit(policy: Policy, rollouts: Rollouts, unit: Unit, world: World) -
     Samples that failed in the rollout are stored as zeros, and have nothing to prove.
     """
     with world.together():
-        chunk = read_chunk(rollouts, policy, unit)
-    ratios = (log_probs(policy, rollouts, chunk) - chunk.log_prob).abs().tolist()
-    rows = [rollouts.shards[unit.shard].row(key) for key in chunk.keys]
+        batch = read_batch(rollouts, policy, unit)
+    ratios = (log_probs(policy, rollouts, batch) - batch.log_prob).abs().tolist()
+    rows = [rollouts.shards[unit.shard].row(key) for key in batch.keys]
     ratios = [ratio if row["status"] == "ok" else 0.0 for ratio, row in zip(ratios, rows, strict=True)]
     worst = max(ratios, key=lambda value: math.inf if math.isnan(value) else value)
-    return worst, chunk.keys[ratios.index(worst)]
+    return worst, batch.keys[ratios.index(worst)]
 
 
 def _failure(rollouts: Rollouts, unit: Unit, key: str, ratio: float, limit: float) -> RunFailed:

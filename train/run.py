@@ -25,7 +25,7 @@ from train.data import Inputs, Rollouts
 from train.inputs import check_policy
 from train.metrics import MetricsLog
 from train.notes import notes
-from train.objectives.settings import check_settings, is_published
+from train.objectives.settings import check_settings
 from train.order import RankPlan, plan_ranks
 from train.publish import publish
 from train.ranks import agree_on_inputs, agreed, claimed, lost_ranks
@@ -193,7 +193,7 @@ def _train(
 
 def _ready(run: Run, rollouts: Rollouts, policy: Policy | None, start: Path | None, world: World) -> tuple[Policy, int]:
     """The policy of `start`, trainable and on all ranks, and its distance from the one that sampled, in policies."""
-    settings, video = run.config.train, rollouts.plan["video"]
+    settings = run.config.train
     with world.together():
         policy = policy or Policy.of(run.config.model)
         policy.become(start)
@@ -201,7 +201,7 @@ def _ready(run: Run, rollouts: Rollouts, policy: Policy | None, start: Path | No
         lag = check_policy(rollouts, fingerprint, settings)
         _check_lag(settings, lag)
         _make_trainable(policy, run.config, start)
-        policy.check_ulysses(video["height"], video["width"], video["frames"], world)
+        policy.check_ulysses(*rollouts.plan.video.size, world)
     world.agree("policy", fingerprint)
     policy.distribute(world)
     return policy, lag
@@ -216,14 +216,14 @@ def _train_expert(work: Work, expert: int) -> Trained:
     plan = plan_ranks(
         inputs.units(),
         world.data_parallel,
-        seed=inputs.rollouts.plan["seed"],
+        seed=inputs.rollouts.plan.seed,
         iteration=stage.iteration,
         expert=expert,
         updates=settings.updates_per_rollout,
         whole_groups=bool(inputs.pairs),
     )
     with closing(trainer):
-        if is_published(settings) and settings.recompute_log_probs and done < len(plan.batches):
+        if settings.is_published and settings.recompute_log_probs and done < len(plan.batches):
             trainer.recompute_log_probs([unit for unit in inputs.units() if unit.expert == expert])
         _update_all(work, trainer, plan, done)
     return Trained(trainer.averages(), trainer.unmoved())
@@ -283,7 +283,7 @@ def _must_prove(settings: TrainConfig, rollouts: Rollouts, lag: int) -> bool:
 
     It stands before DiffusionNFT too, whose old velocity must be that of the policy that sampled.
     """
-    sampled = any(group["window"] for group in rollouts.groups.values())
+    sampled = any(group.window for group in rollouts.plan.groups)
     return sampled and not settings.recompute_log_probs and lag == 0
 
 

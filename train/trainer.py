@@ -16,10 +16,9 @@ from shards.errors import RunFailed
 from shards.process.peak_memory import peak_memory_bytes
 from shards.run import EXPERT_NAMES
 from train.checkpoint import TrainerState
-from train.data import Inputs, read_chunk, row
+from train.data import Inputs, read_batch, row
 from train.losses import Losses, Rows
 from train.objectives import terms
-from train.objectives.settings import is_published
 from train.order import Slot, Unit, deal
 from train.weights import Masters, RolledOut
 
@@ -74,7 +73,7 @@ class ExpertTrainer:
     def update(self, units: Sequence[Unit], slots: Sequence[Slot], following: Unit | None = None) -> dict[str, float]:
         """One optimizer step on a minibatch, of which this rank does its slots; returns the metrics of the whole.
 
-        Gradients add up chunk by chunk, each with its own backward pass, and every row is divided by the weight of the
+        Gradients add up batch by batch, each with its own backward pass, and every row is divided by the weight of the
         whole minibatch, so that the result does not depend on how the rows are cut into chunks or dealt to ranks.
         `following` is the first unit of the next update, to be read in the meantime.
         """
@@ -108,21 +107,21 @@ class ExpertTrainer:
     def backward(
         self, unit: Unit, total: float, *, measure: bool = False, counts: bool = True, following: Unit | None = None
     ) -> dict[str, Tensor]:
-        """Add the gradient of one chunk at one step, its rows weighted and divided by `total`; returns its rows.
+        """Add the gradient of one batch at one step, its rows weighted and divided by `total`; returns its rows.
 
         FSDP averages gradients over all ranks. What is wanted is their sum over samples and over parts of the token
         sequence, so the loss is multiplied by the number of ranks. Without `counts` every row has weight 0.
         `following` is the unit of the next call, to be read in the meantime.
         """
-        chunk = self.losses.read(unit, following)
-        pairs = [self.inputs.advantages[key] for key in chunk.keys]
-        weight = row([pair[1] if counts else 0.0 for pair in pairs], chunk.log_prob)
-        advantage = terms.clip_advantage(row([pair[0] for pair in pairs], chunk.log_prob), self.config.advantage_clip)
-        rows = self.losses.rows(chunk, advantage, measure=measure, moved=self.moved)
+        batch = self.losses.read(unit, following)
+        pairs = [self.inputs.advantages[key] for key in batch.keys]
+        weight = row([pair[1] if counts else 0.0 for pair in pairs], batch.log_prob)
+        advantage = terms.clip_advantage(row([pair[0] for pair in pairs], batch.log_prob), self.config.advantage_clip)
+        rows = self.losses.rows(batch, advantage, measure=measure, moved=self.moved)
         loss = (rows.loss * (weight / total)).sum()
         (loss * self.world.size if self.world.size > 1 else loss).backward()
-        if measure and is_published(self.config) and not self.config.ratio_norm and self.world.data_rank > 0:
-            rows.shift = None  # all ranks measured it, to stay in step; the first chunk of the minibatch tells it
+        if measure and self.config.is_published and not self.config.ratio_norm and self.world.data_rank > 0:
+            rows.shift = None  # all ranks measured it, to stay in step; the first batch of the minibatch tells it
         return _detached(rows, advantage, weight)
 
     def recompute_log_probs(self, units: Sequence[Unit]) -> None:
@@ -134,8 +133,8 @@ class ExpertTrainer:
             for position in deal(len(units), self.world.data_parallel)[:, self.world.data_rank].tolist():
                 unit = units[max(position, 0)]
                 with self.world.together():
-                    chunk = read_chunk(self.inputs.rollouts, self.policy, unit)
-                found[unit] = log_probs(self.policy, self.inputs.rollouts, chunk).cpu()
+                    batch = read_batch(self.inputs.rollouts, self.policy, unit)
+                found[unit] = log_probs(self.policy, self.inputs.rollouts, batch).cpu()
         for part in self.world.gather_data(found):
             device = self.policy.device
             self.losses.old_log_probs |= {unit: value.to(device) for unit, value in part.items()}

@@ -17,7 +17,7 @@ from shards.errors import UserError
 from shards.process.progress import counted
 from shards.text.cleaning import clean
 from shards.text.letters import normaliser, plain_normaliser
-from shards.text.quotes import spans
+from shards.text.quotes import quoted_spans
 from shards.text.recognisers import recogniser_of, unreadable_text
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def _check_target(prompt: Prompt, folder: Path, limit: int) -> None:
 def _target_ends(text: str, target: str) -> list[int]:
     """Where in a prompt the parts of its target end; none where it does not say them."""
     try:
-        quoted = [(start, end) for start, end in spans(text) if text[start:end].strip()]
+        quoted = [(start, end) for start, end in quoted_spans(text) if text[start:end].strip()]
     except ValueError:
         quoted = []
     if quoted and " ".join(text[start:end].strip() for start, end in quoted) == target:

@@ -12,8 +12,9 @@ from shards.errors import UserError
 from shards.files import publish_replace
 from shards.inspect import table
 from shards.locate import locate
+from shards.plan import SAMPLE_KEY, group_of
 from shards.reader import open_shard
-from shards.run import EXPERT_NAMES, SAMPLE_KEY, Stage, group_of
+from shards.run import EXPERT_NAMES, Stage
 from shards.store.urls import shown
 from shards.video import decode_mp4
 
@@ -34,7 +35,7 @@ def find(path: str | Path, key: str, evaluation: bool = False) -> tuple[Stage, i
     group = group_of(key)
     for stage in stages:
         plan = stage.plan() if stage.iteration == int(matched[1]) else None
-        for shard, groups in enumerate(plan["shards"] if plan else []):
+        for shard, groups in enumerate(plan.shards if plan else ()):
             if group in groups and key in stage.keys(shard) and stage.is_committed(shard):
                 return stage, shard
     where = "the evaluations" if evaluation else "the rollouts"

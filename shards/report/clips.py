@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from shards.diagnosis import number
 from shards.reader import Shard, open_shard
 from shards.report.facts import Facts
-from shards.report.points import number
 
 if TYPE_CHECKING:
     import pandas

@@ -4,49 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from shards import sidecar
-from shards.files import read_json_lines
+from shards import diagnosis, sidecar
+from shards.config import TrainConfig
+from shards.diagnosis import Limits, Move
+from shards.errors import Damaged
+from shards.files import read_json, read_json_lines
 from shards.inspect import table
 from shards.reader import read_manifest
-from shards.report.points import Point, number
+from shards.report.points import Point
 from shards.run import Run, Stage
+from shards.run_toml import parse_config
 
 if TYPE_CHECKING:
     import pandas
 
 GUARDS = "guards"
-GUARD_LIMIT = 0.2  # share by which a guard may move from iteration 0
-NOISE = 2.0  # standard errors: what moves less may be the draw of prompts
-SILENT_GROUPS = 0.5  # share of groups without an advantage that is worth an alarm
-RATIO_SHARE = 0.1  # of train.clip_range: how far from 1 the ratio of the first update of an iteration may be
-CLIP_HIGH = 0.4  # clip fraction above which updates are wasted
-CLIP_RUN = 5  # updates in a row before the clip fraction is worth a word
 KINDS = ("rollout", "eval")
-
-
-@dataclass(frozen=True)
-class Move:
-    """How far a guard is from where it began."""
-
-    guard: str
-    kind: str
-    iteration: int
-    before: float
-    now: float
-    alarm: bool
-
-    @property
-    def share(self) -> float:
-        """Relative change; infinite when it began at 0."""
-        return (self.now - self.before) / abs(self.before) if self.before else math.inf
-
-    def __str__(self) -> str:
-        change = f"{self.share:+.0%}".replace("-", "\N{MINUS SIGN}") if math.isfinite(self.share) else "from nothing"
-        where = "evaluation" if self.kind == "eval" else "iteration"
-        return f"{self.guard} moved {change} ({number(self.before)} → {number(self.now)}) by {where} {self.iteration}"
 
 
 @dataclass(frozen=True)
@@ -70,7 +46,9 @@ class Facts:
     updates: list[dict[str, Any]]
     costs: list[Cost]
     stages: dict[str, Stage]
-    moves: list[Move] = field(default_factory=list)
+    moves: list[Move]
+    limits: dict[int, Limits]
+    """What the updates of each iteration are judged by."""
 
     def of(self, kind: str) -> pandas.DataFrame:
         """Rows of the rollouts ("rollout") or of the evaluations ("eval")."""
@@ -88,8 +66,16 @@ def gather(run: Run) -> Facts:
     stages = [stage for stage in stages if stage.shards()]
     updates = [record for k in run.iterations() for record in read_metrics(run.iteration(k))]
     costs = [cost for stage in stages for cost in _costs(stage, samples)]
-    facts = Facts(run, samples, updates, costs, {stage.name: stage for stage in stages})
-    return Facts(run, samples, updates, costs, facts.stages, guard_moves(samples))
+    trained = sorted({record["iteration"] for record in updates})
+    return Facts(
+        run,
+        samples,
+        updates,
+        costs,
+        {stage.name: stage for stage in stages},
+        guard_moves(samples),
+        {k: _limits(run, run.iteration(k)) for k in trained},
+    )
 
 
 def read_metrics(stage: Stage) -> list[dict[str, Any]]:
@@ -187,7 +173,7 @@ def standard_error(values: pandas.Series[float]) -> float:
 def guard_moves(samples: pandas.DataFrame) -> list[Move]:
     """For each guard and kind the largest move beyond GUARD_LIMIT from the first iteration, if there is one.
 
-    It is an alarm when it is also larger than NOISE standard errors, taken over the means of groups: an iteration draws
+    It is an alarm when it is also larger than some standard errors, taken over the means of groups: an iteration draws
     few prompts, and prompts differ. With one group there is no error to compare with, and any such move is an alarm.
     """
     moves = []
@@ -202,50 +188,43 @@ def guard_moves(samples: pandas.DataFrame) -> list[Move]:
 
 
 def _move(name: str, kind: str, iteration: int, first: pandas.Series[float], now: pandas.Series[float]) -> Move | None:
-    before, after = float(first.mean()), float(now.mean())
-    difference = abs(after - before)
-    if difference <= GUARD_LIMIT * abs(before) or difference < 1e-9:
-        return None
     error = math.hypot(standard_error(first), standard_error(now))
-    return Move(name.removeprefix(f"{GUARDS}."), kind, iteration, before, after, difference > NOISE * error)
+    guard = name.removeprefix(f"{GUARDS}.")
+    return Move.beyond(guard, kind, iteration, float(first.mean()), float(now.mean()), error)
 
 
 def alarms(facts: Facts) -> list[str]:
     """What a careful reader of all the numbers would say first, in plain words."""
-    found = [f"Guard: {move}. Look at the clips: is the reward being hacked?" for move in facts.moves if move.alarm]
-    return found + _alarms_of_groups(facts.of("rollout")) + _alarms_of_updates(facts)
-
-
-def _alarms_of_groups(rollouts: pandas.DataFrame) -> list[str]:
-    found = [
-        f"Iteration {point.x:.0f}: {1 - point.y:.0%} of the groups have no advantage; the reward is saturated, "
-        "or the prompts are too hard."
-        for point in used_points(rollouts)
-        if 1 - point.y > SILENT_GROUPS
-    ]
+    rollouts = facts.of("rollout")
+    found = diagnosis.alarm_moves(facts.moves)
+    found += diagnosis.alarm_groups([(point.x, point.y) for point in used_points(rollouts)])
     missing = rollouts[~rollouts["status"].isin(["ok", table.NOT_SCORED])]
     for iteration, rows in missing.groupby("iteration"):
-        reason = rows["status"].mode()[0]
-        found.append(f"Iteration {iteration}: {len(rows)} samples have no reward, most often because: {reason}.")
-    return found
+        found.append(diagnosis.alarm_missing(iteration, len(rows), rows["status"].mode()[0]))
+    return found + diagnosis.alarm_updates(facts.updates, facts.limits)
 
 
-def _alarms_of_updates(facts: Facts) -> list[str]:
-    found = []
-    limit = RATIO_SHARE * facts.run.config.train.clip_range
-    for record in facts.updates:
-        off = max(abs(record.get("ratio_max", 1.0) - 1), abs(record.get("ratio_min", 1.0) - 1))
-        if record["update"] == 1 and off > limit:
-            found.append(
-                f"Iteration {record['iteration']}, {record['expert']}: the first update saw a ratio {number(off)} "
-                "away from 1; are these rollouts of another policy?"
-            )
-    for expert in experts(facts.updates):
-        later = [record for record in facts.updates if record["expert"] == expert and record["update"] > 1]
-        fractions = [record["clip_fraction"] for record in later if "clip_fraction" in record][-CLIP_RUN:]
-        if len(fractions) == CLIP_RUN and min(fractions) > CLIP_HIGH:
-            found.append(f"{expert}: over {CLIP_HIGH:.0%} of the samples are clipped; lower train.learning_rate.")
-    return found
+def _limits(run: Run, stage: Stage) -> Limits:
+    """What an iteration is judged by: the settings that training froze, or those of run.toml before there are any."""
+    plan = stage.plan()
+    lag = stage.iteration - plan.policy.lag_of if plan else 0
+    return Limits.of(frozen_settings(stage) or run.config.train, lag)
+
+
+def frozen_settings(stage: Stage) -> TrainConfig | None:
+    """The settings of [train] that an iteration is trained with; None before training began.
+
+    A setting that the file does not have, because it was written before there was one, has its default, and one that
+    this version does not know is left out. Raises UserError for a file that is damaged.
+    """
+    path = stage.train_dir / "plan.json"
+    if not path.exists():
+        return None
+    values = read_json(path).get("train")
+    if not isinstance(values, dict):
+        raise Damaged(f"{path} is damaged: it has no train", "restore it from a copy")
+    known = {name: value for name, value in values.items() if name in TrainConfig.model_fields}
+    return parse_config({"train": known}, str(path)).train
 
 
 def _costs(stage: Stage, samples: pandas.DataFrame) -> list[Cost]:

@@ -8,12 +8,14 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING
 
+from shards import diagnosis
+from shards.diagnosis import Move, number
 from shards.errors import UserError
 from shards.files import publish_replace
 from shards.report import clips as report_clips
 from shards.report import facts as report_facts
 from shards.report.facts import Cost, Facts
-from shards.report.points import Point, number
+from shards.report.points import Point
 from shards.report.svg import Series, histogram, legend, lines
 from shards.run import Run
 
@@ -234,13 +236,13 @@ def _guards(facts: Facts) -> str:
             Series("held out", "eval", report_facts.error_points(facts.of("eval"), column), bars=True),
         ]
         start = next((one.points[0].y for one in series if one.points), 0.0)
-        limit = report_facts.GUARD_LIMIT * abs(start)
+        limit = diagnosis.GUARD_LIMIT * abs(start)
         chart = lines(series, label=f"{name} by iteration", zone=(start - limit, start + limit))
         panels.append(_guard_panel(name, chart, series, worst.get(name)))
     return "".join(panels) or '<p class="empty">no guard metrics yet: <code>rushes score</code> writes them</p>'
 
 
-def _guard_panel(name: str, chart: str, series: Sequence[Series], move: report_facts.Move | None) -> str:
+def _guard_panel(name: str, chart: str, series: Sequence[Series], move: Move | None) -> str:
     state, words = "calm", "within 20 %"
     if move is not None:
         state, words = ("alarm", str(move)) if move.alarm else ("unsure", f"{move}, but within noise")

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from shards.report.points import Point, number
+from shards.diagnosis import number
+from shards.report.points import Point
 
 LEFT, RIGHT, TOP, BOTTOM = 52.0, 14.0, 12.0, 34.0
 MARKERS = 60  # points of a line that are drawn as dots; above that the line alone is clearer

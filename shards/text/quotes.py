@@ -44,10 +44,10 @@ def quoted(text: str) -> list[str]:
     Raises ValueError for a mark of MARKS without its partner, such as the inch mark of `a 12" screen`, which would else
     shift every pair after it.
     """
-    return [text[start:end].strip() for start, end in spans(text)]
+    return [text[start:end].strip() for start, end in quoted_spans(text)]
 
 
-def spans(text: str) -> list[tuple[int, int]]:
+def quoted_spans(text: str) -> list[tuple[int, int]]:
     """(start, end) of what `quoted` returns, white space included: characters start to end - 1 are between two marks.
 
     Raises ValueError as `quoted` does.

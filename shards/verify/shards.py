@@ -221,25 +221,14 @@ def _check_base(root: Path, stages: list[Stage]) -> None:
     base = read_json(path).get("base")
     for stage in stages:
         plan, _ = _result(stage.plan)
-        known = ((plan or {}).get("policy") or {}).get("base", base)
-        if known != base:
+        if plan is not None and plan.policy.base != base:
             raise Damaged(f"{path}: its model is not that of {stage.plan_path}", "restore it from a copy, or delete it")
 
 
 def _check_plan(stage: Stage) -> None:
-    plan = stage.plan()
-    if plan is None:
-        if stage.shards():
-            raise Damaged(f"{stage.plan_path} is missing", "restore it from a copy")
-        return
-    try:
-        promised = [group for shard in plan["shards"] for group in shard]
-        described = [group["key"] for group in plan["groups"]]
-        count = int(plan["group_size"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise Damaged(f"{stage.plan_path} is damaged: {error}", "restore it from a copy") from error
-    if len(set(promised)) != len(promised) or sorted(promised) != sorted(described) or count < 1:
-        raise Damaged(f"{stage.plan_path}: its shards do not hold each of its groups once", "restore it from a copy")
+    """There is a plan where there are shards; reading one checks it."""
+    if stage.plan() is None and stage.shards():
+        raise Damaged(f"{stage.plan_path} is missing", "restore it from a copy")
 
 
 def _check_one_policy(stage: Stage, committed: list[int]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.files import read_json_lines
+from shards.plan import RolloutPlan
 from shards.run import Run, Stage
 from shards.sidecar import scorers, specifications
 from shards.spool import spooled
@@ -166,7 +167,7 @@ def _parts(run: Run, stage: Stage, held: set[tuple[str, str, int]]) -> list[Part
     plan = stage.plan()
     if plan is None:
         return []
-    sizes = {shard: len(groups) * plan["group_size"] for shard, groups in enumerate(plan["shards"])}
+    sizes = plan.shard_sizes
     counter = _Counter(stage, sizes, {(what, shard) for name, what, shard in held if name == stage.name})
     committed = {shard: stage.manifest_path(shard) for shard in stage.shards() if shard in sizes}
     begun = {shard: _spool(stage, shard) for shard in sizes if shard not in committed}
@@ -180,11 +181,11 @@ def _parts(run: Run, stage: Stage, held: set[tuple[str, str, int]]) -> list[Part
     return [*parts, _training(run, stage, plan, counter)] if stage.kind == "rollout" else parts
 
 
-def _training(run: Run, stage: Stage, plan: dict[str, Any], counter: _Counter) -> Part:
+def _training(run: Run, stage: Stage, plan: RolloutPlan, counter: _Counter) -> Part:
     """Updates of all experts, as the log of metrics tells them."""
     log = stage.policy_dir / "metrics.jsonl"
     done = len({(row.get("expert"), row.get("update")) for row in read_json_lines(log)})
-    experts = len(set(plan.get("sampler", {}).get("experts", [0])))
+    experts = len(set(plan.schedule.experts))
     total = done if stage.trained() else max(done, run.config.train.updates_per_rollout * experts)
     began, last = (_written(path) for path in (stage.train_dir / "plan.json", log))
     here = url_of(stage.path) is None  # else one may be the store's time and the other one ours

@@ -394,7 +394,7 @@ def test_every_law_and_form_is_in_the_table() -> None:
     from shards import config
 
     text = (DOCS / "sampling.md").read_text(encoding="utf-8")
-    for kind in (config.Law, config.Form, config.Solver, config.Schedule, config.Window):
+    for kind in (config.Law, config.Form, config.Solver, config.SigmaGrid, config.Window):
         assert all(f"`{name}`" in text for name in get_args(kind))
 
 

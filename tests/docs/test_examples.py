@@ -14,7 +14,6 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
@@ -136,18 +135,19 @@ def test_a_script_runs_to_its_end(name: str, tmp_path: Path, request: pytest.Fix
 def check(run: Run, name: str) -> None:
     """What a script says about itself in words, read off the run."""
     config = run.config
-    plan: dict[str, Any] = run.iteration(0).plan() or {}
+    plan = run.iteration(0).plan()
+    assert plan is not None
     if name == "wan22-a14b-videoalign":
         summary = json.loads(next(run.iteration(0).path.glob("advantage/*/_summary.json")).read_text())
         assert summary["rewards"]["videoalign"]["missing"] == 0
-        assert all(len(group["window"]) == len(plan["sampler"]["timesteps"]) // 2 for group in plan["groups"])
+        assert all(len(group.window) == plan.schedule.steps // 2 for group in plan.groups)
         train = config.train
         assert (train.clip_range, train.advantage_clip, train.warmup) == (1e-4, 5.0, 10)
         assert (train.objective, train.estimator, train.proximal) == ("grpo", "noise", 0.0)
         assert (train.full, train.learning_rate) == (True, 8e-6)
         assert (train.beta1, train.beta2, train.weight_decay, config.score.best_of_n) == (0.9, 0.999, 1e-4, 8)
     if name in ("wan22-i2v", "wan22-ti2v-5b"):
-        images = [group["image"] is not None for group in plan["groups"]]
+        images = [group.image is not None for group in plan.groups]
         assert any(images)
 
 

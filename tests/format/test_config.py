@@ -171,7 +171,7 @@ def test_every_value_of_a_wan_preset_has_its_source(preset: str) -> None:
 
 def test_presets_train_what_they_say() -> None:
     """The steps named in their comments: which experts the windows of the real schedules reach."""
-    from rollout.schedule import make_plan
+    from rollout.schedule import make_schedule
     from rollout.window import choose_window
 
     expected = {  # preset: boundary, steps of the high-noise or only expert, steps of the low-noise one
@@ -184,7 +184,7 @@ def test_presets_train_what_they_say() -> None:
     assert set(expected) == {name for name in PRESETS if name.startswith("wan")}
     for name, (boundary, high, low) in expected.items():
         rollout = parse_config(read_preset(name), name).rollout
-        plan = make_plan(rollout, boundary=boundary, scheduler_config={})
+        plan = make_schedule(rollout, boundary=boundary, scheduler_config={})
         windows = [choose_window(plan, rollout, iteration=k, prompt_id=k) for k in range(200)]
         reached = {step for window in windows for step in window}
         assert reached == {*high, *low}, name

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +22,11 @@ import webdataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shards import run as run_module
 from shards import source as source_module
 from shards import tensors
 from shards.errors import UserError
-from shards.files import publish_new, publish_replace, read_json
+from shards.files import publish_new, publish_replace
+from shards.plan import RolloutPlan
 from shards.reader import open_shard, webdataset_pipeline
 from shards.run import Run
 from shards.spool import read_group, read_phase, spooled, write_group, write_phase, write_sample
@@ -42,6 +43,7 @@ from tests.support.shard_fixtures import (
     make_plan,
     make_sample,
     make_video,
+    plan_of,
     planned_stage,
 )
 
@@ -172,9 +174,9 @@ def test_record_over_the_limit_is_refused(tmp_path: Path) -> None:
 
 
 def test_lone_surrogates_are_refused(tmp_path: Path) -> None:
-    run = Run(tmp_path)
+    run, plan = Run(tmp_path), plan_of(make_plan())
     with pytest.raises(UserError, match=r"plan\.json: text is not valid Unicode near '\\ud83d'"):
-        run.iteration(0).publish_plan(make_plan(prompt="half a smile \ud83d"))
+        run.iteration(0).publish_plan(replace(plan, negative_prompt="half a smile \ud83d"))
     stage = planned_stage(tmp_path)
     sample = make_sample(stage, stage.groups(0)[0], 0)
     sample.meta["prompt"] = "\udc80"
@@ -323,7 +325,7 @@ def test_seal_refuses_samples_of_another_plan(tmp_path: Path) -> None:
     stage = planned_stage(tmp_path)
     fill(stage, 0)
     stage.plan_path.unlink()
-    stage.publish_plan(make_plan(negative_prompt="blurry"))
+    stage.publish_plan(plan_of(make_plan(negative_prompt="blurry")))
     with pytest.raises(UserError, match="was sampled for another plan"):
         seal(stage, 0, {})
 
@@ -367,11 +369,11 @@ def test_group_and_phase_files_wait_in_the_spool(tmp_path: Path) -> None:
 
 def test_plans_are_written_once_and_differences_are_named(tmp_path: Path) -> None:
     stage = planned_stage(tmp_path)
-    assert stage.publish_plan(make_plan()) == make_plan()
+    assert stage.publish_plan(plan_of(make_plan())) == plan_of(make_plan())
     changed = make_plan(seed=1)
     changed["sampler"] = changed["sampler"] | {"eta": 0.3}
     with pytest.raises(UserError, match=r"other settings: sampler\.eta, seed"):
-        stage.publish_plan(changed)
+        stage.publish_plan(plan_of(changed))
 
 
 def test_stages_and_their_numbers(tmp_path: Path) -> None:
@@ -396,11 +398,12 @@ def test_a_plan_is_parsed_once_for_all_shards_and_anew_when_it_is_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parsed = []
-    monkeypatch.setattr(run_module, "read_json", lambda path: parsed.append(path) or read_json(path))
+    true_reader = RolloutPlan.from_json
+    monkeypatch.setattr(RolloutPlan, "from_json", lambda *given: parsed.append(given[-1]) or true_reader(*given))
     stage = Run(tmp_path).iteration(0)
     assert stage.plan() is None
-    stage.publish_plan(make_plan(groups=40))
-    assert sum(len(Run(tmp_path).iteration(0).keys(shard)) for shard in range(stage.expected())) == 40 * 3
+    stage.publish_plan(plan_of(make_plan(groups=40)))
+    assert sum(len(stage.keys(shard)) for shard in range(stage.expected())) == 40 * 3
     assert parsed == [stage.plan_path]
     text = stage.plan_path.read_text()
     for seed in (1, 2):  # files of one size: another one in its place, then the same one written over
@@ -408,7 +411,9 @@ def test_a_plan_is_parsed_once_for_all_shards_and_anew_when_it_is_another(
         other.write_text(text.replace('"seed":0', f'"seed":{seed}'))
         tick(stage.plan_path)
         os.replace(other, stage.plan_path) if seed == 1 else stage.plan_path.write_bytes(other.read_bytes())
-        assert (stage.plan() or {})["seed"] == seed
+        plan = stage.plan()
+        assert plan is not None
+        assert plan.seed == seed
     stage.plan_path.unlink()
     assert stage.plan() is None
     assert stage.expected() == 0

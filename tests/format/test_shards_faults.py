@@ -462,9 +462,10 @@ def test_a_summary_that_is_not_of_its_tables(stage: Stage) -> None:
 
 
 def test_a_record_of_another_base_model(stage: Stage) -> None:
-    plan = stage.plan() or {}
+    plan = stage.plan()
+    assert plan is not None
     path = stage.run_path / "model.json"
-    path.write_text(json.dumps({"base": plan["policy"]["base"]}))
+    path.write_text(json.dumps({"base": plan.policy.base}))
     assert "model.json" not in faults(stage)
     path.write_text(json.dumps({"base": "0" * 64}))
     assert "model.json: its model is not that of" in faults(stage)

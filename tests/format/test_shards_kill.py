@@ -62,7 +62,7 @@ for turn in range(stage.expected()):
     done = spooled(stage, shard)
     for group in stage.groups(shard):
         write_group(stage, shard, group, make_group(group))
-        for number in range(stage.plan()["group_size"]):
+        for number in range(stage.plan().group_size):
             sample = make_sample(stage, group, number, video=salt.to_bytes(4, "big") * 20_000)
             if sample.key in done or stage.is_committed(shard):
                 continue

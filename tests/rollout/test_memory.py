@@ -405,7 +405,7 @@ def test_the_preview_is_what_the_rollout_does(dry: Run) -> None:
     rollout(dry, stage)
     plan = stage.plan()
     assert plan is not None
-    window = ", ".join(map(str, plan["groups"][0]["window"]))
+    window = ", ".join(map(str, plan.groups[0].window))
     assert f"steps {window}" in text
     shards = [open_shard(stage, number) for number in stage.shards()]
     stored = [shard.trajectory(key)["latents"] for shard in shards for key in shard.keys]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,9 @@ def test_a_batch_by_tokens_is_frozen_in_the_plan_and_replayed(tiny_t2v: Path, tm
     policy = Policy.load(tiny_t2v, device="cpu", text_length=training.TEXT_LENGTH)
     run = training.make_run(tmp_path / "run", tiny_t2v, batch_size=1, batch_tokens=5, low_steps=0, group_size=3)
     stage = training.roll(run, 0, policy)
-    plan = stage.plan() or {}
-    assert plan["batch_size"] == 2
+    plan = stage.plan()
+    assert plan is not None
+    assert plan.batch_size == 2
     chunks = [open_shard(stage, 0).meta(key)["chunk"] for key in open_shard(stage, 0).keys]
     assert chunks == [[0, 2], [0, 2], [2, 1]]
     training.advise(stage)
@@ -108,10 +110,10 @@ def test_a_batch_by_tokens_is_frozen_in_the_plan_and_replayed(tiny_t2v: Path, tm
     assert "batch 2" in memory_needs.render(run, [])
     wide = Run.open(run.path, ["rollout.batch_tokens=1000"])
     assert batch_size(wide.config.rollout, policy.layout) == 3  # never more than a group
-    again = stage_plan(wide, stage, policy.layout, plan["policy"])
+    again = stage_plan(wide, stage, policy.layout)
     assert again["batch_size"] == 3
     with pytest.raises(UserError, match="batch_size"):  # a stage keeps the batches it began with
-        stage.publish_plan({**again, "policy": plan["policy"]})
+        stage.publish_plan(replace(again, policy=plan.policy))
 
 
 @pytest.mark.parametrize(("form", "told"), [("euler-maruyama", True), ("exact", False)])

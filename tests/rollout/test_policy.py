@@ -15,9 +15,9 @@ from PIL import Image
 
 from rollout.policy import Policy
 from rollout.policy.folder import find_folder
-from rollout.schedule import Plan
-from rollout.step import Inputs, step_log_prob, take_step
+from rollout.step import StepInputs, step_log_prob, take_step
 from shards.errors import UserError
+from shards.plan import Schedule
 from tests.support.tiny_models import TEXT_LENGTH
 
 STEPS = 4
@@ -34,17 +34,17 @@ def load(folder: Path, **options: Any) -> Policy:
     return Policy.load(folder, device="cpu", text_length=TEXT_LENGTH, **options)
 
 
-def make_plan(boundary: float | None, law: str = "ode") -> Plan:
+def make_plan(boundary: float | None, law: str = "ode") -> Schedule:
     sigmas = np.linspace(1, 1 / 1000, STEPS + 1)[:-1]
     sigmas = np.append(3 * sigmas / (1 + 2 * sigmas), 0).astype(np.float32)
     timesteps = sigmas[:-1] * np.float32(1000)
     experts = tuple(int(boundary is not None and t < boundary * 1000) for t in timesteps)
     guidance = tuple((4.0, 3.0)[expert] for expert in experts)
     eta = 0.0 if law == "ode" else 0.7
-    return Plan(tuple(sigmas.tolist()), tuple(timesteps.tolist()), experts, guidance, law, "exact", eta, "euler")
+    return Schedule(tuple(sigmas.tolist()), tuple(timesteps.tolist()), experts, guidance, law, "exact", eta, "euler")
 
 
-def plain(kind: type, folder: Path, plan: Plan | None = None) -> Any:
+def plain(kind: type, folder: Path, plan: Schedule | None = None) -> Any:
     """A plain diffusers pipeline; with a plan its scheduler is Euler on the plan's own sigmas."""
     pipe = kind.from_pretrained(folder, disable_mmap=True)
     pipe.set_progress_bar_config(disable=True)
@@ -65,13 +65,13 @@ def plain(kind: type, folder: Path, plan: Plan | None = None) -> Any:
     return pipe
 
 
-def sample(policy: Policy, plan: Plan, x: torch.Tensor, condition: torch.Tensor | None) -> torch.Tensor:
+def sample(policy: Policy, plan: Schedule, x: torch.Tensor, condition: torch.Tensor | None) -> torch.Tensor:
     prompt, negative = (policy.pad(embeds, len(x)) for embeds in policy.encode(["a cat walks", "bad"]))
     with torch.no_grad():
         for step in range(plan.steps):
             policy.use(plan.experts[step])
-            inputs = Inputs(prompt, negative, condition)
-            x = take_step(policy, plan, step, x, None, torch.float32, inputs).x
+            inputs = StepInputs(x, prompt, negative, condition)
+            x = take_step(policy, plan, step, inputs, None, torch.float32).x
     return policy.impose(x, condition)
 
 
@@ -263,11 +263,11 @@ def test_the_given_frame_of_ti2v_does_not_enter_the_log_prob(folders: dict[str, 
     condition = policy.encode_image(IMAGE, 64, 64, 5)
     assert tuple(condition.shape) == (1, 48, 1, 4, 4)
     with torch.no_grad():
-        scored = step_log_prob(policy, plan, 1, x, x_next, prompt, prompt, condition)
+        scored = step_log_prob(policy, plan, 1, StepInputs(x, prompt, prompt, condition), x_next)
         for tensor in (x, x_next):
             tensor[:, :, 0] += 3
-        again = step_log_prob(policy, plan, 1, x, x_next, prompt, prompt, condition)
-        without = step_log_prob(policy, plan, 1, x, x_next, prompt, prompt)
+        again = step_log_prob(policy, plan, 1, StepInputs(x, prompt, prompt, condition), x_next)
+        without = step_log_prob(policy, plan, 1, StepInputs(x, prompt, prompt), x_next)
     assert torch.equal(scored.log_prob, again.log_prob)
     assert not torch.equal(without.log_prob, again.log_prob)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ from PIL import Image
 from rollout import run as rollout_run
 from rollout.policy import Policy
 from rollout.run import regenerate, rollout
-from rollout.sampler import Chunk, Sampler
-from rollout.schedule import Plan
-from rollout.step import step_log_prob
+from rollout.sampler import Sampler
+from rollout.step import StepInputs, step_log_prob
 from shards.config import RunConfig
 from shards.errors import RunFailed, UserError
+from shards.plan import Chunk, Schedule
 from shards.reader import open_shard
 from shards.run import Run, Stage
 from shards.run_toml import parse_config
@@ -111,18 +112,23 @@ def sample_parts(sample: Sample) -> tuple[Any, ...]:
     return json.loads(json.dumps(meta)), sample.video, dict(sample.tensors)
 
 
+def schedule_of(stage: Stage) -> Schedule:
+    plan = stage.plan()
+    assert plan is not None
+    return plan.schedule
+
+
 def test_a_shard_holds_what_the_format_promises(finished: tuple[Run, Stage]) -> None:
     run, stage = finished
     plan = stage.plan()
     assert plan is not None
-    assert [len(shard) for shard in plan["shards"]] == [2]
-    sampler = Plan.from_dict(plan["sampler"])
+    assert [len(shard) for shard in plan.shards] == [2]
+    sampler = plan.schedule
     shard = open_shard(stage, 0)
     assert len(shard.keys) == 6
-    group = {item["key"]: item for item in plan["groups"]}
     for key in shard.keys:
         meta, tensors = shard.meta(key), shard.trajectory(key)
-        window = group[meta["group"]]["window"]
+        window = list(plan.by_key[meta["group"]].window)
         assert len(window) == 2
         assert {sampler.experts[step] for step in window} == {0, 1}
         states = sorted({n for step in window for n in (step, step + 1)} | {4})
@@ -140,7 +146,7 @@ def test_a_shard_holds_what_the_format_promises(finished: tuple[Run, Stage]) -> 
     assert not torch.equal(first, second)
     texts = shard.group(shard.groups[0])
     assert tuple(texts["negative"].shape) == (4, 16)
-    assert json.loads((run.path / "model.json").read_text())["base"] == plan["policy"]["base"]
+    assert json.loads((run.path / "model.json").read_text())["base"] == plan.policy.base
 
 
 def test_a_stage_run_twice_does_nothing_and_loads_no_model(
@@ -160,7 +166,7 @@ def test_a_stage_run_twice_does_nothing_and_loads_no_model(
 
 def test_replay_through_disk_is_exact_until_a_weight_moves(finished: tuple[Run, Stage], policy: Policy) -> None:
     _, stage = finished
-    plan = Plan.from_dict((stage.plan() or {})["sampler"])
+    plan = schedule_of(stage)
     shard = open_shard(stage, 0)
     group = shard.groups[0]
     text = shard.group(group)
@@ -172,7 +178,7 @@ def test_replay_through_disk_is_exact_until_a_weight_moves(finished: tuple[Run, 
             for position, step in enumerate(shard.meta(keys[0])["window"]):
                 x, x_next = torch.stack([shard.latents(key, [step, step + 1]) for key in keys]).float().unbind(1)
                 policy.use(plan.experts[step])
-                scored = step_log_prob(policy, plan, step, x, x_next, prompt, negative)
+                scored = step_log_prob(policy, plan, step, StepInputs(x, prompt, negative), x_next)
                 assert scored.log_prob.requires_grad == bool(policy.trainable(0))
                 stored = torch.tensor([shard.meta(key)["log_prob"][position] for key in keys])
                 ratios += (scored.log_prob.detach() - stored).tolist()
@@ -272,7 +278,7 @@ def test_bfloat16_storage_is_replayed_exactly(tiny_t2v2: Path, policy: Policy, t
                    form="exact", solver="dpm-2m", eta=1.0, first_step=1, same_initial_noise=True)  # fmt: skip
     stage = run.iteration(0)
     rollout(run, stage, policy)
-    plan = Plan.from_dict((stage.plan() or {})["sampler"])
+    plan = schedule_of(stage)
     shard = open_shard(stage, 0)
     key = shard.keys[2]
     meta, tensors, text = shard.meta(key), shard.trajectory(key), shard.group(shard.groups[0])
@@ -283,7 +289,8 @@ def test_bfloat16_storage_is_replayed_exactly(tiny_t2v2: Path, policy: Policy, t
         pair = shard.latents(key, [step, step + 1]).float()
         before = tensors["x0_prev"][position][None]
         with torch.no_grad():
-            scored = step_log_prob(policy, plan, step, pair[:1], pair[1:], prompt, negative, x0_prev=before)
+            inputs = StepInputs(pair[:1], prompt, negative, x0_prev=before)
+            scored = step_log_prob(policy, plan, step, inputs, pair[1:])
         assert scored.log_prob.item() == meta["log_prob"][position]
     initial = {shard.meta(key)["noise_seeds"]["initial"] for key in shard.keys}
     assert len(initial) == 1
@@ -296,15 +303,16 @@ def test_evaluation_is_deterministic_and_takes_the_same_noise_for_every_policy(
     run, _ = finished
     stage = run.evaluation(0)
     assert rollout(run, stage, policy).done == 3
-    plan = stage.plan() or {}
-    assert (plan["kind"], plan["seed"], plan["group_size"]) == ("eval", 12345, 1)
-    assert [group["window"] for group in plan["groups"]] == [[], [], []]
+    plan = stage.plan()
+    assert plan is not None
+    assert (plan.kind, plan.seed, plan.group_size) == ("eval", 12345, 1)
+    assert [group.window for group in plan.groups] == [(), (), ()]
     shard = open_shard(stage, 0)
     for key in shard.keys:
         assert shard.trajectory(key)["states"].tolist() == [4]
         assert shard.trajectory(key)["log_prob"].numel() == 0
         assert list(shard.meta(key)["noise_seeds"]) == ["initial"]
-    other = Sampler(policy, plan | {"iteration": 7, "kind": "eval"}, "")
+    other = Sampler(policy, replace(plan, iteration=7), "")
     assert other._seed(shard.groups[0], 0, -1) == shard.meta(shard.keys[0])["noise_seeds"]["initial"]
 
 
@@ -326,8 +334,9 @@ def test_later_iterations_need_and_take_the_trained_policy(tiny_t2v2: Path, poli
     policy.become(None)
     assert rollout(run, stage, policy).done == 2
     assert policy.has_lora
-    plan = stage.plan() or {}
-    assert plan["policy"]["fingerprint"] == identity["fingerprint"]
+    plan = stage.plan()
+    assert plan is not None
+    assert plan.policy.fingerprint == identity["fingerprint"]
     tuned = contents(stage)
     assert rollout(run, run.evaluation(1), policy).done == 3
     policy.become(None)
@@ -376,14 +385,15 @@ def test_images_become_conditions(layout: str, size: int, tmp_path: Path, reques
     stage, policy = run.iteration(0), Policy.of(run.config.model)
     rollout(run, stage, policy)
     shard = open_shard(stage, 0)
-    text, plan = shard.group(shard.groups[0]), Plan.from_dict((stage.plan() or {})["sampler"])
+    text, plan = shard.group(shard.groups[0]), schedule_of(stage)
     assert tuple(text["condition"].shape) == {32: (1, 20, 2, 4, 4), 64: (1, 48, 1, 4, 4)}[size]
     key = shard.keys[2]
     step = shard.meta(key)["window"][0]
     pair = shard.latents(key, [step, step + 1]).float()
     prompt, negative = (policy.pad(text[name], 1) for name in ("prompt", "negative"))
     with torch.no_grad():
-        scored = step_log_prob(policy, plan, step, pair[:1], pair[1:], prompt, negative, text["condition"])
+        inputs = StepInputs(pair[:1], prompt, negative, text["condition"])
+        scored = step_log_prob(policy, plan, step, inputs, pair[1:])
     assert scored.log_prob.item() == shard.meta(key)["log_prob"][0]
     assert differences(sample_parts(regenerate(run, stage, key, policy)), contents(stage)[key]) == []
     if size == 64:

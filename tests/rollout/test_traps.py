@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from rollout.policy import Policy
 from rollout.policy.folder import load_text
-from rollout.schedule import Plan, make_plan
-from rollout.step import Inputs, take_step
+from rollout.schedule import make_schedule
+from rollout.step import StepInputs, take_step
 from shards.config import ModelConfig, RolloutConfig
 from shards.errors import RunFailed, UserError
+from shards.plan import Schedule
 from shards.run_toml import parse_config, read_preset
 from tests.support import training
 from tests.support.tiny_models import TEXT_LENGTH
@@ -62,14 +63,14 @@ def test_the_shift_is_applied_once(boundary: float, shift: float, steps: int, on
     last = {}
     for schedule in ("shifted", "unipc", "euler"):
         config = RolloutConfig(steps=steps, shift=shift, schedule=schedule, guidance_scale_2=3.0)  # type: ignore[arg-type]
-        last[schedule] = make_plan(config, boundary=boundary, scheduler_config={}).sigmas[-2]
+        last[schedule] = make_schedule(config, boundary=boundary, scheduler_config={}).sigmas[-2]
     assert (last["shifted"], last["unipc"], last["euler"]) == pytest.approx((once, once, twice), abs=2e-4)
 
 
 def test_the_first_sigma_of_unipc_does_not_blow_up_the_noise() -> None:
     """UniPC begins at 1 - 1e-6: sqrt(s / (1-s)) alone would be a thousand there."""
     config = RolloutConfig(steps=20, shift=5.0, schedule="unipc", first_step=0, eta=0.7)
-    plan = make_plan(config, boundary=None, scheduler_config={})
+    plan = make_schedule(config, boundary=None, scheduler_config={})
     assert 0.99999 < plan.sigmas[0] < 1
     from rollout.schedule import describe
 
@@ -79,13 +80,13 @@ def test_the_first_sigma_of_unipc_does_not_blow_up_the_noise() -> None:
 def test_the_model_is_given_the_fraction_of_a_timestep(policies: dict[str, Policy]) -> None:
     """A scheduler that casts its timesteps to integers conditions the model on up to 1 less."""
     policy = policies["t2v"]
-    plan = make_plan(RolloutConfig(steps=7, shift=3.0, guidance_scale=1.0), boundary=None, scheduler_config={})
+    plan = make_schedule(RolloutConfig(steps=7, shift=3.0, guidance_scale=1.0), boundary=None, scheduler_config={})
     assert any(t != int(t) for t in plan.timesteps)
     calls = seen_by(policy.module(0))
     prompt = policy.pad(policy.encode(["a"])[0], 1)
     with torch.no_grad():
         for step in range(plan.steps):
-            take_step(policy, plan, step, latents(policy), None, torch.float32, Inputs(prompt, prompt))
+            take_step(policy, plan, step, StepInputs(latents(policy), prompt, prompt), None, torch.float32)
     assert [float(call[1]) for call in calls] == list(plan.timesteps)
     assert {call[1].dtype for call in calls} == {torch.float32}
 
@@ -132,7 +133,7 @@ def test_guidance_is_that_of_each_expert(policies: dict[str, Policy]) -> None:
     """WanPipeline drops guidance on both experts when that of the first is 1, whatever the second one's is."""
     policy = policies["t2v2"]
     config = RolloutConfig(steps=6, shift=5.0, guidance_scale=1.0, guidance_scale_2=3.0)
-    plan = make_plan(config, boundary=policy.layout.boundary, scheduler_config={})
+    plan = make_schedule(config, boundary=policy.layout.boundary, scheduler_config={})
     prompt, negative = (policy.pad(embeds, 1) for embeds in policy.encode(["a sign", "bad"]))
     calls = {expert: seen_by(policy.module(expert)) for expert in (0, 1)}
     x = latents(policy)
@@ -202,5 +203,5 @@ def test_the_vae_is_given_the_very_bits_that_the_pipeline_gives_it(
 def test_the_boundary_is_compared_on_the_scale_of_timesteps() -> None:
     """0.875 against 0 to 1000 would send every step to the high-noise expert."""
     config = RolloutConfig(steps=10, shift=5.0, guidance_scale_2=3.0)
-    plan: Plan = make_plan(config, boundary=0.875, scheduler_config={})
+    plan: Schedule = make_schedule(config, boundary=0.875, scheduler_config={})
     assert plan.experts == (0,) * 5 + (1,) * 5

@@ -265,6 +265,6 @@ def test_groups_of_an_iteration_draw_their_own_windows_and_videos_share_them(tin
 
     run = make_run(tmp_path / "run", tiny_t2v2, prompts_per_iteration=3, steps=12, shift=5.0)
     layout = read_layout(tiny_t2v2)
-    plans = [stage_plan(run, run.iteration(k), layout, {}) for k in range(6)]
-    assert any(len({tuple(group["window"]) for group in plan["groups"]}) > 1 for plan in plans)
-    assert all(len(group["window"]) == 3 for plan in plans for group in plan["groups"])
+    plans = [stage_plan(run, run.iteration(k), layout) for k in range(6)]
+    assert any(len({group.window for group in plan.groups}) > 1 for plan in plans)
+    assert all(len(group.window) == 3 for plan in plans for group in plan.groups)

@@ -33,6 +33,7 @@ from tests.support.shard_fixtures import (
     fill,
     make_plan,
     make_sample,
+    plan_of,
     planned_stage,
     score_frame,
 )  # fmt: skip
@@ -408,7 +409,7 @@ def test_machines_see_each_other(s3: Proxy, url: str, machine: Machine, monkeypa
     stage = planned_stage(url)
     machine("second")
     other = Run(url).iteration(0)
-    assert other.plan() == make_plan()
+    assert other.plan() == plan_of(make_plan())
     fill(other, 1)
     from shards.writer import seal
 
@@ -444,7 +445,7 @@ def test_a_new_run_at_the_same_url_meets_nothing_of_the_old_one(s3: Proxy, url: 
     assert not stage.shard_path(0).exists()
     plan = stage.plan()
     assert plan
-    assert plan["groups"][0]["prompt"] == "a dog 0"
+    assert plan.groups[0].prompt == "a dog 0"
     assert not Run(url).iteration(1).path.exists()
 
 
@@ -476,7 +477,7 @@ def test_files_whose_tag_is_no_checksum_are_fetched_once(
     mirror.pull(Run(url).path)
     plan = Run(url).iteration(0).plan()
     assert plan
-    assert plan["groups"][0]["prompt"] == "a cat 0"
+    assert plan.groups[0].prompt == "a cat 0"
 
 
 def test_a_folder_is_put_with_its_commit_last_and_only_whole_ones_are_fetched(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from shards.run import Run, Stage, group_key, sample_key
+from shards.plan import RolloutPlan, group_key, sample_key
+from shards.run import Run, Stage
 from shards.spool import Sample, write_group, write_sample
 from shards.writer import seal
 
@@ -29,7 +32,7 @@ def make_plan(
     prompt: str = "a cat",
     **extra: Any,
 ) -> dict[str, Any]:
-    """plan.json of a stage; `extra` replaces top-level values."""
+    """What plan.json of a stage holds; `extra` replaces top-level values."""
     keys = [group_key(iteration, prompt_id) for prompt_id in range(groups)]
     sampler = {"law": "flow-sde", "form": "exact", "eta": 0.7, "solver": "euler", "sigmas": SIGMAS}
     sampler |= {
@@ -44,7 +47,7 @@ def make_plan(
         "seed": 0,
         "policy": {"fingerprint": "f" * 64, "base": "b" * 64, "adapters": {}, "lag_of": iteration},
         "sampler": sampler,
-        "video": {"height": 32, "width": 64, "frames": 5, "fps": 16},
+        "video": {"height": 32, "width": 64, "frames": 5, "fps": 16, "crf": 12},
         "storage_dtype": "float32",
         "group_size": group_size,
         "batch_size": group_size,
@@ -58,31 +61,36 @@ def make_plan(
     } | extra
 
 
+def plan_of(content: dict[str, Any]) -> RolloutPlan:
+    """The record of what plan.json holds."""
+    return RolloutPlan.from_json(json.dumps(content).encode(), "plan.json")
+
+
 def make_sample(stage: Stage, group: str, sample: int, *, dtype: Any = "float32", video: bytes | None = None) -> Sample:
     """A finished sample whose numbers follow from its key. `dtype`: NumPy's name, or torch's own."""
     plan = stage.plan()
     assert plan is not None
-    entry = next(item for item in plan["groups"] if item["key"] == group)
+    entry = plan.by_key[group]
     key = sample_key(group, sample)
-    seed = plan["iteration"] * 10_000 + entry["prompt_id"] * 100 + sample
+    seed = plan.iteration * 10_000 + entry.prompt_id * 100 + sample
     log_prob = [-1.0 - sample / 8, -1.5 - sample / 8]
     meta = {
         "schema": 1,
         "key": key,
-        "iteration": plan["iteration"],
-        "prompt_id": entry["prompt_id"],
+        "iteration": plan.iteration,
+        "prompt_id": entry.prompt_id,
         "group": group,
         "sample": sample,
-        "prompt": entry["prompt"],
-        "target": entry["target"],
-        "negative_prompt": plan["negative_prompt"],
-        "chunk": [0, plan["group_size"]],
-        "seed": plan["seed"],
+        "prompt": entry.prompt,
+        "target": entry.target,
+        "negative_prompt": plan.negative_prompt,
+        "chunk": [0, plan.group_size],
+        "seed": plan.seed,
         "noise_seeds": {"initial": 7_000_000 + seed, "1": 2**62 + seed, "2": 2**61 + seed},
-        "policy": plan["policy"]["fingerprint"],
+        "policy": plan.policy.fingerprint,
         "plan_sha256": stage.plan_sha256(),
-        **plan["sampler"],
-        **plan["video"],
+        **asdict(plan.schedule),
+        **{name: getattr(plan.video, name) for name in ("height", "width", "frames", "fps")},
         "window": WINDOW,
         "log_prob": log_prob,
         "states": STATES,
@@ -98,9 +106,9 @@ def make_sample(stage: Stage, group: str, sample: int, *, dtype: Any = "float32"
         "step_index": np.array(WINDOW, np.int32),
         "log_prob": np.array(log_prob, np.float32),
         "sigmas": np.array(SIGMAS, np.float32),
-        "timesteps": np.array(plan["sampler"]["timesteps"], np.float32),
-        "experts": np.array(plan["sampler"]["experts"], np.uint8),
-        "guidance": np.array(plan["sampler"]["guidance"], np.float32),
+        "timesteps": np.array(plan.schedule.timesteps, np.float32),
+        "experts": np.array(plan.schedule.experts, np.uint8),
+        "guidance": np.array(plan.schedule.guidance, np.float32),
     }
     return Sample(key, meta, make_video(seed) if video is None else video, tensors)
 
@@ -130,7 +138,7 @@ def fill(stage: Stage, shard: int, **options: Any) -> None:
     assert plan is not None
     for group in stage.groups(shard):
         write_group(stage, shard, group, make_group(group))
-        for sample in range(plan["group_size"]):
+        for sample in range(plan.group_size):
             write_sample(stage, shard, make_sample(stage, group, sample, **options))
 
 
@@ -138,7 +146,7 @@ def planned_stage(run_path: Path, iteration: int = 0, *, evaluation: bool = Fals
     """A stage with a plan and nothing else; `plan` goes to make_plan."""
     run = Run(run_path)
     stage = run.evaluation(iteration) if evaluation else run.iteration(iteration)
-    stage.publish_plan(make_plan(iteration, **plan) | {"kind": stage.kind})
+    stage.publish_plan(plan_of(make_plan(iteration, **plan) | {"kind": stage.kind}))
     return stage
 
 

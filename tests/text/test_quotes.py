@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rollout.prompts.load import load_prompts
 from score.ocr.text import target_of
 from shards.text.cleaning import clean
-from shards.text.quotes import MARKS, SINGLE, quoted, spans
+from shards.text.quotes import MARKS, SINGLE, quoted, quoted_spans
 
 PROMPTS = [
     ('a sign "OPEN" and a "DAILY" board', ["OPEN", "DAILY"]),
@@ -73,7 +73,7 @@ def test_every_span_is_found(spans: list[str]) -> None:
 @given(st.text(alphabet="ab s'\"`‘’«»「」.é中", max_size=30))
 def test_spans_are_in_order_and_between_marks(text: str) -> None:
     try:
-        found = spans(text)
+        found = quoted_spans(text)
     except ValueError:
         return
     marks = {*MARKS, *"".join(MARKS.values()), *SINGLE}

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rollout.schedule import Plan, make_plan, step_kernel, step_slope, step_std
+from rollout.schedule import make_schedule, step_kernel, step_slope, step_std
 from rollout.transitions import gradient_scale
 from shards.config import RolloutConfig
+from shards.plan import Schedule
 from train.objectives import estimators
 from train.objectives.terms import held_loss, nft_loss, nft_optimality, policy_loss
 
@@ -26,10 +27,10 @@ SAMPLES = 200_000
 Array = NDArray[np.float64]
 
 
-def plan_of(steps: int, law: str, eta: float, form: str = "exact") -> Plan:
+def plan_of(steps: int, law: str, eta: float, form: str = "exact") -> Schedule:
     """A schedule of shift 3."""
     config = RolloutConfig(steps=steps, shift=3.0, law=law, eta=eta, form=form)  # type: ignore[arg-type]
-    return make_plan(config, boundary=None, scheduler_config={})
+    return make_schedule(config, boundary=None, scheduler_config={})
 
 
 # --- Data with a known velocity --------------------------------------------------------------------------------------
@@ -55,7 +56,7 @@ class Mixture:
 ONE_GAUSSIAN = Mixture(np.zeros((1, 1)), 1.0)
 
 
-def sample(data: Mixture, plan: Plan, window: list[int], count: int, seed: int) -> dict[int, tuple[Array, Array]]:
+def sample(data: Mixture, plan: Schedule, window: list[int], count: int, seed: int) -> dict[int, tuple[Array, Array]]:
     """States x_k and noises z_k of the window steps, and under N the final x0 twice: each [count, D]."""
     rng = np.random.default_rng(seed)
     shape = (count, data.centres.shape[1])
@@ -74,7 +75,7 @@ def sample(data: Mixture, plan: Plan, window: list[int], count: int, seed: int) 
     return kept | {plan.steps: (x, x)}
 
 
-def both(data: Mixture, plan: Plan, step: int, kept: dict[int, tuple[Array, Array]]) -> tuple[Array, Array]:
+def both(data: Mixture, plan: Schedule, step: int, kept: dict[int, tuple[Array, Array]]) -> tuple[Array, Array]:
     """What `noise` and `endpoint` ask of the mean of a step, in its standard deviations: [count, D] each."""
     (x, noise), (x0, _) = kept[step], kept[plan.steps]
     kappa = -step_slope(plan, step) / plan.sigmas[step]
@@ -134,7 +135,7 @@ def test_the_calibrated_weight_hardly_depends_on_the_noise_of_the_law() -> None:
 
 
 @cache
-def many_dimensions(dimensions: int) -> tuple[Mixture, Plan, list[int], dict[int, tuple[Array, Array]]]:
+def many_dimensions(dimensions: int) -> tuple[Mixture, Schedule, list[int], dict[int, tuple[Array, Array]]]:
     """Two modes that differ in the first dimension, and a sample of them."""
     centres = np.zeros((2, dimensions))
     centres[:, 0] = (-1.0, 1.0)
@@ -333,7 +334,7 @@ def test_weights_of_steps() -> None:
                                sigma_previous=plan.sigmas[step - 1])  # fmt: skip
         assert estimators.step_weight("derived", plan, step, window) == pytest.approx(scale**2)
     assert estimators.step_weight("velocity", plan, 1, []) == 1.0
-    wrong: list[tuple[Any, Plan, int]] = [("adaptive", plan, 1), ("derived", replace(plan, law="ode", eta=0.0), 1)]
+    wrong: list[tuple[Any, Schedule, int]] = [("adaptive", plan, 1), ("derived", replace(plan, law="ode", eta=0.0), 1)]
     for kind, schedule, step in wrong:
         with pytest.raises(ValueError, match=r"one of each sample|deterministic"):
             estimators.step_weight(kind, schedule, step, window)

@@ -13,7 +13,7 @@ from rollout.policy import Policy
 from score.run import score
 from shards.run import Run
 from tests.support import training
-from train.data import Rollouts, read_chunk
+from train.data import Rollouts, read_batch
 from train.inputs import freeze
 from train.replay import prove
 from train.run import train
@@ -53,7 +53,7 @@ def test_a_layout_goes_round(case: str, tmp_path: Path, request: pytest.FixtureR
     assert all(line["gradient_norm"] > 0 for line in lines)
     assert [line["kl"] > 0 for line in lines] == [line["update"] > 1 for line in lines]
     after = training.roll(run, 1, policy)
-    assert after.plan()["policy"]["fingerprint"] == trained.fingerprint  # type: ignore[index]
+    assert after.plan().policy.fingerprint == trained.fingerprint  # type: ignore[union-attr]
     assert prove(policy, Rollouts.open(after), samples=10**6, limit=0.0).largest == 0.0
 
 
@@ -90,4 +90,6 @@ def test_what_happens_in_the_given_frame_has_no_say(
     assert calls[0] >= 2
     for name, value in plain.items():
         assert torch.equal(value, again[name]), name
-    assert read_chunk(inputs.rollouts, policy, unit).extra["condition"].shape[2] == 1
+    condition = read_batch(inputs.rollouts, policy, unit).condition
+    assert condition is not None
+    assert condition.shape[2] == 1

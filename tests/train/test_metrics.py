@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from shards.config import RunConfig
+from shards.config import RunConfig, TrainConfig
+from shards.diagnosis import Limits, note_drift, note_groups, note_unmoved, note_updates
 from shards.files import read_json_lines
 from shards.run import Run
-from train.metrics import MetricsLog, guard, guard_groups, guard_unmoved
-from train.notes import guard_drift, guard_history
+from train.metrics import MetricsLog
+from train.notes import history
+
+HEALTHY = Limits(ratio=1e-4, epsilon=1e-15, clips="both")
 
 
 def record(update: int, expert: str = "high_noise", **values: Any) -> dict[str, Any]:
@@ -48,13 +53,13 @@ def test_tensorboard_shows_every_number_once(tmp_path: Path) -> None:
 
 
 def test_healthy_training_is_silent() -> None:
-    assert guard([record(update) for update in range(1, 9)], epsilon=1e-15, on_policy_limit=1e-4) == []
+    assert note_updates([record(update) for update in range(1, 9)], HEALTHY) == []
 
 
 def test_an_objective_without_a_ratio_hears_nothing_of_clipping() -> None:
     records = [record(update=number, clip_fraction=0.0) for number in range(1, 9)]
-    assert any("clipped" in text for text in guard(records, epsilon=1e-15, on_policy_limit=1e-4))
-    assert not guard(records, epsilon=1e-15, on_policy_limit=1e-4, clips="none")
+    assert any("clipped" in text for text in note_updates(records, HEALTHY))
+    assert not note_updates(records, replace(HEALTHY, clips="none"))
 
 
 @pytest.mark.parametrize(("records", "words"), [
@@ -68,7 +73,7 @@ def test_an_objective_without_a_ratio_hears_nothing_of_clipping() -> None:
 def test_each_fault_has_its_sentence(records: list[dict[str, Any]], words: str) -> None:
     import re
 
-    sentences = guard(records, epsilon=1e-8, on_policy_limit=1e-4)
+    sentences = note_updates(records, replace(HEALTHY, epsilon=1e-8))
     assert len(sentences) == 1
     assert re.search(words, sentences[0])
     assert sentences[0].startswith("high_noise: ")
@@ -76,21 +81,21 @@ def test_each_fault_has_its_sentence(records: list[dict[str, Any]], words: str) 
 
 def test_experts_are_judged_apart() -> None:
     records = [record(1), record(1, "low_noise", gradient_norm=0.0)]
-    assert guard(records, epsilon=1e-15, on_policy_limit=1e-4) == [
+    assert note_updates(records, HEALTHY) == [
         "low_noise: every gradient was 0, so nothing was learned; look at the advantages"
     ]
 
 
 def test_dead_groups_are_told_when_they_are_the_majority() -> None:
-    assert guard_groups(2, 4) == []
-    assert "3 of 4 groups have no advantage at all" in guard_groups(3, 4)[0]
-    assert guard_groups(0, 0) == []
+    assert note_groups(2, 4) == []
+    assert "3 of 4 groups have no advantage at all" in note_groups(3, 4)[0]
+    assert note_groups(0, 0) == []
 
 
 def test_layers_that_no_gradient_reached_are_named() -> None:
-    assert guard_unmoved([record(1)], []) == []
-    assert guard_unmoved([record(1, gradient_norm=0.0)], ["a", "b"]) == []  # nothing moved: another sentence says so
-    assert guard_unmoved([record(1)], ["blocks.0.attn1.to_q", "b"]) == [
+    assert note_unmoved([record(1)], []) == []
+    assert note_unmoved([record(1, gradient_norm=0.0)], ["a", "b"]) == []  # nothing moved: another sentence says so
+    assert note_unmoved([record(1)], ["blocks.0.attn1.to_q", "b"]) == [
         "blocks.0.attn1.to_q and 1 more did not move at all: no gradient reached what should be trained there"
     ]
 
@@ -103,7 +108,7 @@ def test_a_rising_distance_with_falling_guards_is_told(
     before: float, now: float, edges: float, told: bool, tmp_path: Path
 ) -> None:
     first, last = {"edges": 0.1, "luma": 0.5, "motion": 0.0}, {"edges": edges, "luma": 0.1, "motion": 0.0}
-    sentences = guard_drift(before, now, first, last)
+    sentences = note_drift(before, now, first, last)
     assert [("edges 0.1 -> 0.07 since iteration 0" in one and "raise train.kl_beta" in one) for one in sentences] == (
         [True] if told else []
     )
@@ -113,5 +118,13 @@ def test_a_rising_distance_with_falling_guards_is_told(
         MetricsLog(folder / "policy", {}).add(record(2, kl=distance))
         (folder / "advantage" / "0a1b2c3d").mkdir(parents=True)
         (folder / "advantage" / "0a1b2c3d" / "_summary.json").write_text(json.dumps({"guards": guards}))
-    assert guard_history(run, 1, [record(1, kl=0.0), record(2, kl=now)]) == sentences
-    assert guard_history(run, 0, [record(2, kl=now)]) == []
+    assert history(run, 1, [record(1, kl=0.0), record(2, kl=now)]) == sentences
+    assert history(run, 0, [record(2, kl=now)]) == []
+
+
+def test_the_limits_of_an_iteration_follow_from_its_settings() -> None:
+    published = TrainConfig(objective="grpo", estimator="noise", proximal=0.0, clip_range=1e-3, epsilon=1e-12)
+    assert Limits.of(published, 0) == Limits(1e-4, 1e-12, "both")
+    assert Limits.of(published, 1).ratio == math.inf  # another policy sampled
+    assert Limits.of(published.model_copy(update={"proximal_2": 1.0}), 0) == Limits(math.inf, 1e-12, "high")
+    assert Limits.of(published.model_copy(update={"objective": "nft"}), 0) == Limits(math.inf, 1e-12, "none")

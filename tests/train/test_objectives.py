@@ -13,8 +13,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from rollout import transitions as tr
-from rollout.schedule import Plan, make_plan
+from rollout.schedule import make_schedule
 from shards.config import RolloutConfig, TrainConfig
+from shards.plan import Schedule
 from train.losses import _step_weights
 from train.objectives.terms import (
     clip_advantage,
@@ -232,13 +233,13 @@ def test_the_weights_of_wan_sde_are_nearly_those_of_the_script_it_comes_from() -
 STEPS = (1, 2, 4, 6)
 
 
-def plan_of(law: str) -> Plan:
+def plan_of(law: str) -> Schedule:
     """Eight steps of shift 5."""
     config = RolloutConfig(steps=8, shift=5.0, law=law, eta=0.7)  # type: ignore[arg-type]
-    return make_plan(config, boundary=None, scheduler_config={})
+    return make_schedule(config, boundary=None, scheduler_config={})
 
 
-def weights_of(plan: Plan, *, ratio_norm: bool) -> dict[int, float]:
+def weights_of(plan: Schedule, *, ratio_norm: bool) -> dict[int, float]:
     """The weights that training gives to STEPS of a plan, under `inverse-gradient`."""
     inputs: Any = SimpleNamespace(rollouts=SimpleNamespace(schedule=plan, steps=lambda _: list(STEPS)))
     return _step_weights(inputs, TrainConfig(step_weight="inverse-gradient", ratio_norm=ratio_norm), 0)

@@ -9,7 +9,8 @@ import sys
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.order import Unit, chunks, epoch_order, minibatches
+from shards.plan import spans
+from train.order import Unit, epoch_order, minibatches
 
 
 def make_units(groups: int, chunk_count: int, steps: int) -> list[Unit]:
@@ -23,9 +24,9 @@ def make_units(groups: int, chunk_count: int, steps: int) -> list[Unit]:
 
 @given(group_size=st.integers(1, 40), batch_size=st.integers(1, 40))
 def test_chunks_cover_a_group_once(group_size: int, batch_size: int) -> None:
-    samples = [first + offset for first, count in chunks(group_size, batch_size) for offset in range(count)]
+    samples = [first + offset for first, count in spans(group_size, batch_size) for offset in range(count)]
     assert samples == list(range(group_size))
-    assert all(count == batch_size for _, count in chunks(group_size, batch_size)[:-1])
+    assert all(count == batch_size for _, count in spans(group_size, batch_size)[:-1])
 
 
 @settings(deadline=None)

@@ -13,7 +13,7 @@ from rollout.policy import Policy
 from shards.errors import RunFailed
 from shards.run import Run
 from tests.support import training
-from train.data import Rollouts, read_chunk
+from train.data import Rollouts, read_batch
 from train.replay import log_probs, prove, prove_iteration, replay_limit, sample_units
 
 
@@ -98,7 +98,7 @@ def test_a_wrong_batch_shape_is_what_the_chunks_avoid(run: Run, policy: Policy) 
     rollouts = Rollouts.open(run.iteration(0))
     unit = next(unit for unit in rollouts.units() if unit.size == 2)
     policy.use(unit.expert)
-    chunk = read_chunk(rollouts, policy, unit)
+    chunk = read_batch(rollouts, policy, unit)
     assert chunk.x.shape[0] == 2
     assert chunk.prompt.shape[:2] == (2, training.TEXT_LENGTH)
     assert torch.equal(log_probs(policy, rollouts, chunk), chunk.log_prob)

@@ -32,7 +32,7 @@ from shards.workers.claims import claim
 from shards.writer import seal
 from tests.support import training
 from train import run as train_run
-from train.data import Inputs, Rollouts, Stored, keys_of, read_chunk, read_step
+from train.data import Inputs, Rollouts, Stored, keys_of, read_batch, read_step
 from train.inputs import check_policy, freeze
 from train.objectives.terms import nft_loss
 from train.order import Slot, Unit
@@ -279,7 +279,7 @@ def test_chunks_add_up_to_one_big_batch(objective: str, rolled: Run, policy: Pol
     run = training.fork(rolled, tmp_path / "run", objective=objective)
     training.advise(run.iteration(0), lambda key: (training.advantage_of(key)[0], float(not key.endswith("s00"))))
     inputs = freeze(run, run.iteration(0))
-    plan = inputs.rollouts.plan | {"batch_size": training.GROUP}
+    plan = dataclasses.replace(inputs.rollouts.plan, batch_size=training.GROUP)
     whole = dataclasses.replace(inputs, rollouts=dataclasses.replace(inputs.rollouts, plan=plan))
     policy.become(None)
     policy.add_lora(2, 4.0, 0)
@@ -293,7 +293,7 @@ def test_chunks_add_up_to_one_big_batch(objective: str, rolled: Run, policy: Pol
 
 def test_the_gradient_is_the_mean_over_rows_that_count(rolled: Run, policy: Policy, tmp_path: Path) -> None:
     """On policy and without KL it is -mean(advantage * d log_prob): taken here row by row from the step's own code."""
-    from rollout.step import step_log_prob
+    from rollout.step import StepInputs, step_log_prob
 
     run = training.fork(rolled, tmp_path / "run", kl_beta=0.0)
     inputs = freeze(run, run.iteration(0))
@@ -302,9 +302,9 @@ def test_the_gradient_is_the_mean_over_rows_that_count(rolled: Run, policy: Poli
     found = gradient(policy, inputs, run, 1)
     rows = []
     for unit in (unit for unit in inputs.units() if unit.expert == 1):
-        chunk = read_chunk(inputs.rollouts, policy, unit)
-        scored = step_log_prob(policy, inputs.rollouts.schedule, unit.step, chunk.x, chunk.x_next, chunk.prompt,
-                               chunk.negative)  # fmt: skip
+        batch = read_batch(inputs.rollouts, policy, unit)
+        start = StepInputs(batch.x, batch.prompt, batch.negative)
+        scored = step_log_prob(policy, inputs.rollouts.schedule, unit.step, start, batch.x_next)
         rows += [training.advantage_of(key)[0] * value
                  for key, value in zip(keys_of(unit), scored.log_prob, strict=True)]  # fmt: skip
     assert len(rows) == 2 * training.GROUP * 2
@@ -371,10 +371,10 @@ def test_the_loss_is_the_sum_of_its_parts(objective: str, rolled: Run, policy: P
             x = chunk.x0 if objective == "nft" else chunk.x
             sigma, t = schedule.sigmas[unit.step], schedule.timesteps[unit.step]
             if objective == "nft":
-                prompt = inputs.rollouts.groups[unit.group]["prompt_id"]
+                prompt = inputs.rollouts.groups[unit.group].prompt_id
                 fresh = trainer.losses.forwards.fresh_noise(chunk)
                 for number, step in itertools.product(range(unit.size), range(schedule.steps + 1)):
-                    seed = noise_seed(plan["seed"], plan["iteration"], prompt, unit.samples[number], step)
+                    seed = noise_seed(plan.seed, plan.iteration, prompt, unit.samples[number], step)
                     assert not torch.equal(fresh[number], noise(x.shape[1:], seed=seed))  # none of the rollout's own
                 x = (1.0 - sigma) * x + sigma * fresh
             with torch.no_grad():
@@ -539,7 +539,7 @@ def test_a_known_lag_is_accepted_up_to_the_limit(rolled: Run) -> None:
     rollouts = Rollouts.open(rolled.iteration(0))
     lagging = dataclasses.replace(
         rollouts,
-        plan=rollouts.plan | {"policy": rollouts.plan["policy"] | {"lag_of": -1}},
+        plan=dataclasses.replace(rollouts.plan, policy=dataclasses.replace(rollouts.plan.policy, lag_of=-1)),
     )
     settings = rolled.config.train
     with pytest.raises(UserError, match="came from policy"):
@@ -600,12 +600,11 @@ def test_ratio_norm_cannot_take_older_shards_without_their_means(trained: Run, p
     policy.become(None)
     identity = policy.fingerprint(None)
     plan = stage_plan(run, stage, policy.layout, identity)
-    plan["policy"]["lag_of"] = 0
-    plan = stage.publish_plan(plan)
+    plan = stage.publish_plan(dataclasses.replace(plan, policy=dataclasses.replace(plan.policy, lag_of=0)))
     sampler = Sampler(policy, plan, stage.plan_sha256())
     for shard in range(stage.expected()):
         shared = sampler.group_tensors(stage.groups(shard))
-        for chunk in sampler.chunks(stage.groups(shard)):
+        for chunk in plan.chunks(stage.groups(shard)):
             write_group(stage, shard, chunk.group, shared[chunk.group])
             state = sampler.start(chunk)
             for _, steps in sampler.phases:
@@ -665,7 +664,7 @@ def test_good_samples_become_likelier_and_bad_ones_less(trained: Run, policy: Po
     gains: dict[int, float] = {0: 0.0, 1: 0.0}
     for unit in rollouts.units():
         policy.use(unit.expert)
-        chunk = read_chunk(rollouts, policy, unit)
+        chunk = read_batch(rollouts, policy, unit)
         change = log_probs(policy, rollouts, chunk) - chunk.log_prob
         advantages = torch.tensor([training.advantage_of(key)[0] for key in chunk.keys])
         gains[unit.expert] += float((advantages * change).sum())

@@ -19,7 +19,8 @@ from rollout.schedule import step_kernel
 from rollout.transitions import noise, noise_seed
 from shards.config import TrainConfig
 from shards.errors import UserError
-from shards.run import Run, sample_key
+from shards.plan import sample_key
+from shards.run import Run
 from tests.support import training
 from train.data import Inputs, keys_of
 from train.inputs import freeze
@@ -65,9 +66,9 @@ class Independent:
         return torch.cat([shard.latents(key, [number]) for key in keys_of(unit)]).float()
 
     def fresh(self, unit: Unit, shared: bool) -> Tensor:
-        prompt = self.inputs.rollouts.groups[unit.group]["prompt_id"]
+        prompt = self.inputs.rollouts.groups[unit.group].prompt_id
         numbers = [0 if shared else sample for sample in unit.samples]
-        seeds = [noise_seed(self.plan["seed"], 0, prompt, number, 1_000_000 + unit.step) for number in numbers]
+        seeds = [noise_seed(self.plan.seed, 0, prompt, number, 1_000_000 + unit.step) for number in numbers]
         return torch.stack([noise(self.state(unit, self.schedule.steps).shape[1:], seed=seed) for seed in seeds])
 
     def velocity(self, policy: Policy, unit: Unit, x: Tensor) -> Tensor:

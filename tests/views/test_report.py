@@ -20,12 +20,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shards import sidecar
+from shards.diagnosis import number
 from shards.errors import UserError
 from shards.report import clips as report_clips
 from shards.report import facts as report_facts
 from shards.report import tracked_clips
 from shards.report.page import duration, write_report
-from shards.report.points import Point, number
+from shards.report.points import Point
 from shards.report.svg import Series, lines, nice_ticks
 from shards.report.trackers import NAME, send_wandb, write_board
 from shards.run import Run, Stage
@@ -230,6 +231,35 @@ def test_alarms_say_what_moved(tmp_path: Path) -> None:
     assert any("ratio 0.5 away from 1" in sentence for sentence in found)
     assert not any("saturation" in sentence for sentence in found)
     assert "3 to look at" in write_report(changed).read_text(encoding="utf-8")
+
+
+def test_an_iteration_is_judged_by_the_settings_it_was_trained_with(tmp_path: Path) -> None:
+    """What run.toml says today is of the next iteration: an edit must not ring for what is trained, nor silence it."""
+    run = make_run(tmp_path / "signs")
+    write_updates(run.iteration(0), ratio_max=1 + 5e-5)
+    write_updates(run.iteration(1), ratio_max=1 + 5e-4)
+    for k, frozen in enumerate(({"clip_range": 1e-3}, {"clip_range": 1e-3, "of_a_later_version": 1})):
+        run.iteration(k).train_dir.mkdir()
+        (run.iteration(k).train_dir / "plan.json").write_text(json.dumps({"train": frozen}), encoding="utf-8")
+
+    def told(clip_range: float) -> list[str]:
+        text = f'schema = 1\npreset = "words"\n[train]\nclip_range = {clip_range}\n'
+        run.config_path.write_text(text, encoding="utf-8")
+        return [one for one in report_facts.alarms(report_facts.gather(Run.open(run.path))) if "first update" in one]
+
+    assert told(1e-3) == told(1e-4) == told(1.0)
+    assert {sentence.partition(",")[0] for sentence in told(1e-4)} == {"Iteration 1"}
+
+
+def test_a_damaged_record_of_the_settings_is_refused(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "signs", iterations=1)
+    path = run.iteration(0).train_dir / "plan.json"
+    path.parent.mkdir()
+    for text, words in (("{}", "it has no train"), ('{"train": {"clip_range": "wide"}}', "clip_range")):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match=words) as caught:
+            report_facts.gather(run)
+        assert str(path) in caught.value.problem
 
 
 def test_best_median_and_worst_of_a_group() -> None:

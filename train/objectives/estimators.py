@@ -29,8 +29,8 @@ from rollout.schedule import step_kernel, step_slope, step_std
 from rollout.transitions import average
 
 if TYPE_CHECKING:
-    from rollout.schedule import Plan
     from shards.config import ErrorWeight
+    from shards.plan import Schedule
 
 
 class Compared(NamedTuple):
@@ -69,7 +69,7 @@ def adaptive_weight(old_velocity: Tensor, target: Tensor, sigma: float, mask: Te
     return sigma / error.clamp_min(1e-5)
 
 
-def step_weight(kind: ErrorWeight, schedule: Plan, step: int, window: Collection[int]) -> float:
+def step_weight(kind: ErrorWeight, schedule: Schedule, step: int, window: Collection[int]) -> float:
     """w of a step for the kinds that do not depend on the sample; `window` are all stochastic steps of its group.
 
     derived      ((d mean / d v) / std)²: <e, q> - |q|²/2 is the log-ratio of the step, in nats per latent element
@@ -89,7 +89,7 @@ def step_weight(kind: ErrorWeight, schedule: Plan, step: int, window: Collection
     return weight * gaussian_factor(schedule, step, window) if kind == "calibrated" else weight
 
 
-def gaussian_factor(schedule: Plan, step: int, window: Collection[int]) -> float:
+def gaussian_factor(schedule: Schedule, step: int, window: Collection[int]) -> float:
     """E[A noise] over E[A kappa (x0 - x0_hat) / std] of a step, for latents N(0, 1) and the velocity that fits them.
 
     With such data every step is linear, x_{k+1} = m_k x_k + std_k z_k, and by Stein's lemma both expectations are
@@ -119,7 +119,7 @@ def gaussian_factor(schedule: Plan, step: int, window: Collection[int]) -> float
     return after * stds[step] ** 2 / (kappa * residual)
 
 
-def _linear_step(schedule: Plan, step: int, stochastic: bool) -> tuple[float, float]:
+def _linear_step(schedule: Schedule, step: int, stochastic: bool) -> tuple[float, float]:
     """m and std of a step for latents N(0, 1), whose velocity is (2s-1) x / ((1-s)² + s²)."""
     sigma, sigma_next = schedule.sigmas[step], schedule.sigmas[step + 1]
     slope = (2.0 * sigma - 1.0) / ((1.0 - sigma) ** 2 + sigma**2)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from shards.errors import UserError
-from shards.run import group_of, sample_of
+from shards.plan import group_of, sample_of
 
 if TYPE_CHECKING:
     from shards.config import TrainConfig

@@ -10,11 +10,6 @@ if TYPE_CHECKING:
     from shards.config import RunConfig, TrainConfig
 
 
-def is_published(config: TrainConfig) -> bool:
-    """Whether the loss is the clipped ratio of stored log-probs, as Flow-GRPO and DanceGRPO published it."""
-    return config.objective == "grpo" and config.estimator == "noise" and not config.proximal and not config.proximal_2
-
-
 def noised_afresh(config: TrainConfig) -> bool:
     """Whether the model is shown final latents with fresh noise, so that no state before the end is needed."""
     return config.objective != "grpo" or config.estimator == "fresh"
@@ -39,7 +34,7 @@ def check_settings(config: RunConfig) -> None:
             f"train.step_weight = {train.step_weight} and train.error_weight = {train.error_weight} both weigh steps"
         )
         raise UserError(problem, "set train.step_weight = none")
-    if train.ratio_norm and train.objective == "grpo" and not is_published(train):
+    if train.ratio_norm and train.objective == "grpo" and not train.is_published:
         problem = "train.ratio_norm corrects the clipped ratio of train.estimator = noise without train.proximal"
         raise UserError(problem, "set train.ratio_norm = false: with a hold the ratio has no shift to correct")
     if train.ratio_norm and law == "cps-unnormalised":

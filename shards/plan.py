@@ -1,0 +1,314 @@
+"""plan.json as records: all that is decided before the first sample of a stage, checked whenever it is read."""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import cache, cached_property
+from itertools import pairwise
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from shards.config import Dtype, Form, Law, Solver
+from shards.errors import UserError
+
+SCHEMA: Literal[1] = 1  # of plan, manifest, member and index; README.md has its history
+GROUP_KEY = re.compile(r"i(\d{6})-p(\d{6})")
+SAMPLE_KEY = re.compile(r"i(\d{6})-p(\d{6})-s(\d{2,3})")
+HIGH_NOISE, LOW_NOISE = 0, 1  # numbers of experts; a model with one has the first
+
+Kind = Literal["rollout", "eval"]
+Positive = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+_STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+_COPY = "restore it from a copy"
+
+
+def group_key(iteration: int, prompt_id: int) -> str:
+    """Key of all samples of one prompt in one iteration: `i000003-p000017`."""
+    return f"i{iteration:06d}-p{prompt_id:06d}"
+
+
+def sample_key(group: str, sample: int) -> str:
+    """Key of one sample of a group: `i000003-p000017-s05`."""
+    return f"{group}-s{sample:02d}"
+
+
+def group_of(key: str) -> str:
+    """The group of a sample: its key without the sample number."""
+    return key.rpartition("-s")[0]
+
+
+def sample_of(key: str) -> int:
+    """The number of a sample in its group."""
+    return int(key.rpartition("-s")[2])
+
+
+def spans(group_size: int, batch_size: int) -> list[tuple[int, int]]:
+    """(first sample, number of samples) of each forward batch of a group; the last one may be smaller."""
+    return [(first, min(batch_size, group_size - first)) for first in range(0, group_size, batch_size)]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What the sampler does at each step, computed once, stored with the shard and never derived again.
+
+    Step i goes from sigmas[i] to sigmas[i+1]. sigmas [N+1] fall strictly and end with 0; timesteps [N] are what the
+    model is conditioned on, in 0..1000; experts [N] are 0 (high noise, or the only one) or 1 (low noise); guidance
+    [N]. All of these are fp32 values, so nothing is lost in a shard. law, form and eta are those of the window steps,
+    solver that of the others. Raises UserError when the parts do not fit together.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    sigmas: tuple[float, ...]
+    timesteps: tuple[float, ...]
+    experts: tuple[int, ...]
+    guidance: tuple[float, ...]
+    law: Law
+    form: Form
+    eta: float
+    solver: Solver
+
+    def __post_init__(self) -> None:
+        """Refuse what no schedule can be."""
+        for problem in _problems(self):
+            raise UserError(f"bad sampler plan: {problem}", "a plan is made by `rushes rollout` and must not be edited")
+
+    @property
+    def steps(self) -> int:
+        """N, the number of denoising steps."""
+        return len(self.timesteps)
+
+
+@dataclass(frozen=True)
+class PolicyIdentity:
+    """The policy that samples."""
+
+    __pydantic_config__ = _STRICT
+
+    fingerprint: Hash
+    """Of the base model and the weights laid over it."""
+    base: Hash
+    """Of the base model alone."""
+    adapters: dict[str, str]
+    """sha256 of each file of weights, by its path in the folder of the policy."""
+    lag_of: int
+    """The iteration that the plan was made for."""
+
+
+@dataclass(frozen=True)
+class VideoShape:
+    """The videos of a stage as they are sampled and encoded."""
+
+    __pydantic_config__ = _STRICT
+
+    height: Positive
+    """Pixels."""
+    width: Positive
+    """Pixels."""
+    frames: Positive
+    fps: Positive
+    """Frames per second written into the video."""
+    crf: Annotated[int, Field(ge=0, le=51)]
+    """H.264 quality."""
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Height, width and frames."""
+        return self.height, self.width, self.frames
+
+
+@dataclass(frozen=True)
+class Group:
+    """The videos of one prompt."""
+
+    __pydantic_config__ = _STRICT
+
+    key: str
+    """i000003-p000017"""
+    prompt_id: Natural
+    prompt: str
+    target: str | None
+    """What a reward looks for."""
+    image: str | None
+    """The file of the first frame."""
+    window: tuple[Natural, ...]
+    """The stochastic steps, rising; empty for a rollout without noise."""
+    negative_prompt: str | None = None
+    """The prompt's own; None where that of the plan is taken."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive samples of one group, one batch of the model. Training runs the same chunks in the same shape."""
+
+    group: str
+    first: int
+    count: int
+
+    @property
+    def samples(self) -> range:
+        """Sample numbers within the group."""
+        return range(self.first, self.first + self.count)
+
+    @property
+    def keys(self) -> list[str]:
+        """Sample keys, in the order of the batch."""
+        return [sample_key(self.group, sample) for sample in self.samples]
+
+
+@dataclass(frozen=True)
+class RolloutPlan:
+    """All that is decided of a stage before its first sample: the content of plan.json, described in README.md."""
+
+    __pydantic_config__ = _STRICT
+
+    schema: Literal[1]
+    kind: Kind
+    iteration: Natural
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    """Of the run, or of the evaluation."""
+    policy: PolicyIdentity
+    schedule: Annotated[Schedule, Field(alias="sampler")]
+    video: VideoShape
+    storage_dtype: Dtype
+    """Of stored latents."""
+    group_size: Positive
+    """Videos of one prompt."""
+    batch_size: Positive
+    """Videos in one forward pass."""
+    negative_prompt: str
+    groups: tuple[Group, ...]
+    shards: tuple[tuple[str, ...], ...]
+    """The group keys that each shard holds, in their order."""
+    same_initial_noise: bool
+
+    @classmethod
+    def from_json(cls, data: bytes, where: object) -> RolloutPlan:
+        """The plan in a file, whose path errors name.
+
+        Raises UserError for another schema, for a field that is missing, unknown or of another type, and for values
+        that do not fit together.
+        """
+        try:
+            plan = _reader().validate_json(data)
+        except ValidationError as error:
+            raise _damaged(error, where) from error
+        except UserError as error:  # of the schedule, which knows no file
+            raise UserError(f"{where}: {error.problem}", error.hint) from error
+        for problem in _contradictions(plan):
+            raise UserError(f"{where}: {problem}", _COPY)
+        return plan
+
+    def to_dict(self) -> dict[str, Any]:
+        """What plan.json holds. A prompt's own negative prompt is written down only where there is one."""
+        found = asdict(self)
+        found["sampler"] = found.pop("schedule")
+        for group in found["groups"]:
+            if group["negative_prompt"] is None:
+                del group["negative_prompt"]
+        return found
+
+    @cached_property
+    def by_key(self) -> dict[str, Group]:
+        """The groups by their keys."""
+        return {group.key: group for group in self.groups}
+
+    @property
+    def samples(self) -> int:
+        """Videos of the whole stage."""
+        return len(self.groups) * self.group_size
+
+    @property
+    def shard_sizes(self) -> dict[int, int]:
+        """Number of samples of each shard."""
+        return {shard: len(groups) * self.group_size for shard, groups in enumerate(self.shards)}
+
+    def keys(self, shard: int) -> list[str]:
+        """Sample keys of a shard, in order."""
+        return [sample_key(group, sample) for group in self.shards[shard] for sample in range(self.group_size)]
+
+    def chunks(self, groups: Iterable[str]) -> list[Chunk]:
+        """The chunks of groups, in order."""
+        cut = spans(self.group_size, self.batch_size)
+        return [Chunk(group, first, count) for group in groups for first, count in cut]
+
+    def negative_of(self, group: str) -> str:
+        """The negative prompt of a group: its own, or that of the plan."""
+        own = self.by_key[group].negative_prompt
+        return self.negative_prompt if own is None else own
+
+
+@cache
+def _reader() -> TypeAdapter[RolloutPlan]:
+    return TypeAdapter(RolloutPlan)
+
+
+def _damaged(error: ValidationError, where: object) -> UserError:
+    """The first thing that is wrong with a file; another schema explains all the rest."""
+    faults = error.errors()
+    first = next((fault for fault in faults if fault["loc"] == ("schema",)), faults[0])
+    field, kind, found = ".".join(map(str, first["loc"])), first["type"], first["input"]
+    if field == "schema" and kind != "missing":
+        return UserError(
+            f"{where} has schema {found!r}; this version reads {SCHEMA}", "use the version of rushes that wrote it"
+        )
+    if kind == "missing":
+        return UserError(f"{where} is damaged: it has no {field}", _COPY)
+    if kind == "unexpected_keyword_argument":
+        return UserError(f"{where} is damaged: it has an unknown field {field}", _COPY)
+    message = first["msg"][0].lower() + first["msg"][1:]
+    if not field:
+        return UserError(f"{where} is damaged: {message}", f"{_COPY}; `rushes verify` lists all faults")
+    return UserError(f"{where} is damaged: {field}: {message}, but it is {_short(found)}", _COPY)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:79]}…"
+
+
+def _contradictions(plan: RolloutPlan) -> Iterable[str]:
+    """What does not fit together in a plan whose fields are all there."""
+    promised = [group for shard in plan.shards for group in shard]
+    if len(set(promised)) != len(promised) or sorted(promised) != sorted(group.key for group in plan.groups):
+        yield "its shards do not hold each of its groups once"
+    for number, group in enumerate(plan.groups):
+        if group.key != group_key(plan.iteration, group.prompt_id):
+            yield f"groups.{number}.key is {group.key!r}, but its prompt_id is {group.prompt_id}"
+        rising = all(one < other for one, other in pairwise(group.window))
+        if not rising or (group.window and group.window[-1] >= plan.schedule.steps - 1):
+            yield f"groups.{number}.window is {list(group.window)}, but the sampler has {plan.schedule.steps} steps"
+
+
+def _problems(schedule: Schedule) -> Iterable[str]:
+    """What is wrong with a schedule, in the order in which it is best mended."""
+    n, sigmas = schedule.steps, schedule.sigmas
+    if len(sigmas) != n + 1 or len(schedule.experts) != n or len(schedule.guidance) != n or n < 1:
+        counts = f"{len(sigmas)} sigmas, {len(schedule.experts)} experts, {len(schedule.guidance)} guidances"
+        yield f"{n} timesteps, {counts}"
+    falling = all(a > b for a, b in pairwise(sigmas))
+    if not falling or not sigmas or sigmas[0] > 1 + 1e-6 or sigmas[-1] != 0:
+        yield "sigmas must fall strictly, from at most 1 down to 0"
+    if not all(map(_is_single, (*sigmas, *schedule.timesteps, *schedule.guidance))):
+        yield "sigmas, timesteps and guidance must be finite fp32 values"
+    if not set(schedule.experts) <= {HIGH_NOISE, LOW_NOISE}:
+        yield "experts must be 0 or 1"
+    for key, allowed in (("law", Law), ("form", Form), ("solver", Solver)):
+        if getattr(schedule, key) not in get_args(allowed):
+            yield f"unknown {key} {getattr(schedule, key)!r}"
+
+
+def _is_single(value: float) -> bool:
+    """Whether a number is finite and the same in fp32."""
+    try:
+        return math.isfinite(value) and struct.unpack("f", struct.pack("f", value))[0] == value
+    except OverflowError:
+        return False

@@ -1,0 +1,131 @@
+"""plan.json as records: written as it always was, and read with every field checked."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shards.errors import UserError
+from shards.files import to_json
+from shards.plan import Chunk, RolloutPlan
+from shards.run import Run
+from shards.verify.shards import verify
+from tests.support.cost import in_python
+from tests.support.shard_fixtures import make_plan, plan_of
+
+Edit = Callable[[dict[str, Any]], object]
+
+
+def changed(*path: str | int, value: Any) -> Edit:
+    """An edit of one field of a plan, found by the way to it."""
+
+    def edit(content: dict[str, Any]) -> None:
+        at: Any = content
+        for name in path[:-1]:
+            at = at[name]
+        at[path[-1]] = value
+
+    return edit
+
+
+def without(*path: str | int) -> Edit:
+    def edit(content: dict[str, Any]) -> None:
+        at: Any = content
+        for name in path[:-1]:
+            at = at[name]
+        del at[path[-1]]
+
+    return edit
+
+
+def test_a_plan_is_written_as_it_was_read() -> None:
+    content = make_plan(3, groups=3, group_size=5, groups_per_shard=2)
+    content["groups"][1] |= {"negative_prompt": "blurry", "image": "first.png", "target": None, "window": []}
+    assert to_json(plan_of(content).to_dict(), "plan.json") == to_json(content, "plan.json")
+
+
+def test_a_group_has_its_own_negative_prompt_or_that_of_the_plan() -> None:
+    content = make_plan(negative_prompt="ugly")
+    content["groups"][1]["negative_prompt"] = ""
+    plan = plan_of(content)
+    assert [plan.negative_of(group.key) for group in plan.groups] == ["ugly", ""]
+
+
+def test_chunks_and_keys_follow_from_the_plan() -> None:
+    plan = plan_of(make_plan(groups=2, group_size=3, batch_size=2, groups_per_shard=2))
+    first, second = plan.shards[0]
+    assert plan.chunks(plan.shards[0]) == [
+        Chunk(group, at, n) for group in (first, second) for at, n in ((0, 2), (2, 1))
+    ]
+    assert plan.chunks([second])[1].keys == ["i000000-p000001-s02"]
+    assert plan.keys(0) == [key for chunk in plan.chunks(plan.shards[0]) for key in chunk.keys]
+    assert (plan.samples, plan.shard_sizes, plan.video.size) == (6, {0: 6}, (32, 64, 5))
+
+
+@pytest.mark.parametrize(
+    ("edit", "told"),
+    [
+        (without("seed"), "is damaged: it has no seed"),
+        (without("groups", 1, "window"), "is damaged: it has no groups.1.window"),
+        (without("policy", "base"), "is damaged: it has no policy.base"),
+        (without("sampler", "eta"), "is damaged: it has no sampler.eta"),
+        (changed("colour", value=1), "is damaged: it has an unknown field colour"),
+        (changed("groups", 0, "colour", value=1), "is damaged: it has an unknown field groups.0.colour"),
+        (changed("group_size", value="3"), "is damaged: group_size: input should be a valid integer, but it is '3'"),
+        (changed("group_size", value=True), "is damaged: group_size: input should be a valid integer, but it is True"),
+        (changed("group_size", value=0), "is damaged: group_size: input should be greater than or equal to 1"),
+        (changed("seed", value=2**63), "is damaged: seed: input should be less than"),
+        (changed("kind", value="test"), "is damaged: kind: input should be 'rollout' or 'eval', but it is 'test'"),
+        (changed("storage_dtype", value="int8"), "is damaged: storage_dtype: input should be 'float32'"),
+        (changed("policy", value=None), "is damaged: policy: input should be"),
+        (changed("policy", "fingerprint", value="x"), "is damaged: policy.fingerprint: string should match pattern"),
+        (changed("sampler", "eta", value="much"), "is damaged: sampler.eta: input should be a valid number"),
+        (changed("sampler", "law", value="flow"), "is damaged: sampler.law: input should be 'ode'"),
+        (changed("sampler", "sigmas", 1, value=float("nan")), "is damaged: sampler.sigmas.1: input should be a finite"),
+        (changed("sampler", "sigmas", 1, value=0.1), "bad sampler plan: sigmas must fall strictly"),
+        (changed("groups", 0, "prompt", value=7), "is damaged: groups.0.prompt: input should be a valid string"),
+        (changed("groups", 0, "prompt_id", value=5), "groups.0.key is 'i000000-p000000', but its prompt_id is 5"),
+        (changed("groups", 0, "window", value=[2, 1]), "groups.0.window is [2, 1], but the sampler has 4 steps"),
+        (changed("groups", 0, "window", value=[3]), "groups.0.window is [3], but the sampler has 4 steps"),
+        (changed("shards", value=[]), "its shards do not hold each of its groups once"),
+        (changed("schema", value=2), "has schema 2; this version reads 1"),
+        (without("schema"), "is damaged: it has no schema"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_told_with_file_and_field(tmp_path: Path, edit: Edit, told: str) -> None:
+    content = copy.deepcopy(make_plan())
+    edit(content)
+    stage = Run(tmp_path).iteration(0)
+    stage.path.mkdir()
+    stage.plan_path.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        stage.plan()
+    assert caught.value.problem.startswith(str(stage.plan_path))
+    assert told in caught.value.problem
+    assert caught.value.hint
+    assert any(told in problem.problem for problem in verify(stage.path))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "7", "\xff", '{"schema": 1}'])
+def test_what_is_no_plan_at_all_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match=r"^here/plan\.json is damaged: "):
+        RolloutPlan.from_json(text.encode("latin-1"), "here/plan.json")
+
+
+def test_another_schema_is_told_before_what_it_changed() -> None:
+    with pytest.raises(UserError, match="has schema 2; this version reads 1"):
+        plan_of({"schema": 2, "news": []})
+
+
+def test_a_plan_is_read_without_torch() -> None:
+    code = (
+        "import sys, json\nfrom shards.plan import RolloutPlan\n"
+        f"RolloutPlan.from_json({json.dumps(make_plan()).encode()!r}, 'plan.json')\n"
+        "sys.exit(bool({'torch', 'numpy', 'pandas'} & sys.modules.keys()))"
+    )
+    assert in_python(code).returncode == 0
