@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rollout.run import RolloutReport
     from score.run import ScoreReport
     from shards.run import Run, Stage
+    from shards.run_toml import Setting
 
 UNLIKELY = 2.0  # seconds after which torchrun has ended all ranks, if the first one failed
 LONGEST_PAUSE = 1e9  # seconds; the system's sleep takes no number much larger
@@ -414,7 +415,7 @@ def plan_memory(
 # --- What the commands share -----------------------------------------------------------------------------------------
 
 
-def open_run(path: Path, sets: list[str]) -> Run:
+def open_run(path: Path, sets: Sequence[Setting]) -> Run:
     """Open a run directory, with the values of this call laid over its run.toml."""
     from shards.run import Run
 
@@ -495,18 +496,18 @@ def do_train(run: Run, iteration: int, policy: Policy | None, advantage: str = "
     say(f"iter-{iteration:04d} train: {result}")
 
 
-def reward_settings(rewards: list[str]) -> list[str]:
-    """Settings that stand for the --reward options of a call."""
-    if not rewards:
-        return []
-    weights = []
+def reward_settings(rewards: list[str]) -> list[Setting]:
+    """The setting that stands for the --reward options of a call, if there are any."""
+    weights: dict[str, float] = {}
     for reward in rewards:
         name, _, weight = reward.partition("=")
+        if name in weights:
+            raise UserError(f"--reward {reward}: {name} is given twice", "give each reward once")
         try:
-            weights.append(f'"{name}" = {float(weight or 1.0)}')
+            weights[name] = float(weight or 1.0)
         except ValueError:
             raise UserError(f"--reward {reward}: the weight is no number", "for example --reward ocr=0.5") from None
-    return [f"score.rewards={{ {', '.join(weights)} }}"]
+    return [("score.rewards", weights)] if weights else []
 
 
 @contextmanager

@@ -78,7 +78,7 @@ def iterate(run: Run, policy: Policy, count: bool) -> Iteration:
     _, sampling, sampling_peak = measured(policy, lambda: rollout(run, stage, policy), count)
     advise(stage)
     report, training, training_peak = measured(policy, lambda: train(run, 0, policy), count)
-    records = [json.loads(line) for line in (stage.policy_dir / "metrics.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in stage.metrics_path.read_text().splitlines()]
     updates = sum(record["seconds"] for record in records)
     assert report.replay is not None, "the gate runs on every first training"
     return Iteration(sampling, sampling_peak, updates, training, training_peak, report.replay)

@@ -38,7 +38,7 @@ GAIN = 0.15  # what a run has to reach
 
 def shuffle_advantages(stage: Stage, seed: int) -> None:
     """Permute the advantages of an iteration among all its samples, keeping their distribution."""
-    for spec in sorted(path.name for path in (stage.path / "advantage").iterdir()):
+    for spec in sorted(path.name for path in stage.advantages_dir.iterdir()):
         frame = sidecar.read_advantages(stage, spec)
         order = np.random.default_rng(seed).permutation(len(frame))
         frame[["advantage", "weight"]] = frame[["advantage", "weight"]].to_numpy()[order]

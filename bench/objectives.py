@@ -83,7 +83,7 @@ def sampled(folder: Path, rewards: str, seed: int) -> Run:
 
 def link(shared: Run, run: Run) -> None:
     """Give a run the first iteration and the evaluation of the base model of another, as hard links."""
-    shutil.copy(shared.path / "model.json", run.path / "model.json")
+    shutil.copy(shared.model_path, run.model_path)
     for stage in (shared.iteration(0).path, shared.evaluation(0).path):
         target = run.path / stage.relative_to(shared.path)
         if not target.exists():
@@ -115,7 +115,7 @@ def one(folder: Path, name: str, rewards: str, seed: int, arguments: argparse.Na
 
 def apart(stage: Stage) -> None:
     """Copies in the place of the hard links of advantages, which are about to be replaced."""
-    for path in (stage.path / "advantage").rglob("*.parquet"):
+    for path in stage.advantages_dir.rglob("*.parquet"):
         data = path.read_bytes()
         path.unlink()
         path.write_bytes(data)

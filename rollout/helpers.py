@@ -19,6 +19,7 @@ from shards.process.pool import Pool
 from shards.process.progress import Progress
 from shards.process.torchrun import world_size
 from shards.run import Run, Stage
+from shards.run_toml import Setting
 from shards.workers.worker import Part
 
 MOMENT = 1.0  # seconds to wait for the report of a helper whose work is published
@@ -97,7 +98,7 @@ def _join(futures: list[Future[Counts]], seconds: float | None) -> Counts:
 _loaded: dict[str, Policy] = {}
 
 
-def _sample(path: str, sets: tuple[str, ...], kind: Kind, iteration: int, part: Part) -> Counts:
+def _sample(path: str, sets: tuple[Setting, ...], kind: Kind, iteration: int, part: Part) -> Counts:
     """One helper's part of a stage, with a model that is loaded once; the numbers of videos it sampled."""
     run = Run.open(path, sets)
     stage = run.iteration(iteration) if kind == "rollout" else run.evaluation(iteration)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from shards.errors import ANEW, RunFailed, UserError
 from shards.files import publish_new, read_json, to_json
 from shards.plan import SCHEMA
-from shards.run import AVERAGE, Run, Stage
+from shards.run import AVERAGE, POLICY_RECORD, Run, Stage
 
 if TYPE_CHECKING:
     from rollout.policy import Policy
@@ -23,34 +23,35 @@ def policy_source(run: Run, stage: Stage) -> Path | None:
     if stage.iteration == 0:
         return None
     before = stage.iteration - 1
-    folder = run.iteration(before).policy_dir
-    if not run.iteration(before).trained():
+    trained = run.iteration(before)
+    folder = trained.policy_dir
+    if not trained.trained():
         raise UserError(
-            f"{folder / 'policy.json'} does not exist: iteration {stage.iteration} samples with the policy that "
+            f"{trained.policy_record_path} does not exist: iteration {stage.iteration} samples with the policy that "
             f"iteration {before} trains",
             run.way_to_policy(before),
         )
-    run.iteration(before).fetched_policy()
+    trained.fetched_policy()
     return (averaged(folder) if stage.kind == "eval" and run.config.eval.ema else None) or folder
 
 
 def averaged(folder: Path) -> Path | None:
     """Folder of the averaged weights of a trained policy; None where training kept none. RunFailed: they are gone."""
     average = folder / AVERAGE
-    if not average.is_dir() and "average" in read_json(folder / "policy.json"):
-        raise RunFailed(f"{average} is missing, but policy.json names it", ANEW)
+    if not average.is_dir() and "average" in read_json(folder / POLICY_RECORD):
+        raise RunFailed(f"{average} is missing, but {POLICY_RECORD} names it", ANEW)
     return average if average.is_dir() else None
 
 
 def check_committed(source: Path, identity: dict[str, Any]) -> None:
     """RunFailed unless weights, or averaged ones, have the identity that training wrote down in policy.json."""
-    path = (source.parent if source.name == AVERAGE else source) / "policy.json"
+    path = (source.parent if source.name == AVERAGE else source) / POLICY_RECORD
     if not path.is_file():
         return
     record = read_json(path)
     known = record.get("average", identity) if source.name == AVERAGE else record  # once averages were not named
     if known.get("fingerprint") != identity["fingerprint"]:
-        raise RunFailed(f"{source}: its files are not those its policy.json names", ANEW)
+        raise RunFailed(f"{source}: its files are not those its {POLICY_RECORD} names", ANEW)
 
 
 def take_policy(run: Run, stage: Stage, policy: Policy) -> dict[str, Any]:
@@ -70,7 +71,7 @@ def take_policy(run: Run, stage: Stage, policy: Policy) -> dict[str, Any]:
 
 def policy_record(stage: Stage) -> dict[str, Any] | None:
     """policy.json, the commit record of the policy an iteration trained; None before it is whole."""
-    return read_json(stage.policy_dir / "policy.json") if stage.trained() else None
+    return read_json(stage.policy_record_path) if stage.trained() else None
 
 
 def starting_policy(run: Run, iteration: int) -> Path | None:
@@ -88,7 +89,7 @@ def starting_policy(run: Run, iteration: int) -> Path | None:
 
 def _check_model(run: Run, policy: Policy) -> None:
     """Write down the base model at the first stage of a run; later stages must have the same one."""
-    path = run.path / "model.json"
+    path = run.model_path
     record = {"schema": SCHEMA, "base": policy.base_fingerprint, "path": run.config.model.path}
     publish_new(path, to_json(record, path))
     known = read_json(path)

@@ -9,9 +9,8 @@ import numpy as np
 
 from rollout.grids import grid
 from rollout.transitions import Kernel, gradient_scale, kernel, resolve_form, velocity_slope
-from shards.config import Form, Law
 from shards.errors import UserError
-from shards.plan import HIGH_NOISE, LOW_NOISE, Schedule
+from shards.plan import HIGH_NOISE, LOW_NOISE, Form, Law, Schedule
 from shards.run import EXPERT_NAMES
 
 if TYPE_CHECKING:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 import types
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
-from shards.errors import UserError
+from shards.errors import UserError, nearest
 
 if TYPE_CHECKING:
     import torch
@@ -34,8 +33,8 @@ def resolve(name: str, found: Any, options: Mapping[str, Any]) -> dict[str, Any]
     }
     for option in options:
         if option not in parameters:
-            near = difflib.get_close_matches(option, parameters, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(parameters) or 'none'}"
+            near = nearest(option, parameters)
+            hint = f"did you mean {near!r}?" if near else f"it takes {', '.join(parameters) or 'none'}"
             raise UserError(f"reward {name!r} has no option {option!r}", hint)
     missing = [key for key, value in parameters.items() if value.default is value.empty and key not in options]
     if missing:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib
 import importlib.metadata
@@ -15,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 from score.options import resolve
-from shards.errors import UserError
+from shards.errors import UserError, nearest
 from shards.store.mirror import fetch_any
 from shards.store.urls import is_stored
 
@@ -190,8 +189,8 @@ def _here(options: Mapping[str, Any]) -> dict[str, Any]:
 def _registered(name: str) -> str:
     names = known()
     if name not in names:
-        near = difflib.get_close_matches(name, names, 1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        near = nearest(name, names)
+        hint = f"did you mean {near!r}? " if near else ""
         raise UserError(
             f"no reward is called {name!r}", f"{hint}there are {', '.join(sorted(names))}; your own is `module:Class`"
         )

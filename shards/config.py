@@ -6,12 +6,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from shards.plan import Dtype, Form, Law, Solver
+
 SCHEMA = 1
 
-Dtype = Literal["float32", "bfloat16", "float16"]
-Law = Literal["ode", "flow-sde", "dance-sde", "wan-sde", "cps", "cps-unnormalised", "dpm-sde", "dpm-sde-2m"]
-Form = Literal["exact", "euler-maruyama"]
-Solver = Literal["euler", "dpm-2m"]
 SigmaGrid = Literal["shifted", "unipc", "euler"]
 Window = Literal["random", "fixed", "progressive"]
 Objective = Literal["grpo", "nft", "dpo", "sft"]

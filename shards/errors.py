@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
+from collections.abc import Iterable
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # what a full disk or a used-up quota gives
 ANEW = "restore it from a copy, or delete the iteration's train/ and policy/ folders to train it anew"
@@ -58,3 +60,9 @@ class Stopped(UserError):
 
 class Damaged(UserError):
     """A file of a run does not hold what was written into it."""
+
+
+def nearest(name: str, names: Iterable[str], likeness: float = 0.6) -> str | None:
+    """The one of `names` that somebody meant by `name`: the most alike, from 0 to 1; None below that likeness."""
+    found = difflib.get_close_matches(name, list(names), 1, likeness)
+    return found[0] if found else None

@@ -73,6 +73,15 @@ def sweep_temporary(directory: str | Path) -> int:
     return removed
 
 
+def stamp_of(path: Path) -> tuple[int, ...] | None:
+    """What changes whenever a file does; None when there is none. The time is that of its last change of any kind,
+    which nobody can set."""
+    with suppress(FileNotFoundError):
+        found = os.stat(path)
+        return found.st_ino, found.st_ctime_ns, found.st_size
+    return None
+
+
 def sha256_file(path: str | Path) -> str:
     """Hexadecimal sha256 of a file."""
     with open(path, "rb") as file:

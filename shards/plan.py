@@ -9,12 +9,12 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from itertools import pairwise
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-
-from shards.config import Dtype, Form, Law, Solver
 from shards.errors import UserError
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter, ValidationError
 
 SCHEMA: Literal[1] = 1  # of plan, manifest, member and index; README.md has its history
 GROUP_KEY = re.compile(r"i(\d{6})-p(\d{6})")
@@ -22,11 +22,13 @@ SAMPLE_KEY = re.compile(r"i(\d{6})-p(\d{6})-s(\d{2,3})")
 HIGH_NOISE, LOW_NOISE = 0, 1  # numbers of experts; a model with one has the first
 
 Kind = Literal["rollout", "eval"]
-Positive = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
-Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Dtype = Literal["float32", "bfloat16", "float16"]
+Law = Literal["ode", "flow-sde", "dance-sde", "wan-sde", "cps", "cps-unnormalised", "dpm-sde", "dpm-sde-2m"]
+Form = Literal["exact", "euler-maruyama"]
+Solver = Literal["euler", "dpm-2m"]
 
-_STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+_STRICT: dict[str, Any] = {"strict": True, "extra": "forbid", "allow_inf_nan": False}  # for pydantic, at reading alone
+_IN_FILE = {"schedule": "sampler"}  # names of fields in plan.json, where they are others
 _COPY = "restore it from a copy"
 
 
@@ -93,9 +95,9 @@ class PolicyIdentity:
 
     __pydantic_config__ = _STRICT
 
-    fingerprint: Hash
+    fingerprint: str
     """Of the base model and the weights laid over it."""
-    base: Hash
+    base: str
     """Of the base model alone."""
     adapters: dict[str, str]
     """sha256 of each file of weights, by its path in the folder of the policy."""
@@ -109,15 +111,15 @@ class VideoShape:
 
     __pydantic_config__ = _STRICT
 
-    height: Positive
+    height: int
     """Pixels."""
-    width: Positive
+    width: int
     """Pixels."""
-    frames: Positive
-    fps: Positive
+    frames: int
+    fps: int
     """Frames per second written into the video."""
-    crf: Annotated[int, Field(ge=0, le=51)]
-    """H.264 quality."""
+    crf: int
+    """H.264 quality, 0 to 51."""
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -133,13 +135,13 @@ class Group:
 
     key: str
     """i000003-p000017"""
-    prompt_id: Natural
+    prompt_id: int
     prompt: str
     target: str | None
     """What a reward looks for."""
     image: str | None
     """The file of the first frame."""
-    window: tuple[Natural, ...]
+    window: tuple[int, ...]
     """The stochastic steps, rising; empty for a rollout without noise."""
     negative_prompt: str | None = None
     """The prompt's own; None where that of the plan is taken."""
@@ -168,21 +170,21 @@ class Chunk:
 class RolloutPlan:
     """All that is decided of a stage before its first sample: the content of plan.json, described in README.md."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = {**_STRICT, "alias_generator": lambda name: _IN_FILE.get(name, name)}  # noqa: RUF012
 
     schema: Literal[1]
     kind: Kind
-    iteration: Natural
-    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    iteration: int
+    seed: int
     """Of the run, or of the evaluation."""
     policy: PolicyIdentity
-    schedule: Annotated[Schedule, Field(alias="sampler")]
+    schedule: Schedule
     video: VideoShape
     storage_dtype: Dtype
     """Of stored latents."""
-    group_size: Positive
+    group_size: int
     """Videos of one prompt."""
-    batch_size: Positive
+    batch_size: int
     """Videos in one forward pass."""
     negative_prompt: str
     groups: tuple[Group, ...]
@@ -197,6 +199,8 @@ class RolloutPlan:
         Raises UserError for another schema, for a field that is missing, unknown or of another type, and for values
         that do not fit together.
         """
+        from pydantic import ValidationError
+
         try:
             plan = _reader().validate_json(data)
         except ValidationError as error:
@@ -248,6 +252,8 @@ class RolloutPlan:
 
 @cache
 def _reader() -> TypeAdapter[RolloutPlan]:
+    from pydantic import TypeAdapter
+
     return TypeAdapter(RolloutPlan)
 
 
@@ -276,16 +282,31 @@ def _short(value: object) -> str:
 
 
 def _contradictions(plan: RolloutPlan) -> Iterable[str]:
-    """What does not fit together in a plan whose fields are all there."""
+    """Values that cannot be in a plan whose fields are all there, and those that do not fit together."""
+    for field, (value, least, most) in _ranges(plan).items():
+        if not least <= value <= most:
+            yield f"{field} is {value}, not from {least} to {most}"
+    for field in ("fingerprint", "base"):
+        if not re.fullmatch("[0-9a-f]{64}", getattr(plan.policy, field)):
+            yield f"policy.{field} is {_short(getattr(plan.policy, field))}, not a sha256"
     promised = [group for shard in plan.shards for group in shard]
     if len(set(promised)) != len(promised) or sorted(promised) != sorted(group.key for group in plan.groups):
         yield "its shards do not hold each of its groups once"
     for number, group in enumerate(plan.groups):
-        if group.key != group_key(plan.iteration, group.prompt_id):
+        if not GROUP_KEY.fullmatch(group.key) or group.key != group_key(plan.iteration, group.prompt_id):
             yield f"groups.{number}.key is {group.key!r}, but its prompt_id is {group.prompt_id}"
-        rising = all(one < other for one, other in pairwise(group.window))
-        if not rising or (group.window and group.window[-1] >= plan.schedule.steps - 1):
+        rising = all(one < other for one, other in pairwise((-1, *group.window, plan.schedule.steps - 1)))
+        if group.window and not rising:
             yield f"groups.{number}.window is {list(group.window)}, but the sampler has {plan.schedule.steps} steps"
+
+
+def _ranges(plan: RolloutPlan) -> dict[str, tuple[int, int, int]]:
+    """Value, least and most of the numbers in a plan that have limits of their own."""
+    video, most = plan.video, 2**31 - 1
+    found = {"iteration": (plan.iteration, 0, most), "seed": (plan.seed, 0, 2**63 - 1)}
+    found |= {name: (getattr(plan, name), 1, most) for name in ("group_size", "batch_size")}
+    found |= {f"video.{name}": (getattr(video, name), 1, most) for name in ("height", "width", "frames", "fps")}
+    return found | {"video.crf": (video.crf, 0, 51)}
 
 
 def _problems(schedule: Schedule) -> Iterable[str]:

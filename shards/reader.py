@@ -47,6 +47,7 @@ class Shard:
         self._rows = {row["key"]: row for row in self._table.to_pylist()}
         self._source = open_source(stage, shard, self.manifest)
         self._close = weakref.finalize(self, self._source.close)
+        self._last_group: tuple[str, dict[str, torch.Tensor]] | None = None  # set at once, as threads share a shard
 
     def __enter__(self) -> Shard:
         return self
@@ -92,8 +93,24 @@ class Shard:
         """All tensors of a sample: latents [M, C, F, H, W] and what README.md lists beside them. Raises Damaged."""
         return self._again(self._trajectory, key)
 
+    def tensor(self, key: str, name: str) -> torch.Tensor:
+        """One tensor of the trajectory of a sample, read by position and checked; the others are not read.
+
+        Raises UserError when the sample has none of that name, and Damaged.
+        """
+        return self._again(self._tensor, key, name)
+
     def group(self, group: str) -> dict[str, torch.Tensor]:
-        """Tensors shared by a group: prompt [L, D], negative [Ln, D], …. Raises UserError or Damaged."""
+        """Tensors shared by a group: prompt [L, D], negative [Ln, D], …. Raises UserError or Damaged.
+
+        Those of the last group are kept, because all batches of a group ask for them: nobody may change them.
+        """
+        kept = self._last_group
+        if kept is None or kept[0] != group:
+            kept = self._last_group = group, self._group(group)
+        return kept[1]
+
+    def _group(self, group: str) -> dict[str, torch.Tensor]:
         rows = [row for row in self._rows.values() if row["group"] == group]
         if not rows:
             raise UserError(f"{self.path} has no group {group!r}", f"its groups are {', '.join(self.groups)}")
@@ -113,6 +130,22 @@ class Shard:
         payload = self._read(name, row["traj_offset"], row["traj_bytes"])
         self._check(name, memoryview(payload)[: row["traj_header_bytes"]], row["traj_header_crc32"])
         return tensors.decode(payload, f"{self.path}: {name}")
+
+    def _tensor(self, key: str, name: str) -> torch.Tensor:
+        row, member = self.row(key), f"{key}.traj.safetensors"
+        head = memoryview(self._read(member, row["traj_offset"], row["traj_header_bytes"], row["traj_bytes"]))
+        self._check(member, head, row["traj_header_crc32"])
+        where = f"{self.path}: {member}"
+        entries, _ = tensors.parse(head, where, row["traj_bytes"])
+        if name not in entries:
+            raise UserError(f"{where} has no tensor {name!r}", f"it has {', '.join(sorted(entries))}")
+        entry = entries[name]
+        size = entry.stop - entry.start
+        piece = memoryview(bytearray(size))
+        self._source.fill(piece, row["traj_offset"] + entry.start, size, key)
+        alone = entry._replace(start=0, stop=size)
+        tensors.check(piece, {name: alone}, where)
+        return tensors.as_tensor(piece, alone)
 
     def _latents(self, key: str, states: Sequence[int], out: torch.Tensor | None) -> torch.Tensor:
         import torch
@@ -151,10 +184,11 @@ class Shard:
         self._check(name, memoryview(payload), row[f"{column}_crc32"])
         return payload
 
-    def _read(self, name: str, offset: int, size: int) -> bytearray:
-        """The payload of a member whose tar header, just before it, must be the one we write."""
+    def _read(self, name: str, offset: int, size: int, whole: int | None = None) -> bytearray:
+        """The first `size` bytes of a member, which has `whole` or no more, and whose tar header, just before it, must
+        be the one we write."""
         found, payload = self._source.member(name, offset, size)
-        if found != header(name, size):
+        if found != header(name, size if whole is None else whole):
             raise Damaged(f"{self.path}: the tar header of {name} is not where the index says", REPAIR)
         return payload
 

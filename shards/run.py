@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shards.errors import UserError
-from shards.files import publish_new, sha256_file, to_json
+from shards.files import publish_new, sha256_file, stamp_of, to_json
 from shards.plan import Kind, RolloutPlan
 from shards.store import mirror
 from shards.store.urls import in_shell, shown, url_of, working_copy
 
 if TYPE_CHECKING:
     from shards.config import RunConfig
+    from shards.run_toml import Setting
 
 EXPERT_NAMES = ("high_noise", "low_noise")  # by number; a model with one expert has the first
 AVERAGE = "ema"  # folder of the averaged weights, in that of the policy
+POLICY_RECORD = "policy.json"  # in the folder of a policy, written last: it commits the weights
+METRICS = "metrics.jsonl"  # one line an update, in the folder of a policy
 COMMIT = "commit.json"  # written last of a checkpoint, which docs/checkpoints.md describes
 
 
@@ -31,13 +32,13 @@ class Run:
     A run at a URL (s3://bucket/runs/first) has a working copy in the local cache, and `path` is that.
     """
 
-    def __init__(self, path: str | Path, sets: Sequence[str] = ()) -> None:
+    def __init__(self, path: str | Path, sets: Sequence[Setting] = ()) -> None:
         self.path = working_copy(path)
         self.sets = tuple(sets)
         self.is_new = False  # whether `create` wrote its run.toml
 
     @classmethod
-    def open(cls, path: str | Path, sets: Sequence[str] = ()) -> Run:
+    def open(cls, path: str | Path, sets: Sequence[Setting] = ()) -> Run:
         """A run that exists, with `section.key=value` settings laid over its run.toml for this call alone.
 
         Raises UserError when `path` is not a run directory. A run at a URL is brought up to date here.
@@ -78,6 +79,21 @@ class Run:
     def config_path(self) -> Path:
         """run.toml, the whole configuration."""
         return self.path / "run.toml"
+
+    @property
+    def model_path(self) -> Path:
+        """model.json: the base model that the run began with."""
+        return self.path / "model.json"
+
+    @property
+    def report_dir(self) -> Path:
+        """What `rushes report` writes."""
+        return self.path / "report"
+
+    @property
+    def report_path(self) -> Path:
+        """The page of the report."""
+        return self.report_dir / "index.html"
 
     @cached_property
     def config(self) -> RunConfig:
@@ -143,13 +159,37 @@ class Stage:
         return self.path / "policy"
 
     @property
+    def policy_record_path(self) -> Path:
+        """policy/policy.json: the next policy exists if and only if this file does."""
+        return self.policy_dir / POLICY_RECORD
+
+    @property
+    def metrics_path(self) -> Path:
+        """policy/metrics.jsonl: one line an update."""
+        return self.policy_dir / METRICS
+
+    def trainer_dir(self, expert: str) -> Path:
+        """The trainer checkpoints of an expert."""
+        return trainer_dir(self.policy_dir, expert)
+
+    @property
     def train_dir(self) -> Path:
         """Where training freezes its input."""
         return self.path / "train"
 
+    @property
+    def train_plan_path(self) -> Path:
+        """train/plan.json: what training froze as its input."""
+        return self.train_dir / "plan.json"
+
+    @property
+    def rollout_dir(self) -> Path:
+        """The shards, their indices and their manifests."""
+        return self.path / "rollout"
+
     def trained(self) -> bool:
         """Whether training of this iteration has ended, which policy/policy.json decides."""
-        return mirror.look(self.policy_dir / "policy.json")
+        return mirror.look(self.policy_record_path)
 
     def fetched_policy(self) -> Path:
         """policy_dir; the weights of a run at a URL are on this machine then. What training keeps for itself is not."""
@@ -158,27 +198,37 @@ class Stage:
 
     def shard_path(self, shard: int) -> Path:
         """The tar of a shard."""
-        return self.path / "rollout" / f"shard-{shard:06d}.tar"
+        return self.rollout_dir / f"shard-{shard:06d}.tar"
 
     def index_path(self, shard: int) -> Path:
         """The Parquet index of a shard, one row per sample."""
-        return self.path / "rollout" / "index" / f"shard-{shard:06d}.parquet"
+        return self.rollout_dir / "index" / f"shard-{shard:06d}.parquet"
 
     def manifest_path(self, shard: int) -> Path:
         """The commit record of a shard: the shard exists if and only if this file does."""
-        return self.path / "rollout" / "manifest" / f"shard-{shard:06d}.json"
+        return self.rollout_dir / "manifest" / f"shard-{shard:06d}.json"
 
     def work_path(self, shard: int) -> Path:
         """The spool of a shard: finished samples that wait for the rest."""
         return self.path / "work" / f"shard-{shard:06d}"
 
+    @property
+    def scores_dir(self) -> Path:
+        """The scores, a folder for each scorer."""
+        return self.path / "score"
+
     def score_path(self, scorer: str, shard: int) -> Path:
         """The scores of one scorer for one shard; `scorer` is its directory name, like ocr-1a2b3c4d."""
-        return self.path / "score" / scorer / f"shard-{shard:06d}.parquet"
+        return self.scores_dir / scorer / f"shard-{shard:06d}.parquet"
+
+    @property
+    def advantages_dir(self) -> Path:
+        """The advantages, a folder for each specification."""
+        return self.path / "advantage"
 
     def advantage_dir(self, specification: str) -> Path:
         """The advantages of one specification (8 hexadecimal digits)."""
-        return self.path / "advantage" / specification
+        return self.advantages_dir / specification
 
     def summary_path(self, specification: str) -> Path:
         """Counts and means of one specification. Readers of a whole folder of tables skip names with a `_` first."""
@@ -193,7 +243,7 @@ class Stage:
 
         It is parsed again only when the file is another one than the last time.
         """
-        stamp = _stamp(self.plan_path) if mirror.look(self.plan_path) else None
+        stamp = stamp_of(self.plan_path) if mirror.look(self.plan_path) else None
         if stamp is None:
             return None
         found = self._read.get(stamp)
@@ -222,14 +272,14 @@ class Stage:
 
     def shards(self) -> list[int]:
         """Numbers of the committed shards, ascending; for a run at a URL those of all machines."""
-        mirror.refresh(self.path / "rollout")
-        return _numbers(self.path / "rollout" / "manifest", r"shard-(\d{6})\.json")
+        mirror.refresh(self.rollout_dir)
+        return _numbers(self.rollout_dir / "manifest", r"shard-(\d{6})\.json")
 
     def is_committed(self, shard: int) -> bool:
         """Whether the shard exists, which its manifest decides."""
         path = self.manifest_path(shard)
         if not path.exists():
-            mirror.refresh(self.path / "rollout")
+            mirror.refresh(self.rollout_dir)
         return path.exists()
 
     def is_complete(self) -> bool:
@@ -259,21 +309,17 @@ class Stage:
         return plan
 
 
+def trainer_dir(policy_dir: Path, expert: str) -> Path:
+    """The trainer checkpoints of an expert in the folder of a policy."""
+    return policy_dir / "trainer" / expert
+
+
 def _read_plan(path: Path) -> RolloutPlan:
     try:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}", "restore it from a copy") from error
     return RolloutPlan.from_json(data, path)
-
-
-def _stamp(path: Path) -> tuple[int, ...] | None:
-    """What changes whenever a file does; None when there is none. The time is that of its last change of any kind,
-    which nobody can set."""
-    with suppress(FileNotFoundError):
-        found = os.stat(path)
-        return found.st_ino, found.st_ctime_ns, found.st_size
-    return None
 
 
 def _numbers(directory: Path, pattern: str) -> list[int]:

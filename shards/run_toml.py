@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import json
 import re
 import shlex
@@ -15,11 +14,14 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from shards.config import SCHEMA, RunConfig, Section
-from shards.errors import UserError
+from shards.errors import UserError, nearest
+
+Setting = str | tuple[str, Any]
+"""What a call sets otherwise than run.toml: `section.key=value` as --set has it, or the dotted key and its value."""
 
 
-def load_config(path: Path, sets: Iterable[str] = ()) -> RunConfig:
-    """Read a `run.toml`, and lay the settings of `--set` over it.
+def load_config(path: Path, sets: Iterable[Setting] = ()) -> RunConfig:
+    """Read a `run.toml`, and lay the settings of a call over it.
 
     Raises UserError for a file that is missing or no TOML, an unknown key (naming the nearest right one), a wrong type.
     """
@@ -48,8 +50,8 @@ def read_preset(name: str) -> dict[str, Any]:
     folder = Path(__file__).parent / "presets"
     names = sorted(path.stem for path in folder.glob("*.toml"))
     if name not in names:
-        near = difflib.get_close_matches(name, names, 1, 0.0)
-        hint = f"did you mean {near[0]}? There are: {', '.join(names)}" if near else f"there are: {', '.join(names)}"
+        near = nearest(name, names, 0.0)
+        hint = f"did you mean {near}? There are: {', '.join(names)}" if near else f"there are: {', '.join(names)}"
         raise UserError(f"unknown preset {name!r}", hint)
     return {"preset": name, **tomllib.loads((folder / f"{name}.toml").read_text(encoding="utf-8"))}
 
@@ -62,23 +64,21 @@ def parse_config(values: dict[str, Any], where: str) -> RunConfig:
         raise _user_error(error, where) from None
 
 
-def apply_sets(values: dict[str, Any], sets: Iterable[str]) -> dict[str, Any]:
-    """Lay `section.key=value` settings over a tree of values; a value is TOML, or else a plain string.
+def apply_sets(values: dict[str, Any], sets: Iterable[Setting]) -> dict[str, Any]:
+    """Lay settings over a tree of values; a value in a text is TOML, or else a plain string.
 
     Raises UserError for a setting without `=` or a key that leads through something that is no table.
     """
     changed = copy.deepcopy(values)
     for setting in sets:
-        name, equals, text = setting.partition("=")
-        if not equals or not name.strip():
-            raise UserError(f"--set {setting}: not of the form section.key=value", "for example --set rollout.steps=10")
+        name, value = setting if isinstance(setting, tuple) else _parsed(setting)
         *tables, key = name.strip().split(".")
         table = changed
         for part in tables:
             table = table.setdefault(part, {})
             if not isinstance(table, dict):
                 raise UserError(f"--set {setting}: {part} is a value, not a section", "name one section and one key")
-        table[key] = _toml_value(text.strip())
+        table[key] = value
     return changed
 
 
@@ -86,6 +86,14 @@ def set_option(key: str, value: Any) -> str:
     """For hints: the option that sets `key` to `value`, to be pasted into a shell."""
     plain = isinstance(value, str) and value == value.strip() and _toml_value(value) == value
     return "--set " + shlex.quote(f"{key}={value if plain else _toml(value)}")
+
+
+def _parsed(setting: str) -> tuple[str, Any]:
+    """Key and value of a --set."""
+    name, equals, text = setting.partition("=")
+    if not equals or not name.strip():
+        raise UserError(f"--set {setting}: not of the form section.key=value", "for example --set rollout.steps=10")
+    return name, _toml_value(text.strip())
 
 
 def dump_config(config: RunConfig) -> str:
@@ -159,9 +167,9 @@ def _user_error(error: ValidationError, where: str) -> UserError:
         known = [] if sections else [f"{name}.{key}" for name in RunConfig.model_fields if key in _keys_of([name])]
         if known:
             return UserError(f"{where}: unknown key {key!r}", f"did you mean {' or '.join(known)}?")
-        near = difflib.get_close_matches(key, names, 1, 0.0)
+        near = nearest(key, names, 0.0)
         return UserError(
-            f"{where}: {place}unknown key {key!r}", f"the nearest key is {near[0]!r}" if near else "remove it"
+            f"{where}: {place}unknown key {key!r}", f"the nearest key is {near!r}" if near else "remove it"
         )
     message = first["msg"][0].lower() + first["msg"][1:]
     hint = _description(sections, key) or "run.toml says what each key takes"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shards import parquet
 from shards.errors import Damaged, UserError
-from shards.files import publish_replace, sweep_temporary
+from shards.files import publish_replace, stamp_of, sweep_temporary
 from shards.plan import SCHEMA
 from shards.reader import checked_index, read_manifest
 from shards.run import Stage
@@ -85,12 +86,12 @@ def advantaged(stage: Stage, shard: int, specification: str) -> bool:
 
 def scorers(stage: Stage) -> list[str]:
     """Directory names of the scorers that have scored something, sorted."""
-    return _directories(stage.path / "score")
+    return _directories(stage.scores_dir)
 
 
 def specifications(stage: Stage) -> list[str]:
     """Advantage specifications that have a directory, sorted."""
-    return _directories(stage.path / "advantage")
+    return _directories(stage.advantages_dir)
 
 
 def read_table(path: Path) -> tuple[pyarrow.Table, dict[str, str]]:
@@ -210,11 +211,17 @@ def _done(stage: Stage, shard: int, path: Path) -> bool:
         mirror.refresh(path.parent)
     if not path.exists():
         return False
+    stamp = stamp_of(path)
+    return stamp is not None and _made_for(path, stamp) == read_manifest(stage, shard)["tar"]["sha256"]
+
+
+@lru_cache(maxsize=2**14)
+def _made_for(path: Path, stamp: tuple[int, ...]) -> str | None:
+    """sha256 of the tar a table was made for, None when it is damaged: proven once for each state of its file."""
     try:
-        _, kv = read_table(path)
+        return read_table(path)[1].get("shard_sha256")
     except Damaged:
-        return False
-    return kv.get("shard_sha256") == read_manifest(stage, shard)["tar"]["sha256"]
+        return None
 
 
 def _chosen(stage: Stage, shards: Sequence[int] | None) -> Sequence[int]:

@@ -69,10 +69,11 @@ def encode(tensors: Mapping[str, Array]) -> list[Buffer]:
     return [struct.pack("<Q", len(text)) + text, *(parts[name][2] for name in order)]
 
 
-def parse(buffer: memoryview, where: str) -> tuple[dict[str, Entry], int]:
+def parse(buffer: memoryview, where: str, size: int | None = None) -> tuple[dict[str, Entry], int]:
     """Entries of a safetensors member, and the bytes of its header. Raises Damaged; reads no tensor.
 
-    Every number in the header is checked against the size of the member before it is used.
+    Every number in the header is checked against the size of the member before it is used: `size` bytes where `buffer`
+    holds the header alone.
     """
     try:
         (length,) = struct.unpack_from("<Q", buffer)
@@ -81,7 +82,7 @@ def parse(buffer: memoryview, where: str) -> tuple[dict[str, Entry], int]:
         table = json.loads(bytes(buffer[8 : 8 + length]))
         checksums = json.loads(table.pop("__metadata__")["crc32"])
         entries = {name: _entry(name, item, 8 + length, checksums[name]) for name, item in table.items()}
-        _check_cover(entries, 8 + length, len(buffer))
+        _check_cover(entries, 8 + length, len(buffer) if size is None else size)
     except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise Damaged(f"{where}: damaged tensor header: {error}", REPAIR) from error
     return entries, 8 + length

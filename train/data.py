@@ -203,7 +203,7 @@ def read_step(rollouts: Rollouts, unit: Unit) -> Stored:
         _states(rollouts, unit, {"x": unit.step, "x_next": unit.step + 1}),
         [shard.row(key)["log_prob"][position] for key in keys],
         shard.group(unit.group),
-        [shard.trajectory(key)["x0_prev"][position] for key in keys] if two_steps else [],
+        [shard.tensor(key, "x0_prev")[position] for key in keys] if two_steps else [],
     )
 
 
@@ -226,7 +226,7 @@ def _states(rollouts: Rollouts, unit: Unit, wanted: dict[str, int]) -> dict[str,
     return {name: latents[:, index] for index, name in enumerate(wanted)}
 
 
-def on_device(stored: Stored, policy: Policy) -> Batch:
+def to_batch(stored: Stored, policy: Policy) -> Batch:
     """What was read, on the policy's device."""
     states = {name: latents.float().to(policy.device).contiguous() for name, latents in stored.states.items()}
     like = next(iter(states.values()))
@@ -239,7 +239,7 @@ def on_device(stored: Stored, policy: Policy) -> Batch:
 
 def read_batch(rollouts: Rollouts, policy: Policy, unit: Unit) -> Batch:
     """Read a transition and bring it to the policy's device."""
-    return on_device(read_step(rollouts, unit), policy)
+    return to_batch(read_step(rollouts, unit), policy)
 
 
 def row(values: Sequence[float], like: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ def freeze(run: Run, stage: Stage, advantage: str = "") -> Inputs:
     when the run was frozen with other inputs or settings, naming them.
     """
     rollouts = Rollouts.open(stage)
-    path = stage.train_dir / "plan.json"
+    path = stage.train_plan_path
     frozen = read_json(path) if path.exists() else None
     specification = advantage or (frozen["advantage"] if frozen else choose_specification(stage, run.config))
     _check_named(stage, advantage)
@@ -70,7 +70,7 @@ def choose_specification(stage: Stage, config: RunConfig) -> str:
     matching = [name for name in found if _summary(stage, name).get("specification") == wanted]
     if len(matching) != 1:
         raise UserError(
-            f"{stage.path / 'advantage'} holds {len(found)} specifications ({', '.join(found)}) and "
+            f"{stage.advantages_dir} holds {len(found)} specifications ({', '.join(found)}) and "
             f"{len(matching)} of them fit [score] in run.toml",
             "name the one that is meant with --advantage",
         )
@@ -98,7 +98,7 @@ def check_policy(rollouts: Rollouts, fingerprint: str, settings: TrainConfig) ->
     names = ", ".join(rollouts.stage.shard_path(number).name for number in sorted(stale)[:8])
     others = ", ".join(sorted({str(one)[:12] for found in stale.values() for one in found}))
     raise UserError(
-        f"{rollouts.stage.path / 'rollout'}: {names} came from policy {others}, "
+        f"{rollouts.stage.rollout_dir}: {names} came from policy {others}, "
         f"but the policy to train is {fingerprint[:12]}",
         "restore the policy folder of the iteration before, or sample this iteration again; shards of an older policy "
         "are accepted up to train.max_policy_lag",
@@ -123,7 +123,7 @@ def _check_named(stage: Stage, advantage: str) -> None:
     found = specifications(stage)
     if advantage and advantage not in found:
         raise UserError(
-            f"{stage.path / 'advantage'} holds no specification {advantage!r}",
+            f"{stage.advantages_dir} holds no specification {advantage!r}",
             f"there are: {', '.join(found) or 'none; run `rushes score` first'}",
         )
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rollout.schedule import step_scale, step_std
-from train.data import Batch, Inputs, on_device, read_end, read_final, read_step
+from train.data import Batch, Inputs, read_end, read_final, read_step, to_batch
 from train.forwards import Forwards
 from train.objectives import estimators, terms
 from train.objectives.estimators import Compared
@@ -258,7 +258,7 @@ class Losses:
     def read(self, unit: Unit, following: Unit | None = None) -> Batch:
         """The batch of a unit, as the objective needs it; `following` is then read in the background, to come next."""
         with self.world.together():
-            return on_device(self.ahead.take(unit, following), self.policy)
+            return to_batch(self.ahead.take(unit, following), self.policy)
 
 
 def _reader(config: TrainConfig) -> Any:

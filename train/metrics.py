@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shards.files import publish_replace, read_json_lines
+from shards.run import METRICS
 from shards.store import mirror
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class MetricsLog:
 
     def __init__(self, policy_dir: Path, kept: Mapping[str, int]) -> None:
         """Keep the records of updates that a checkpoint covers (`kept`: expert name -> updates) and drop later ones."""
-        self.path = policy_dir / "metrics.jsonl"
+        self.path = policy_dir / METRICS
         mirror.look(self.path)
         self.records = [
             record for record in read_json_lines(self.path) if record["update"] <= kept.get(record["expert"], 0)

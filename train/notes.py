@@ -48,7 +48,7 @@ def history(run: Run, iteration: int, records: Sequence[Record]) -> list[str]:
     """
     if iteration == 0:
         return []
-    before, now = read_json_lines(run.iteration(iteration - 1).policy_dir / "metrics.jsonl"), list(records)
+    before, now = read_json_lines(run.iteration(iteration - 1).metrics_path), list(records)
     return diagnosis.note_drift(
         _distance(before), _distance(now), _guards(run.iteration(0)), _guards(run.iteration(iteration))
     )

@@ -32,7 +32,7 @@ def publish(policy: Policy, stage: Stage, averages: dict[int, dict[str, Tensor]]
         if world.is_first:
             identity = policy.fingerprint(stage.policy_dir)
             mirror.put_folder(stage.policy_dir, wanted=lambda name: not mirror.ASIDE.search(name))
-            path = stage.policy_dir / "policy.json"
+            path = stage.policy_record_path
             record = {"schema": SCHEMA, "iteration": stage.iteration, **identity}
             if ema:
                 average = policy.fingerprint(stage.policy_dir / AVERAGE)

@@ -17,7 +17,7 @@ from rollout.ranks.world import World
 from shards.errors import UserError
 from shards.process.progress import counted
 from shards.process.signals import stopped
-from shards.run import EXPERT_NAMES, Stage
+from shards.run import EXPERT_NAMES, Stage, trainer_dir
 from shards.store.urls import in_shell
 from train import checkpoint
 from train.checkpoint import Checkpoints
@@ -158,7 +158,7 @@ def _train(
     with world.together():
         start = starting_policy(run, stage.iteration)
     policy, lag = _ready(run, inputs.rollouts, policy, start, world)
-    covered = {name: found[0] for name in EXPERT_NAMES if (found := checkpoint.latest(_trainer_dir(stage, name)))}
+    covered = {name: found[0] for name in EXPERT_NAMES if (found := checkpoint.latest(stage.trainer_dir(name)))}
     replayed = None
     if not covered and _must_prove(config.train, inputs.rollouts, lag):
         limit = replay_limit(policy, config.train.replay_limit, max(world.ulysses, config.rollout.ulysses))
@@ -212,7 +212,7 @@ def _train_expert(work: Work, expert: int) -> Trained:
     inputs, settings, world = work.inputs, work.config.train, work.world
     stage = inputs.rollouts.stage
     trainer = ExpertTrainer(work.policy, inputs, settings, expert, world)
-    done = _restore(trainer, _trainer_dir(stage, trainer.name), work.start)
+    done = _restore(trainer, stage.trainer_dir(trainer.name), work.start)
     plan = plan_ranks(
         inputs.units(),
         world.data_parallel,
@@ -232,7 +232,7 @@ def _train_expert(work: Work, expert: int) -> Trained:
 def _update_all(work: Work, trainer: ExpertTrainer, plan: RankPlan, done: int) -> None:
     """The updates of an expert after the first `done`, with their checkpoints and metrics."""
     stage, rank, total = work.inputs.rollouts.stage, work.world.data_rank, len(plan.batches)
-    folder = _trainer_dir(stage, trainer.name)
+    folder = stage.trainer_dir(trainer.name)
     for number in range(done, total):
         _end_if_asked(work.checkpoints, folder, trainer, number)
         following = plan.of_rank(number + 1, rank)[0].unit if number + 1 < total else None
@@ -270,7 +270,7 @@ def _restore(trainer: ExpertTrainer, folder: Path, start: Path | None) -> int:
         trainer.masters.publish()
         trainer.moved = found[0] > 0
         return found[0]
-    before = checkpoint.latest(start / "trainer" / trainer.name) if start else None
+    before = checkpoint.latest(trainer_dir(start, trainer.name)) if start else None
     if before is not None:
         masters = checkpoint.load(before[1], trainer.state, weights=False)
         with trainer.world.together():
@@ -312,7 +312,3 @@ def _check_lag(settings: TrainConfig, lag: int) -> None:
             f"train.ratio_norm needs the means of the policy that sampled the shards, but that is {lag} policies old",
             "set train.recompute_log_probs = true, or train.ratio_norm = false",
         )
-
-
-def _trainer_dir(stage: Stage, expert: str) -> Path:
-    return stage.policy_dir / "trainer" / expert

@@ -74,7 +74,7 @@ def export(run: Run, iteration: int, out: str | Path, *, average: bool = True, f
     wanted = {
         "schema": SCHEMA,
         "iteration": iteration,
-        "policy": read_json(stage.policy_dir / "policy.json")["fingerprint"],
+        "policy": read_json(stage.policy_record_path)["fingerprint"],
         "average": source != stage.policy_dir,
         "fused": fuse or is_full(source),
     }

@@ -28,7 +28,7 @@ from rollout.policy.sharding import Experts, check_ulysses, distribute
 from rollout.ranks.world import World, full
 from shards.errors import UserError
 from shards.files import canonical_sha256, read_json
-from shards.run import EXPERT_NAMES
+from shards.run import EXPERT_NAMES, POLICY_RECORD
 
 
 class ExpertWeights(Places):
@@ -200,7 +200,7 @@ class ExpertWeights(Places):
                 f"model.lora: {folder} holds adapters of two experts, but {self.layout.folder} has one",
                 "name the model it was trained on in model.path, or the folder of one adapter in model.lora",
             )
-        for record in (folder / "policy.json", folder / "export.json"):
+        for record in (folder / POLICY_RECORD, folder / "export.json"):
             base = read_json(record).get("base") if record.is_file() else None
             if base is not None and base != self.base_fingerprint:
                 raise UserError(

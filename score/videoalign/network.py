@@ -7,7 +7,6 @@ Source: `trainer.py`, `train_reward.py` (KwaiVGI/VideoAlign, git 219ab9d).
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from score.videoalign.checkpoint import Checkpoint
 from score.videoalign.text import REWARD_TOKENS, VIDEO_TOKEN
 from score.videoalign.video import Clip
 from score.videoalign.weights import read_weights
-from shards.errors import UserError
+from shards.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from transformers import Qwen2VLConfig
@@ -52,8 +51,8 @@ MODES = {
 def mode_named(name: str) -> Mode:
     """The mode called `name`; UserError otherwise."""
     if name not in MODES:
-        near = difflib.get_close_matches(name, MODES, 1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        near = nearest(name, MODES)
+        hint = f"did you mean {near!r}? " if near else ""
         raise UserError(f"videoalign has no mode {name!r}", f"{hint}there are {', '.join(MODES)}")
     return MODES[name]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import shlex
@@ -12,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from shards.errors import UserError
+from shards.errors import UserError, nearest
 from shards.files import publish_replace
 from shards.inspect.table import FORMATS, fitting, write
 
@@ -70,7 +69,7 @@ def emit(frame: pandas.DataFrame, format: str, out: Path | None, stdout: TextIO,
     With `fit`, a terminal gets the columns that it can show side by side. Raises UserError for an unknown format.
     """
     if format not in FORMATS:
-        raise UserError(f"--format {format}: no such format", _nearest(format, FORMATS))
+        raise UserError(f"--format {format}: no such format", _meant(format, FORMATS))
     if format == "parquet" and out is None:
         raise UserError("--format parquet needs a file", "add --out samples.parquet")
     if fit and format == "table" and out is None and stdout.isatty() and not frame.empty:
@@ -109,7 +108,7 @@ def _where(frame: pandas.DataFrame, where: str) -> pandas.DataFrame:
     except NameError as error:
         missing = re.search(r"name '([^']+)'", str(error))
         name = missing[1].removeprefix("BACKTICK_QUOTED_STRING_") if missing else str(error)
-        raise UserError(f"--where: there is no column {name}", _nearest(name, _columns(frame))) from error
+        raise UserError(f"--where: there is no column {name}", _meant(name, _columns(frame))) from error
     except (SyntaxError, TypeError, ValueError, AttributeError, KeyError, NotImplementedError) as error:
         text = " ".join(str(error).split())
         raise UserError(
@@ -150,13 +149,13 @@ def _grouped(frame: pandas.DataFrame, by: list[str], wanted: Sequence[str]) -> p
 def _check(frame: pandas.DataFrame, names: Sequence[str]) -> None:
     for name in names:
         if name not in frame:
-            raise UserError(f"there is no column {name!r}", _nearest(name, _columns(frame)))
+            raise UserError(f"there is no column {name!r}", _meant(name, _columns(frame)))
 
 
-def _nearest(name: str, names: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, names, 1, 0.5)
+def _meant(name: str, names: Sequence[str]) -> str:
+    near = nearest(name, names, 0.5)
     known = f"there are: {', '.join(names)}"
-    return f"did you mean {near[0]}? {known}" if near else known
+    return f"did you mean {near}? {known}" if near else known
 
 
 def _columns(frame: pandas.DataFrame) -> list[str]:

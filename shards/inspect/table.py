@@ -103,7 +103,7 @@ def _stage_frame(stage: Stage, place: Place) -> pandas.DataFrame:
     frame = indices.drop(columns=[name for name in indices if name not in (*INDEX_COLUMNS, *LAST_COLUMNS, "status")])
     frame.insert(0, "kind", stage.kind)
     names = _scorer_names(scorers(stage))
-    tables = ((name, _tables(stage.path / "score" / folder, hashes)) for folder, name in names.items())
+    tables = ((name, _tables(stage.scores_dir / folder, hashes)) for folder, name in names.items())
     scores = {name: table for name, table in tables if table is not None}
     frame = frame.join(_judgement(stage, hashes, scores), on="key")
     frame["status"] = _status(frame.pop("status"), frame["key"], list(scores.values()))
@@ -171,7 +171,7 @@ def _meant(stage: Stage) -> str | None:
     found = specifications(stage)
     if len(found) < 2:
         return found[0] if found else None
-    frozen = stage.train_dir / "plan.json"
+    frozen = stage.train_plan_path
     if frozen.exists() and (trained := read_json(frozen).get("advantage")) in found:
         return str(trained)
     meant = [name for name in found if stage.kind == "eval" and _is_of_run(stage, name)]

@@ -80,7 +80,7 @@ def gather(run: Run) -> Facts:
 
 def read_metrics(stage: Stage) -> list[dict[str, Any]]:
     """The updates of an iteration, as training wrote them down."""
-    return read_json_lines(stage.policy_dir / "metrics.jsonl")
+    return read_json_lines(stage.metrics_path)
 
 
 def components(samples: pandas.DataFrame) -> list[str]:
@@ -217,7 +217,7 @@ def frozen_settings(stage: Stage) -> TrainConfig | None:
     A setting that the file does not have, because it was written before there was one, has its default, and one that
     this version does not know is left out. Raises UserError for a file that is damaged.
     """
-    path = stage.train_dir / "plan.json"
+    path = stage.train_plan_path
     if not path.exists():
         return None
     values = read_json(path).get("train")

@@ -59,7 +59,7 @@ def write_report(run: Run, megabytes: float = MEGABYTES) -> Path:
     """
     if not megabytes >= 0:
         raise UserError(f"a limit of {megabytes} MB for clips", "give a number from 0")
-    path = run.path / "report" / "index.html"
+    path = run.report_path
     publish_replace(path, page(report_facts.gather(run), megabytes).encode())
     return path
 

@@ -38,7 +38,7 @@ def write_board(run: Run) -> Path:
         data, width, height = tracked_clips.gif(clip.video, run.config.rollout.fps)
         image = Summary.Image(width=width, height=height, colorspace=RGB, encoded_image_string=data)
         writer.write(_shown(facts, clip.iteration, Summary.Value(tag=f"{clip.tag} clip", image=image)))
-    folder = run.path / "report" / "tensorboard"
+    folder = run.report_dir / "tensorboard"
     publish_replace(folder / NAME, sink.getvalue())
     return folder
 
@@ -62,7 +62,7 @@ def send_wandb(run: Run) -> str:
     for clip in tracked_clips.clips(facts):
         video = wandb.Video(io.BytesIO(clip.video), caption=clip.caption, format="mp4")
         steps[clip.iteration][f"{clip.tag} clip"] = video
-    folder = run.path / "report"
+    folder = run.report_dir
     folder.mkdir(parents=True, exist_ok=True)
     name, project = run.path.resolve().name, os.environ.get("WANDB_PROJECT") or "rushes"
     try:

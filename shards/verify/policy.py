@@ -10,21 +10,21 @@ from typing import Any
 
 from shards.errors import ANEW, Damaged, UserError
 from shards.files import read_json, sha256_file
-from shards.run import AVERAGE, COMMIT, Stage
+from shards.run import AVERAGE, COMMIT, POLICY_RECORD, Stage
 
 
 def policy_faults(stage: Stage) -> Iterator[Damaged]:
     """All that is not as training wrote it; what an unfinished training has left so far is looked at too."""
     for commit in sorted(stage.policy_dir.glob(f"trainer/*/update-*/{COMMIT}")):
         yield from _checkpoint_faults(commit, stage.trained())
-    yield from _log_faults(stage.policy_dir / "metrics.jsonl")
+    yield from _log_faults(stage.metrics_path)
     if stage.trained():
         yield from _weight_faults(stage.fetched_policy())
 
 
 def _weight_faults(folder: Path) -> Iterator[Damaged]:
     """Every file of weights that policy.json names, those of the average in ema/ included."""
-    path = folder / "policy.json"
+    path = folder / POLICY_RECORD
     try:
         record = read_json(path)
         named = {**record.get("adapters", {}), **_below(AVERAGE, record.get("average", {}).get("adapters", {}))}

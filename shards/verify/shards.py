@@ -58,8 +58,8 @@ def verify(path: str | Path) -> list[Problem]:
         return list(_shard_problems(place.stages[0], place.shard))
     problems = [problem for stage in place.stages for problem in _stage_problems(stage)]
     if root := place.run:
-        problems += _attempt(_check_config, root) if (root / "run.toml").exists() else []
-        problems += _attempt(_check_base, root, place.stages) if (root / "model.json").exists() else []
+        problems += _attempt(_check_config, root) if Run(root).config_path.exists() else []
+        problems += _attempt(_check_base, root, place.stages) if Run(root).model_path.exists() else []
         problems += _leftovers(root, recursive=False)
     return list(dict.fromkeys(problems))  # a file that is not there fails every check in the same words
 
@@ -80,7 +80,7 @@ def _stage_problems(stage: Stage) -> Iterator[Problem]:
         yield from _shard_problems(stage, shard)
     yield from _attempt(_check_one_policy, stage, committed)
     yield from _uncommitted(stage, committed)
-    for folder in [*(stage.path / "score" / name for name in sidecar.scorers(stage)), *_specification_folders(stage)]:
+    for folder in [*(stage.scores_dir / name for name in sidecar.scorers(stage)), *_specification_folders(stage)]:
         yield from _strays(folder, committed)
         yield from _attempt(_check_one_schema, folder)
     for name in sidecar.specifications(stage):
@@ -217,7 +217,7 @@ def _check_config(root: Path) -> None:
 
 def _check_base(root: Path, stages: list[Stage]) -> None:
     """model.json names the model that the plans name."""
-    path = root / "model.json"
+    path = Run(root).model_path
     base = read_json(path).get("base")
     for stage in stages:
         plan, _ = _result(stage.plan)
@@ -245,7 +245,7 @@ def _check_one_policy(stage: Stage, committed: list[int]) -> None:
 
 def _check_frozen(stage: Stage) -> None:
     """The shards training froze as its input are those that are there."""
-    path = stage.train_dir / "plan.json"
+    path = stage.train_plan_path
     frozen = read_json(path).get("shards", {}) if path.exists() else {}
     for number, sha256 in frozen.items():
         if read_manifest(stage, int(number))["tar"]["sha256"] != sha256:
@@ -254,7 +254,7 @@ def _check_frozen(stage: Stage) -> None:
 
 def _uncommitted(stage: Stage, committed: list[int]) -> Iterator[Problem]:
     names = {stage.shard_path(shard).name for shard in committed} | {"index", "manifest"}
-    folder = stage.path / "rollout"
+    folder = stage.rollout_dir
     for name in sorted(os.listdir(folder)) if folder.is_dir() else []:
         if name not in names and not name.startswith("."):
             yield Problem(

@@ -183,11 +183,11 @@ def _parts(run: Run, stage: Stage, held: set[tuple[str, str, int]]) -> list[Part
 
 def _training(run: Run, stage: Stage, plan: RolloutPlan, counter: _Counter) -> Part:
     """Updates of all experts, as the log of metrics tells them."""
-    log = stage.policy_dir / "metrics.jsonl"
+    log = stage.metrics_path
     done = len({(row.get("expert"), row.get("update")) for row in read_json_lines(log)})
     experts = len(set(plan.schedule.experts))
     total = done if stage.trained() else max(done, run.config.train.updates_per_rollout * experts)
-    began, last = (_written(path) for path in (stage.train_dir / "plan.json", log))
+    began, last = (_written(path) for path in (stage.train_plan_path, log))
     here = url_of(stage.path) is None  # else one may be the store's time and the other one ours
     rate = 3600 * done / (last - began) if here and done and began and last and last > began else None
     claimed = int(("train", 0) in counter.held and done < total)

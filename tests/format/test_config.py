@@ -148,6 +148,13 @@ def test_settings_take_toml_or_plain_text() -> None:
     assert values == {"rollout": {"steps": 9}, "model": {"path": "/models/wan"}, "train": {"full": True}}
 
 
+def test_a_setting_may_be_a_value() -> None:
+    weights = {'a "b"': 0.5, "ocr.exact": 1.0}
+    values = apply_sets({"score": {"rewards": {"ocr": 1.0}}}, ["score.workers=2", ("score.rewards", weights)])
+    assert values == {"score": {"rewards": weights, "workers": 2}}
+    assert parse_config(values, "run.toml").score.rewards == weights
+
+
 @pytest.mark.parametrize("setting", ["rollout.steps", "=3", "preset.x=1"])
 def test_a_setting_of_another_form_is_refused(setting: str) -> None:
     with pytest.raises(UserError, match="--set"):

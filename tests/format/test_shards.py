@@ -13,6 +13,7 @@ import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from hypothesis import strategies as st
 
 from shards import source as source_module
 from shards import tensors
-from shards.errors import UserError
+from shards.errors import Damaged, UserError
 from shards.files import publish_new, publish_replace
 from shards.plan import RolloutPlan
 from shards.reader import open_shard, webdataset_pipeline
@@ -367,6 +368,58 @@ def test_group_and_phase_files_wait_in_the_spool(tmp_path: Path) -> None:
     assert not path.exists()
 
 
+def test_one_tensor_of_a_trajectory_is_read_by_position(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = planned_stage(tmp_path)
+    group, keys = stage.groups(0)[0], stage.keys(0)
+    write_group(stage, 0, group, make_group(group))
+    before = {key: np.random.default_rng(n).standard_normal((2, 300)).astype(np.float32) for n, key in enumerate(keys)}
+    for number, key in enumerate(keys):
+        sample = make_sample(stage, group, number)
+        write_sample(stage, 0, replace(sample, tensors=dict(sample.tensors) | {"x0_prev": before[key]}))
+    seal(stage, 0, {})
+    read = 0
+    true_fill = source_module.LocalTar.fill
+
+    def fill(self: source_module.LocalTar, buffer: memoryview, *rest: Any) -> None:
+        nonlocal read
+        read += len(buffer)
+        true_fill(self, buffer, *rest)
+
+    with open_shard(stage, 0) as shard:
+        for key in keys:
+            assert torch.equal(shard.tensor(key, "x0_prev"), torch.from_numpy(before[key]))
+            assert torch.equal(shard.tensor(key, "latents"), shard.trajectory(key)["latents"])
+        with pytest.raises(UserError, match=r"has no tensor 'clean'.*it has .*x0_prev"):
+            shard.tensor(keys[0], "clean")
+        row = shard.row(keys[1])
+        monkeypatch.setattr(source_module.LocalTar, "fill", fill)
+        shard.tensor(keys[1], "x0_prev")
+        assert read == 512 + row["traj_header_bytes"] + before[keys[1]].nbytes  # the tar header, ours, and the tensor
+        data = bytearray(stage.shard_path(0).read_bytes())
+        data[data.index(before[keys[1]].tobytes()) + 17] ^= 1
+    stage.shard_path(0).chmod(0o644)
+    stage.shard_path(0).write_bytes(data)
+    with open_shard(stage, 0) as shard:
+        with pytest.raises(Damaged, match="tensor x0_prev is damaged"):
+            shard.tensor(keys[1], "x0_prev")
+        assert shard.tensor(keys[1], "log_prob").numel() == 2
+
+
+def test_the_text_of_a_group_is_decoded_once_for_all_its_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = committed_stage(tmp_path, groups_per_shard=2)
+    decoded = []
+    true_decode = tensors.decode
+    monkeypatch.setattr(tensors, "decode", lambda data, where: decoded.append(where) or true_decode(data, where))
+    with open_shard(stage, 0) as shard:
+        first, second = shard.groups
+        found = [shard.group(group)["prompt"] for group in (first, first, second, second, first)]
+    assert len(decoded) == 3
+    assert torch.equal(found[0], found[4])
+    assert not torch.equal(found[0], found[2])
+
+
 def test_plans_are_written_once_and_differences_are_named(tmp_path: Path) -> None:
     stage = planned_stage(tmp_path)
     assert stage.publish_plan(plan_of(make_plan())) == plan_of(make_plan())
@@ -397,12 +450,12 @@ def test_stages_and_their_numbers(tmp_path: Path) -> None:
 def test_a_plan_is_parsed_once_for_all_shards_and_anew_when_it_is_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parsed = []
+    parsed, plan = [], plan_of(make_plan(groups=40))
     true_reader = RolloutPlan.from_json
     monkeypatch.setattr(RolloutPlan, "from_json", lambda *given: parsed.append(given[-1]) or true_reader(*given))
     stage = Run(tmp_path).iteration(0)
     assert stage.plan() is None
-    stage.publish_plan(plan_of(make_plan(groups=40)))
+    stage.publish_plan(plan)
     assert sum(len(stage.keys(shard)) for shard in range(stage.expected())) == 40 * 3
     assert parsed == [stage.plan_path]
     text = stage.plan_path.read_text()

@@ -479,7 +479,7 @@ def test_a_fault_is_told_once(stage: Stage) -> None:
 
 
 def test_training_input_that_changed(stage: Stage) -> None:
-    plan = stage.train_dir / "plan.json"
+    plan = stage.train_plan_path
     plan.parent.mkdir()
     sha256 = sha256_file(stage.shard_path(1))
     plan.write_text(json.dumps({"shards": {"1": sha256}}))

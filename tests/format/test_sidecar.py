@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from shards import sidecar
 from shards.errors import UserError
 from shards.inspect.table import groups, samples, write
 from shards.reader import read_manifest
@@ -176,3 +177,18 @@ def test_table_formats_read_back(stage: Stage, tmp_path: Path) -> None:
     assert "i000000-p000001-s02" in write(frame, "table").decode()
     with pytest.raises(UserError, match="'xml' is no format"):
         write(frame, "xml")
+
+
+def test_a_table_is_proven_once_for_each_state_of_its_file(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_scores(stage, 1, SCORER, score_frame(stage, 1), {})
+    proven = []
+    monkeypatch.setattr(sidecar, "read_table", lambda path: proven.append(path) or read_table(path))
+    path = stage.score_path(SCORER, 1)
+    assert all(scored(stage, 1, SCORER) for _ in range(3))
+    assert proven == [path]
+    write_scores(stage, 1, SCORER, score_frame(stage, 1), {"again": "yes"})
+    assert scored(stage, 1, SCORER)
+    assert proven == [path] * 2
+    path.write_bytes(path.read_bytes()[:-50])
+    assert not any(scored(stage, 1, SCORER) for _ in range(3))
+    assert proven == [path] * 3

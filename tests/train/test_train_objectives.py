@@ -378,7 +378,7 @@ def test_fresh_noise_needs_no_stochastic_step(tiny_t2v2: Path, policy: Policy, t
 def test_a_training_begun_before_a_setting_existed_had_its_default(rolled: Run, policy: Policy, tmp_path: Path) -> None:
     run = training.fork(rolled, tmp_path / "run")
     freeze(run, run.iteration(0))
-    path = run.iteration(0).train_dir / "plan.json"
+    path = run.iteration(0).train_plan_path
     plan = json.loads(path.read_text())
     for name in ("estimator", "proximal", "proximal_2", "error_weight"):
         del plan["train"][name]

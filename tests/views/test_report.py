@@ -240,7 +240,7 @@ def test_an_iteration_is_judged_by_the_settings_it_was_trained_with(tmp_path: Pa
     write_updates(run.iteration(1), ratio_max=1 + 5e-4)
     for k, frozen in enumerate(({"clip_range": 1e-3}, {"clip_range": 1e-3, "of_a_later_version": 1})):
         run.iteration(k).train_dir.mkdir()
-        (run.iteration(k).train_dir / "plan.json").write_text(json.dumps({"train": frozen}), encoding="utf-8")
+        run.iteration(k).train_plan_path.write_text(json.dumps({"train": frozen}), encoding="utf-8")
 
     def told(clip_range: float) -> list[str]:
         text = f'schema = 1\npreset = "words"\n[train]\nclip_range = {clip_range}\n'
@@ -253,7 +253,7 @@ def test_an_iteration_is_judged_by_the_settings_it_was_trained_with(tmp_path: Pa
 
 def test_a_damaged_record_of_the_settings_is_refused(tmp_path: Path) -> None:
     run = make_run(tmp_path / "signs", iterations=1)
-    path = run.iteration(0).train_dir / "plan.json"
+    path = run.iteration(0).train_plan_path
     path.parent.mkdir()
     for text, words in (("{}", "it has no train"), ('{"train": {"clip_range": "wide"}}', "clip_range")):
         path.write_text(text, encoding="utf-8")

@@ -99,8 +99,8 @@ def test_updates_of_the_training_are_counted(stage: Stage) -> None:
     rows = [{"expert": "high_noise", "update": 1}, {"expert": "high_noise", "update": 2}]
     log.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"expert": "hi')
     stage.train_dir.mkdir()
-    (stage.train_dir / "plan.json").write_text("{}")
-    os.utime(stage.train_dir / "plan.json", (NOON,) * 2)
+    stage.train_plan_path.write_text("{}")
+    os.utime(stage.train_plan_path, (NOON,) * 2)
     os.utime(log, (NOON + 60,) * 2)
     with claim(stage, 0, "train"):
         train = part(stage, "train")
