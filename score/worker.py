@@ -76,7 +76,7 @@ class Scoring:
         video = plan["video"]
         size = 3 * int(video["height"]) * int(video["width"]) * int(video["frames"])
         self.per_job = max(1, min(JOB_SAMPLES, JOB_BYTES // size))
-        self.tally = Tally(worker, progress, "samples", self._finished)
+        self.tally = Tally(worker, progress, "videos", self._finished)
         self.outcome = Outcome()
         self.reasons: list[str] = []
         self.held: list[tuple[_InFlight, dict[str, pd.DataFrame]]] = []
