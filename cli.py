@@ -316,15 +316,18 @@ def status(
     """Show what is done, claimed and left of each stage, how fast it goes, and which workers are alive."""
     import json
 
+    from shards.process.progress import in_place, terminal_width
     from shards.workers.status import render
     from shards.workers.status import status as look
 
     if not 0 <= watch <= LONGEST_PAUSE:  # nor a NaN
         raise UserError(f"--watch {watch:g}: no pause in seconds", "for example --watch 10; 0 looks once")
     opened = open_run(run, [])
+    redraw = bool(watch) and not as_json and sys.stdout.isatty()
     while True:
         found = look(opened, iteration, quick)
-        print(json.dumps(found.as_dict()) if as_json else render(found), flush=True)
+        text = json.dumps(found.as_dict()) if as_json else render(found, width=terminal_width())
+        print(in_place(text, watch) if redraw else text, flush=True)
         if not watch:
             return
         time.sleep(watch)
@@ -454,11 +457,11 @@ def what_next(run: Run) -> str:
     """What to do with a run that was trained: one command a line, with its path."""
     path = shlex.quote(shown(str(run.path)))
     out = shlex.quote(f"exports/{run.path.resolve().name}")
-    return (
-        f"next: rushes eval {path}      # the first policy against the last one\n"
-        f"      rushes report {path}    # one HTML page\n"
-        f"      rushes export {path} --out {out}    # for plain diffusers"
-    )
+    commands = {f"eval {path}": "first policy against last", f"report {path}": "one HTML page"}
+    commands[f"export {path} --out {out}"] = "for plain diffusers"
+    width = max(map(len, commands))
+    lines = [f"rushes {command:<{width}}  # {what}" for command, what in commands.items()]
+    return "next: " + "\n      ".join(lines)
 
 
 def load_policy(run: Run, stage: Stage | None = None) -> Policy:

@@ -93,7 +93,7 @@ def unlike(first: Stage, other: Stage) -> list[str]:
     """Dotted names of what the plans of two evaluations do not share: their videos cannot be paired then."""
     plans = [stage.plan() or {} for stage in (first, other)]
     shared = [{name: value for name, value in plan.items() if name not in OWN} for plan in plans]
-    names = differences(shared[0], shared[1])
+    names = sorted(differences(shared[0], shared[1]), key=lambda name: name.count("."))  # the broad ones first
     groups = [[[group.get(name) for name in GROUPS] for group in plan.get("groups", [])] for plan in plans]
     return names if groups[0] == groups[1] else [*names, "prompts"]
 

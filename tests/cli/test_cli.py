@@ -135,7 +135,7 @@ def test_eval_prints_a_table_on_stdout(small: Path) -> None:
     assert result.returncode == 0, result.stderr
     rows = [line.split() for line in result.stdout.splitlines()]
     assert rows[0] == ["iteration", "videos", "reward", "±", "s.e.", "change", "±", "s.e.", "wins", "losses", "ties"]
-    assert [row[0] for row in rows[1:]] == ["0", "1"]
+    assert [row[0] for row in rows[1:3]] == ["0", "1"]
     assert len(rows[1]) == 4  # there is nothing to compare the first one with
 
 
