@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import os
+import shlex
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -44,6 +46,7 @@ app = typer.Typer(
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="the run directory", show_default=False)]
 Iteration = Annotated[int | None, typer.Option(min=0, help="iteration to work on; the first unfinished one if absent")]
 Sets = Annotated[list[str], typer.Option("--set", metavar="SECTION.KEY=VALUE", help="another value than run.toml has")]
+AsJson = Annotated[bool, typer.Option("--json", help="one JSON document on stdout, and nothing else there")]
 WorkerOf = Annotated[
     str,
     typer.Option(
@@ -194,6 +197,7 @@ def loop(
             do_score(opened, stage, Share.of("", wait), barrier)
             do_train(opened, k, policy)
             barrier()
+    say(what_next(opened))
 
 
 @app.command(
@@ -209,21 +213,26 @@ def evaluate(
         typer.Option(min=0, help="0 is the base, K the policy after K iterations; first and last if absent"),
     ] = [],  # noqa: B006
     wait: Wait = False,
+    as_json: AsJson = False,
     sets: Sets = [],  # noqa: B006
 ) -> None:
     """Fixed prompts and seeds through a deterministic sampler: the number that counts."""
     opened = open_run(run, sets)
     chosen = sorted(set(iteration)) or sorted({0, opened.next_iteration()})
     stages = [opened.evaluation(k) for k in chosen]
-    rows = []
     with ranks(opened) as barrier:
         policy = None if all(stage.is_complete() for stage in stages) else load_policy(opened, stages[0])
         for stage in stages:
             do_rollout(opened, stage, policy, Share.of("", wait))
-            summary = do_score(opened, stage, Share.of("", wait), barrier).summary
-            rows.append({"iteration": stage.iteration, **(summary or {})})
+            scored = do_score(opened, stage, Share.of("", wait), barrier)
     if is_first():
-        print_evaluation(rows)
+        from shards.report.paired import evaluated, evaluation_table
+
+        rows = evaluated(stages, scored.advantages)
+        if as_json:
+            print_json({"run": shown(str(opened.path)), "policies": [asdict(row) for row in rows]})
+        else:
+            print(evaluation_table(rows))
 
 
 @app.command(
@@ -303,20 +312,23 @@ def status(
     iteration: Annotated[int | None, typer.Option(min=0, help="only this iteration; else what is not finished")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="look at the claims of workers only once")] = False,
     watch: Annotated[float, typer.Option(metavar="SECONDS", help="again and again, with this pause; 0: once")] = 0.0,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON line instead of a table")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what is done, claimed and left of each stage, how fast it goes, and which workers are alive."""
     import json
 
+    from shards.process.progress import in_place, terminal_width
     from shards.workers.status import render
     from shards.workers.status import status as look
 
     if not 0 <= watch <= LONGEST_PAUSE:  # nor a NaN
         raise UserError(f"--watch {watch:g}: no pause in seconds", "for example --watch 10; 0 looks once")
     opened = open_run(run, [])
+    redraw = bool(watch) and not as_json and sys.stdout.isatty()
     while True:
         found = look(opened, iteration, quick)
-        print(json.dumps(found.as_dict()) if as_json else render(found), flush=True)
+        text = json.dumps(found.as_dict()) if as_json else render(found, width=terminal_width())
+        print(in_place(text, watch) if redraw else text, flush=True)
         if not watch:
             return
         time.sleep(watch)
@@ -357,20 +369,26 @@ def verify(
     replay: Annotated[
         bool, typer.Option(help="of a run: also prove that its policies give the stored log-probs")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Check every published file; with --replay prove the shards against the policy that made them."""
     from shards.verify.shards import verify as verify_files
 
     run = open_run(path, []) if replay else None
     problems = verify_files(path)
-    for problem in problems:
+    record: dict[str, Any] = {"path": shown(str(path)), "problems": [asdict(problem) for problem in problems]}
+    for problem in problems if not as_json else ():
         print(problem, flush=True)  # before what is said on stderr, wherever the two come together
-    damaged = sum(problem.kind == "damaged" for problem in problems)
-    if damaged:
-        raise RunFailed(f"{path}: {counted(damaged, 'fault')}", "each line says what to do about it")
-    say(f"{path}: everything published is whole")
-    if run is not None:
-        prove(run)
+    try:
+        damaged = sum(problem.kind == "damaged" for problem in problems)
+        if damaged:
+            raise RunFailed(f"{path}: {counted(damaged, 'fault')}", "each line says what to do about it")
+        say(f"{path}: everything published is whole")
+        if run is not None:
+            record["replay"] = prove(run)
+    finally:
+        if as_json:
+            print_json(record)
 
 
 @app.command(
@@ -385,13 +403,17 @@ def export(
     ] = None,
     average: Annotated[bool, typer.Option(help="the averaged weights, where training kept them")] = True,
     fuse: Annotated[bool, typer.Option(help="whole weights as a plain pipeline folder, instead of LoRA")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write the policy as plain diffusers loads it, and prove it by loading it back."""
     from rollout.export.export import export as run_export
 
     opened = open_run(run, [])
     last = max(opened.next_iteration() - 1, 0)
-    say(f"export: {run_export(opened, last if iteration is None else iteration, out, average=average, fuse=fuse)}")
+    report = run_export(opened, last if iteration is None else iteration, out, average=average, fuse=fuse)
+    say(f"export: {report}")
+    if as_json:
+        print_json({**asdict(report), "path": shown(str(report.path))})
 
 
 @app.command(
@@ -402,6 +424,7 @@ def export(
 def plan_memory(
     run: RunPath,
     ranks: Annotated[int, typer.Option(help="processes that train together; 0: as few as run.toml allows")] = 0,
+    as_json: AsJson = False,
     sets: Sets = [],  # noqa: B006
 ) -> None:
     """Print what each stage will need for this model and shape, from configuration files alone."""
@@ -409,7 +432,11 @@ def plan_memory(
     from rollout.memory.needs import render
 
     opened = open_run(run, sets)
-    print(render(opened, needs(opened, ranks), ranks))
+    found = needs(opened, ranks)
+    if as_json:
+        print_json({"run": shown(str(opened.path)), "stages": [asdict(need) for need in found]})
+    else:
+        print(render(opened, found, ranks))
 
 
 # --- What the commands share -----------------------------------------------------------------------------------------
@@ -425,6 +452,17 @@ def open_run(path: Path, sets: Sequence[Setting]) -> Run:
 def stage_of(run: Run, iteration: int | None = None) -> Stage:
     """The iteration that a command works on: the first unfinished one, when none is named."""
     return run.iteration(run.next_iteration() if iteration is None else iteration)
+
+
+def what_next(run: Run) -> str:
+    """What to do with a run that was trained: one command a line, with its path."""
+    path = shlex.quote(shown(str(run.path)))
+    out = shlex.quote(f"exports/{run.path.resolve().name}")
+    commands = {f"eval {path}": "first policy against last", f"report {path}": "one HTML page"}
+    commands[f"export {path} --out {out}"] = "for plain diffusers"
+    width = max(map(len, commands))
+    lines = [f"rushes {command:<{width}}  # {what}" for command, what in commands.items()]
+    return "next: " + "\n      ".join(lines)
 
 
 def load_policy(run: Run, stage: Stage | None = None) -> Policy:
@@ -477,6 +515,8 @@ def do_score(
         )
     barrier()
     say(f"{stage.name} score: {result}")
+    if result.reward:
+        say(f"{stage.name} {result.reward}")
     if result.pending:
         raise StillBusy(
             f"{stage.name}: {counted(len(result.pending), 'shard')} not sampled or not scored yet", "run it again later"
@@ -528,24 +568,26 @@ def ranks(run: Run) -> Iterator[Barrier]:
         world.close()
 
 
-def print_evaluation(rows: list[dict[str, Any]]) -> None:
-    """One line a policy on stdout: the mean reward with its standard error, and the change against the first."""
-    print(f"{'iteration':>9}  {'videos':>6}  {'reward':>7}  {'± s.e.':>7}  {'change':>7}")
-    for row in rows:
-        mean, error = row["mean_reward"], row["std_reward"] / row["samples"] ** 0.5
-        numbers = f"{mean:7.4f}  {error:7.4f}  {mean - rows[0]['mean_reward']:+7.4f}"
-        print(f"{row['iteration']:>9}  {row['samples']:>6}  {numbers}")
+def print_json(value: Any) -> None:
+    """The one document that a command with --json leaves on stdout; what is no number becomes null."""
+    import json
+
+    print(json.dumps(value, allow_nan=False), flush=True)
 
 
-def prove(run: Run) -> None:
-    """Replay every finished iteration of a run with the policy that made it; raises RunFailed where one differs."""
+def prove(run: Run) -> dict[int, float]:
+    """Replay every finished iteration of a run with the policy that made it; the largest |log-ratio| of each.
+
+    Raises RunFailed where one differs.
+    """
     from train.replay import prove_iteration
 
-    policy = load_policy(run)
+    policy, found = load_policy(run), {}
     for k in run.iterations():
         with show(f"iter-{k:04d} replay") as report:
-            worst = prove_iteration(run, k, policy, report)
-        say(f"iter-{k:04d} replay: largest |log-ratio| {worst:.3g}")
+            found[k] = prove_iteration(run, k, policy, report)
+        say(f"iter-{k:04d} replay: largest |log-ratio| {found[k]:.3g}")
+    return found
 
 
 def tell(error: UserError) -> None:

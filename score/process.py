@@ -138,10 +138,21 @@ _rewards: dict[str, Reward] = {}
 
 def _built(chosen: Chosen) -> Reward:
     """The reward, built once per process and kept: its model is what takes long."""
-    name = json.dumps([chosen.directory, dict(chosen.options)], sort_keys=True)
+    name = _name(chosen)
     if name not in _rewards:
         _rewards[name] = chosen.build()
     return _rewards[name]
+
+
+def _name(chosen: Chosen) -> str:
+    return json.dumps([chosen.directory, dict(chosen.options)], sort_keys=True)
+
+
+def unbuilt(rewards: Sequence[Chosen], count: int) -> list[Chosen]:
+    """Those of the rewards that the processes of `executor(count)` have yet to build, which loads their models."""
+    if count > 1:
+        return [] if count in processes.executors else list(rewards)
+    return [one for one in rewards if _name(one) not in _rewards]
 
 
 class Inline(Executor):

@@ -13,6 +13,7 @@ from score.worker import Scoring, named
 from shards import sidecar
 from shards.errors import StillBusy, UserError
 from shards.files import read_json
+from shards.measures import StageReward, measure_of, stage_reward
 from shards.process.progress import counted
 from shards.run import Run, Stage
 from shards.store.urls import in_shell
@@ -38,6 +39,8 @@ class ScoreReport:
     advantages_written: bool
     waited: float = 0.0
     """Seconds of those spent waiting for others."""
+    reward: StageReward | None = None
+    """The mean reward and its change; None while `summary` is."""
 
     @property
     def nothing_done(self) -> bool:
@@ -51,7 +54,7 @@ class ScoreReport:
         words = []
         if self.done or not self.skipped:
             done = counted(len(self.done), "shard")
-            words += [f"{done} scored ({self.samples} samples, {self.missing} without a reward)"]
+            words += [f"{done} scored ({self.samples} videos, {self.missing} without a reward)"]
         words += [f"{counted(len(self.skipped), 'shard')} there already"] if self.skipped else []
         words += [f"{len(self.pending)} are still to come"] if self.pending else []
         words += [f"advantages {self.advantages} written"] if self.advantages_written else []
@@ -98,6 +101,8 @@ def score(
     summary, written = None, False
     if advantages and not pending:
         summary, written = _advantages(stage, selection, config.max_missing)
+    now = measure_of(summary) if summary else None
+    weights = selection.specification.weights
     return ScoreReport(
         done=scoring.outcome.done,
         skipped=list(everything) if advantages_only else scoring.outcome.skipped,
@@ -109,6 +114,7 @@ def score(
         summary=summary,
         advantages_written=written,
         waited=ours.waited,
+        reward=stage_reward(run, stage, weights, now) if now else None,
     )
 
 

@@ -76,7 +76,7 @@ class Scoring:
         self.config, self.stage, self.scorers, self.worker = config, stage, scorers, worker
         size = 3 * math.prod(plan.video.size)
         self.per_job = max(1, min(JOB_SAMPLES, JOB_BYTES // size))
-        self.tally = Tally(worker, progress, "samples", self._finished)
+        self.tally = Tally(worker, progress, "videos", self._finished)
         self.outcome = Outcome()
         self.reasons: list[str] = []
         self.held: list[tuple[_InFlight, dict[str, pd.DataFrame]]] = []
@@ -92,10 +92,22 @@ class Scoring:
         if not self.tally.sizes:
             self.outcome.skipped = sorted(set(shards) - set(todo))
         self.tally.add({shard: len(self.stage.keys(shard)) for shard in todo if shard not in self.tally.sizes})
+        self._say_what_loads(bool(todo))
         with ExitStack() as taken, self._discarding():
             self._fly(todo, taken)
             self._publish_held()
         check(f"in {self.stage.name} score")
+
+    def _say_what_loads(self, work: bool) -> None:
+        """A model can take minutes to load, before the first video is counted."""
+        waiting = process.unbuilt(self.scorers, self._processes()) if work else []
+        names = [one.name for one in waiting if one.name != tables.GUARDS]  # which have no model
+        if names:
+            self.tally.tell(f"loading {', '.join(names)}")
+
+    def _processes(self) -> int:
+        # the ranks of torchrun are the processes then; the jobs stay as large as they are, and so do their batches
+        return self.config.workers if world_size() == 1 else 1
 
     def stays(self, pending: list[int], wait: bool) -> bool:
         """Whether to look again at shards that are not done: because they may come free, or to wait for them.
@@ -131,8 +143,7 @@ class Scoring:
 
     def _fly(self, shards: list[int], taken: ExitStack) -> None:
         """The jobs of a few shards out at a time, and their tables in."""
-        # the ranks of torchrun are the processes then; the jobs stay as large as they are, and so do their batches
-        pool = process.executor(self.config.workers if world_size() == 1 else 1)
+        pool = process.executor(self._processes())
         ahead = 0 if isinstance(pool, process.Inline) else AHEAD  # to hold shards would only keep them from others
         flying: deque[_InFlight] = deque()
         for flight in self._take_off(shards, pool, taken):

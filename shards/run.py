@@ -69,7 +69,7 @@ class Run:
             mirror.agree(run.config_path)  # else a run that was deleted in the store would still be there for us
         run.is_new = publish_new(run.config_path, dump_config(config).encode())
         if not run.is_new and run.config != config:
-            names = ", ".join(_differences(config.model_dump(), run.config.model_dump())[:8])
+            names = ", ".join(differences(config.model_dump(), run.config.model_dump())[:8])
             raise UserError(
                 f"{run.config_path} exists already, with another {names}", "choose another folder, or edit that file"
             )
@@ -262,7 +262,7 @@ class Stage:
         publish_new(self.plan_path, to_json(plan.to_dict(), self.plan_path))
         found = self.plan()
         assert found is not None
-        differing = _differences(plan.to_dict(), found.to_dict())
+        differing = differences(plan.to_dict(), found.to_dict())
         if differing:
             raise UserError(
                 f"{self.plan_path} was made with other settings: {', '.join(differing[:8])}",
@@ -329,10 +329,10 @@ def _numbers(directory: Path, pattern: str) -> list[int]:
     return sorted(int(match[1]) for match in matches if match)
 
 
-def _differences(ours: Any, theirs: Any, name: str = "") -> list[str]:
+def differences(ours: Any, theirs: Any, name: str = "") -> list[str]:
     """Dotted names of the values that differ between two JSON values."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
         keys = sorted(ours.keys() | theirs.keys())
-        parts = (_differences(ours.get(key), theirs.get(key), f"{name}.{key}".lstrip(".")) for key in keys)
+        parts = (differences(ours.get(key), theirs.get(key), f"{name}.{key}".lstrip(".")) for key in keys)
         return [difference for part in parts for difference in part]
     return [] if ours == theirs else [name]

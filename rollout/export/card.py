@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from shards.config import RunConfig
-from shards.files import read_json
+from shards.measures import Measure, measured
 from shards.report.points import Point
 from shards.report.svg import Series
 from shards.report.svg import lines as line_chart
-from shards.run import Run, Stage
-from shards.sidecar import specifications
+from shards.run import Run
 
 _STYLE = (
     "text{font:11px sans-serif;fill:#555}.grid{stroke:#ddd}.hit{fill:none}.line{fill:none;stroke-width:2}"
@@ -86,7 +85,7 @@ def reward_table(run: Run, iteration: int) -> list[str]:
     Row k is the policy after k iterations; 0 is the one the run began with. What was not measured is left open.
     """
     rows = [
-        f"| {k} | {rollout or '-'} | {evaluation or '-'} |"
+        f"| {k} | {_text(rollout)} | {_text(evaluation)} |"
         for k, rollout, evaluation in _measures(run, iteration)
         if rollout or evaluation
     ]
@@ -110,38 +109,19 @@ def reward_curve(run: Run, iteration: int) -> str:
     return head + chart + "</svg>\n"
 
 
-@dataclass(frozen=True)
-class _Measure:
-    """Mean reward of a stage, its standard error, and over how many videos."""
-
-    mean: float
-    error: float
-    count: int
-
-    def __str__(self) -> str:
-        return f"{self.mean:.4f} ± {self.error:.4f} ({self.count} videos)"
+def _text(one: Measure | None) -> str:
+    return "-" if one is None else f"{one.mean:.4f} ± {one.error:.4f} ({one.samples} videos)"
 
 
-def _point(k: int, one: _Measure) -> Point:
+def _point(k: int, one: Measure) -> Point:
     return Point(k, one.mean, one.mean - one.error, one.mean + one.error)
 
 
-def _measures(run: Run, iteration: int) -> Iterator[tuple[int, _Measure | None, _Measure | None]]:
+def _measures(run: Run, iteration: int) -> Iterator[tuple[int, Measure | None, Measure | None]]:
     """(iterations trained, measure of the rollouts, measure of the evaluation) up to the exported policy."""
+    weights = run.config.score.rewards
     for k in range(iteration + 2):
-        yield k, _measure(run.config, run.iteration(k)), _measure(run.config, run.evaluation(k))
-
-
-def _measure(config: RunConfig, stage: Stage) -> _Measure | None:
-    """The mean reward of a stage by the weights of run.toml; None when there is none."""
-    for name in specifications(stage):
-        path = stage.summary_path(name)
-        summary = read_json(path) if path.is_file() else {}
-        known = summary.get("specification", {}).get("weights") == dict(config.score.rewards)
-        if known and summary.get("mean_reward") is not None:
-            count = summary["samples"] - summary.get("missing", 0)
-            return _Measure(summary["mean_reward"], (summary.get("std_reward") or 0.0) / max(1, count) ** 0.5, count)
-    return None
+        yield k, measured(run.iteration(k), weights), measured(run.evaluation(k), weights)
 
 
 def _front_matter(base: Base, fused: bool) -> list[str]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import textwrap
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from shards.files import read_json_lines
+from shards.measures import StageReward, stage_reward
 from shards.plan import RolloutPlan
 from shards.run import Run, Stage
 from shards.sidecar import scorers, specifications
@@ -21,6 +22,8 @@ from shards.workers import owners
 
 WINDOW = 3600.0  # seconds back that a rate is taken from
 LOOK = 0.25  # seconds between two looks at the claims
+WIDTH = 80  # of a terminal
+SHORTEST_NAME = 18  # characters of a part that are always shown
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,8 @@ class Status:
     """Iterations with a finished policy."""
     parts: list[Part] = field(default_factory=list)
     workers: list[Worker] = field(default_factory=list)
+    rewards: list[StageReward] = field(default_factory=list)
+    """By the rewards of run.toml: of the newest iteration and evaluation that have one, or of the one asked for."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON, with the number of workers in each state."""
@@ -99,44 +104,74 @@ def status(run: Run, iteration: int | None = None, quick: bool = False) -> Statu
     ]
     held = {(stage.name, found.what, found.shard) for stage, found, state in states if state in ("alive", "silent")}
     parts = [part for stage in stages for part in _parts(run, stage, held)]
-    return Status(shown(str(run.path)), sum(run.iteration(k).trained() for k in run.iterations()), parts, workers)
+    trained = sum(run.iteration(k).trained() for k in run.iterations())
+    return Status(shown(str(run.path)), trained, parts, workers, _rewards(run, iteration))
 
 
-def render(found: Status) -> str:
-    """The table for people."""
+def _rewards(run: Run, iteration: int | None) -> list[StageReward]:
+    """The newest reward of each kind of stage, or that of one iteration and of the evaluation of the same number."""
+    kinds = ((run.iteration, run.iterations()), (run.evaluation, run.evaluations()))
+    found = []
+    for of, numbers in kinds:
+        wanted = reversed(numbers) if iteration is None else [number for number in numbers if number == iteration]
+        rewards = (stage_reward(run, of(number), run.config.score.rewards) for number in wanted)
+        found += [one for one in [next((one for one in rewards if one), None)] if one]
+    return found
+
+
+def render(found: Status, width: int = WIDTH) -> str:
+    """The table for people, in lines of at most `width` characters where the path of the run allows it."""
     if not found.parts:
         return f"{found.run}: nothing is planned yet; `rushes rollout` makes the plan of an iteration"
-    lines = [f"{found.run}: {found.trained} iteration{'s are' if found.trained != 1 else ' is'} trained"]
-    lines.append(
-        f"{'stage':<16} {'part':<24} {'done':>11} {'claimed':>7} {'left':>5}  {'samples':>13} {'per hour':>9}  ends in"
-    )
-    for part in found.parts:
-        name = f"{part.what} {part.name}".strip()
-        samples = f"{part.samples}/{part.samples_total}" if part.samples_total else ""
-        done = f"{part.done}/{part.total}"
-        rate = f"{part.per_hour:.{0 if part.per_hour >= 10 else 1}f}" if part.per_hour is not None else ""
-        lines.append(
-            f"{part.stage:<16} {name:<24} {done:>11} {part.claimed:>7} {part.left:>5}  {samples:>13} {rate:>9}  "
-            f"{_end(part.seconds_left)}".rstrip()
-        )
+    trained = f"{found.trained} iteration{'s are' if found.trained != 1 else ' is'} trained"
+    lines = [f"{found.run}: {trained}", *_table(found.parts, width)]
+    lines += [f"{one.stage} {one}" for one in found.rewards]
     counts = {state: sum(one.state == state for one in found.workers) for state in ("alive", "silent", "dead")}
-    alive = found.as_dict()["workers_alive"]
-    lines.append(
-        f"workers: {alive} alive; claims: {counts['alive']} of theirs, {counts['silent']} of silent ones (perhaps "
-        f"alive), {counts['dead']} of dead ones (void)"
-    )
-    lines += [
-        f"  {one.host} process {one.pid}, worker {one.worker}: {one.stage} {one.what} {one.shard}, {one.state}"
-        for one in found.workers
-    ]
+    claims = [f"{counts['alive']} of theirs"] if counts["alive"] else []
+    claims += [f"{counts['silent']} silent (perhaps alive)"] if counts["silent"] else []
+    claims += [f"{counts['dead']} dead (void)"] if counts["dead"] else []
+    lines.append(f"workers: {found.as_dict()['workers_alive']} alive; claims: {', '.join(claims) or 'none'}")
+    for one in found.workers:
+        text = f"{one.host} process {one.pid}, worker {one.worker}: {one.stage} {one.what} {one.shard}, {one.state}"
+        lines += textwrap.wrap(text, width, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
     return "\n".join(lines)
 
 
-def _end(seconds: float | None) -> str:
+def _table(parts: list[Part], width: int) -> list[str]:
+    """Columns as wide as what they hold; a long name of a reward is cut where the line would be longer than `width`."""
+    rows = [("stage", "part", "done", "claimed", "left", "videos", "/hour", "ends in")]
+    for part in parts:
+        videos = f"{part.samples}/{part.samples_total}" if part.samples_total else ""
+        rate = f"{part.per_hour:.{0 if part.per_hour >= 10 else 1}f}" if part.per_hour is not None else ""
+        numbers = f"{part.done}/{part.total}", str(part.claimed), str(part.left), videos, rate
+        rows.append((part.stage, f"{part.what} {part.name}".strip(), *numbers, _duration(part.seconds_left)))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    over = sum(widths) + len(widths) - 1 - width
+    widths[1] = max(min(widths[1], SHORTEST_NAME), widths[1] - max(0, over))
+    return [
+        " ".join(
+            _cut(text, size).ljust(size) if column < 2 else text.rjust(size)
+            for column, (text, size) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _cut(text: str, size: int) -> str:
+    """A text in `size` characters: what is left out of its middle is one dot, because names of rewards end in digits
+    that tell them apart."""
+    if len(text) <= size:
+        return text
+    tail = min(9, size // 2)
+    return f"{text[: size - tail - 1]}…{text[-tail:]}"
+
+
+def _duration(seconds: float | None) -> str:
     if seconds is None:
         return ""
-    end = datetime.now() + timedelta(seconds=seconds)
-    return f"{timedelta(seconds=round(seconds))} ({end:%a %H:%M})"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours < 100 else f"{hours // 24} days"
 
 
 def _in_work(run: Run) -> list[Stage]:

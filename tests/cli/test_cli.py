@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from shards import sidecar
+from shards.run import Run
 from tests.support import forks
 from tests.support.cost import seconds_of_processor
 
@@ -117,6 +120,13 @@ def test_a_second_loop_does_nothing_and_says_so(small: Path) -> None:
     assert "iter-0000 rollout: nothing to do: 6 videos are there" in result.stderr
     assert "iter-0000 score: nothing to do" in result.stderr
     assert "iter-0000 train: nothing to do" in result.stderr
+    assert re.search(r"^iter-0000 reward 0\.\d{3} ± 0\.\d{3}, 2 of 2 groups used$", result.stderr, re.MULTILINE)
+    # what to do next is commands that can be given as they stand
+    commands = [line.removeprefix("next:").split("#")[0].split() for line in result.stderr.splitlines()[-3:]]
+    assert [command[:3] for command in commands] == [
+        ["rushes", name, str(small)] for name in ("eval", "report", "export")
+    ]
+    assert commands[2][3] == "--out"
     assert {path: path.stat().st_mtime_ns for path in small.rglob("*") if path.is_file()} == before
 
 
@@ -124,9 +134,57 @@ def test_eval_prints_a_table_on_stdout(small: Path) -> None:
     result = rushes("eval", small)
     assert result.returncode == 0, result.stderr
     rows = [line.split() for line in result.stdout.splitlines()]
-    assert rows[0] == ["iteration", "videos", "reward", "±", "s.e.", "change"]
-    assert [row[0] for row in rows[1:]] == ["0", "1"]
-    assert rows[1][-1] == "+0.0000"
+    assert rows[0] == ["iteration", "videos", "reward", "±", "s.e.", "change", "±", "s.e.", "wins", "losses", "ties"]
+    assert [row[0] for row in rows[1:3]] == ["0", "1"]
+    assert len(rows[1]) == 4  # there is nothing to compare the first one with
+
+
+def test_eval_compares_policies_prompt_by_prompt(small: Path, tmp_path: Path) -> None:
+    printed = rushes("eval", small, "--json")
+    assert printed.returncode == 0, printed.stderr
+    base, last = json.loads(printed.stdout)["policies"]
+    rewards = [
+        sidecar.read_advantages(stage, sidecar.specifications(stage)[0])
+        .groupby("prompt_id")["reward"]
+        .mean()
+        .to_numpy()
+        for stage in (Run(small).evaluation(0), Run(small).evaluation(1))
+    ]  # of two prompts
+    change = rewards[1] - rewards[0]
+    assert base["mean_reward"] == pytest.approx(rewards[0].mean())
+    assert (base["paired"], base["unlike"], last["unlike"]) == (None, [], [])
+    assert last["paired"]["difference"] == pytest.approx(change.mean())
+    assert last["paired"]["standard_error"] == pytest.approx(change.std(ddof=1) / 2**0.5)
+    assert (last["paired"]["wins"], last["paired"]["losses"]) == ((change > 0).sum(), (change < 0).sum())
+    table = rushes("eval", small).stdout.splitlines()
+    assert table[2].split()[4] == f"{change.mean():+.4f}"
+    assert table[3].startswith("change: against iteration 0, same prompts and noise")
+    assert max(map(len, table)) <= 80
+    other = tmp_path / "run"
+    shutil.copytree(small, other)
+    shutil.rmtree(other / "eval" / "iter-0001")
+    changed = rushes("eval", other, "--set", "eval.seed=7", "--set", "eval.steps=3").stdout.splitlines()
+    assert changed[2].endswith("not paired")
+    assert changed[3].startswith("iteration 1 was planned with another ")
+    assert "seed" in changed[3]
+
+
+def test_json_is_the_only_thing_on_stdout(small: Path, tmp_path: Path) -> None:
+    verified = rushes("verify", small, "--replay", "--json")
+    assert json.loads(verified.stdout) == {"path": str(small), "problems": [], "replay": {"0": 0.0}}
+    needs = json.loads(rushes("plan-memory", small, "--json").stdout)["stages"]
+    assert needs[0]["device"] == sum(needs[0]["parts"].values())
+    exported = json.loads(rushes("export", small, "--out", tmp_path / "export", "--json").stdout)
+    assert exported["path"] == str(tmp_path / "export")
+    assert not exported["skipped"]
+    copy = tmp_path / "run"
+    shutil.copytree(small, copy)
+    tar = copy / "iter-0000" / "rollout" / "shard-000000.tar"
+    tar.write_bytes(tar.read_bytes()[:-2048])
+    damaged = rushes("verify", copy, "--json")
+    assert damaged.returncode == 1
+    kinds = [problem["kind"] for problem in json.loads(damaged.stdout)["problems"]]
+    assert kinds.count("damaged") == 2
 
 
 def test_inspect_gives_csv_on_stdout(small: Path) -> None:

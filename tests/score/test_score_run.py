@@ -314,11 +314,21 @@ def test_processes_give_the_same_tables_as_one(tmp_path: Path) -> None:
     assert reports[0].done == reports[1].done == [0, 1, 2]
 
 
-def test_progress_counts_samples(tmp_path: Path) -> None:
+def test_progress_counts_videos(tmp_path: Path) -> None:
     run, stage = make(tmp_path / "run")
     seen: list[tuple[int, int, str]] = []
     score(run, stage, progress=lambda done, total, unit, note="": seen.append((done, total, unit)))
-    assert seen == [(3, 6, "samples"), (6, 6, "samples")]
+    assert seen[-2:] == [(3, 6, "videos"), (6, 6, "videos")]
+
+
+def test_progress_begins_with_what_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "_rewards", {})
+    seen: list[tuple[int, int, str]] = []
+    for name in ("one", "two"):  # the second stage finds the reward loaded
+        run, stage = make(tmp_path / name)
+        score(run, stage, progress=lambda done, total, unit, note="": seen.append((done, total, note)))
+    (loaded,) = run.config.score.rewards
+    assert seen == [(0, 6, f"loading {loaded}"), *[(3, 6, ""), (6, 6, "")] * 2]
 
 
 def test_ocr_text_is_kept_frame_by_frame(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from shards.run import Run, Stage
 from shards.spool import write_group, write_sample
 from shards.workers import owners
 from shards.workers.claims import claim
-from shards.workers.status import Part, render, status
+from shards.workers.status import Part, Status, Worker, render, status
 from shards.writer import seal
 from tests.support.clock import Clock
 from tests.support.cost import loaded_by
@@ -134,7 +134,7 @@ def test_workers_are_told_alive_from_dead(stage: Stage, monkeypatch: pytest.Monk
         assert {one.shard: one.state for one in found.workers}[3] == "dead"
         assert [one.sure for one in found.workers if one.shard == 2] == [False]
         text = render(found)
-    assert "claims: 2 of theirs, 1 of silent ones (perhaps alive), 1 of dead ones (void)" in text
+    assert "workers: 2 alive; claims: 2 of theirs, 1 silent (perhaps alive), 1 dead (void)" in text
     assert found.as_dict()["workers_alive"] == 2
 
 
@@ -170,6 +170,49 @@ def test_only_what_is_in_work_is_shown(stage: Stage) -> None:
     assert "nothing is planned yet" in render(status(run, 7))
     run.iteration(2).path.mkdir()  # by a rollout that ended before it had a plan
     assert {one.stage for one in status(run).parts} == {"iter-0001"}
+
+
+def test_the_table_fits_a_terminal_of_80_columns(stage: Stage) -> None:
+    """Also with a long run: names of rewards are cut in the middle, times from 100 hours on are days."""
+    counts = 128, 100, 16, 12, 1600, 2048, 1234.5
+    parts = [
+        Part("eval/iter-0012", "score", name, "shards", *counts, seconds)
+        for name, seconds in (("videoalign-1a2b3c4d", 359_999.0), ("videoalign-ffff0000", 360_000.0), ("", None))
+    ]
+    workers = [Worker("eval/iter-0012", "rollout", 7, "node-" * 12 + "1", 123456, "17/64", "alive", True)]
+    lines = render(Status("run", 12, parts, workers)).splitlines()
+    assert max(map(len, lines)) == 80
+    assert "score vid…-1a2b3c4d" in lines[2]
+    assert lines[2].endswith("99:59:59")
+    assert "score vid…-ffff0000" in lines[3]
+    assert lines[3].endswith("4 days")
+    assert lines[2].split()[-6:] == ["100/128", "16", "12", "1600/2048", "1234", "99:59:59"]
+    assert " ".join(" ".join(lines[6:]).split()) == (
+        f"{'node-' * 12}1 process 123456, worker 17/64: eval/iter-0012 rollout 7, alive"
+    )
+
+
+def test_rewards_are_shown_by_the_weights_of_the_run(stage: Stage) -> None:
+    run = Run(stage.run_path)
+    assert status(run).rewards == []
+    for iteration, mean, weights in ((0, 0.25, {"ocr": 1.0}), (1, 0.375, {"ocr": 1.0}), (2, 0.9, {"motion": 1.0})):
+        record = {
+            "specification": {"weights": weights}, "samples": 17, "missing": 1, "groups": 4, "used_groups": 3,
+            "mean_reward": mean, "std_reward": 0.2,
+        }  # fmt: skip
+        for of in (run.iteration, run.evaluation):
+            path = of(iteration).summary_path("00000000")
+            path.parent.mkdir(parents=True)
+            path.write_text(json.dumps(record))
+    found = status(run)
+    assert [str(one) for one in found.rewards] == [
+        "reward 0.375 ± 0.050 (+0.125 since iteration 0), 3 of 4 groups used",
+        "reward 0.375 ± 0.050 (+0.125 since iteration 0)",
+    ]
+    assert "\niter-0001 reward 0.375 ± 0.050 (+0.125 since iteration 0), 3 of 4 groups used\n" in render(found)
+    assert [one["now"]["mean"] for one in found.as_dict()["rewards"]] == [0.375, 0.375]
+    assert next(str(one) for one in status(run, 0).rewards) == "reward 0.250 ± 0.050, 3 of 4 groups used"
+    assert status(run, 2).rewards == []
 
 
 def test_the_command_prints_a_table_or_json_and_loads_nothing_heavy(
