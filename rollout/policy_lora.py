@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import struct
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import WanPipeline
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from torch import Tensor, nn
 
+from rollout.policy_lora_find import WEIGHTS, LoraFile
+from rollout.policy_lora_read import Lora, read_lora
 from shards.errors import UserError
-from shards.files import publish_replace, sha256_file
-from shards.run import EXPERT_NAMES
+from shards.files import publish_replace
 
 ADAPTER = "policy"
-WEIGHTS = "pytorch_lora_weights.safetensors"
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
-PREFIX = "transformer."  # diffusers uses it in the files of both experts
 
 
 def canonical_sha256(value: Any) -> str:
@@ -72,71 +73,52 @@ def save_adapter(module: nn.Module, folder: Path, state: Mapping[str, Tensor] | 
         publish_replace(folder / WEIGHTS, _ordered((Path(aside) / WEIGHTS).read_bytes()))
 
 
-def load_adapter(module: nn.Module, folder: Path) -> None:
-    """Put the adapter of FOLDER on a module, trainable, fp32, replacing the one that is there.
+def load_adapter(module: nn.Module, file: LoraFile) -> None:
+    """Put the LoRA of a file on a module, trainable, fp32, replacing the one that is there.
 
     Raises UserError when the file is missing, damaged, or made for other layers.
     """
-    path = folder / WEIGHTS
-    if not path.is_file():
-        raise UserError(f"{path}: no such file", "a policy folder holds high_noise/ and, with two experts, low_noise/")
-    try:
-        state, metadata = WanPipeline.lora_state_dict(str(folder), weight_name=WEIGHTS, return_lora_metadata=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path}: cannot be read as LoRA weights: {error}", "the file is damaged or foreign") from error
-    state = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
-    config = _config_of(state, metadata, path)
+    put_on(module, read_lora(file))
+
+
+def put_on(module: nn.Module, lora: Lora) -> None:
+    """Put a LoRA on a module as `load_lora_weights` does, but trainable and fp32, replacing the one that is there.
+
+    UserError where layers, shapes or ranks are not those of the module; then it carries none. On the meta device only
+    that is checked.
+    """
     remove_adapter(module)
-    try:
-        module.add_adapter(config, adapter_name=ADAPTER)  # type: ignore[operator]
-    except ValueError as error:  # none of its layers is there
-        raise UserError(f"{path}: has no layer of this model", "an adapter of another model") from error
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the file has fewer layers than its metadata say, as it may
+        try:
+            inject_adapter_in_model(copy.deepcopy(lora.config), module, adapter_name=ADAPTER, state_dict=lora.state)
+        except ValueError as error:  # none of its layers is there
+            raise UserError(f"{lora.path}: has no layer of this model", "a LoRA of another model") from error
+    module._hf_peft_config_loaded = True  # type: ignore[assignment]
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(f".{ADAPTER}." in name)
     _to_float(module)
     module.eval()  # layers that peft adds are in training: the dropout of a foreign adapter would be on
-    misfit = _misfit(state, get_peft_model_state_dict(module, adapter_name=ADAPTER))
+    misfit = _misfit(lora.state, get_peft_model_state_dict(module, adapter_name=ADAPTER))
     if misfit:
         remove_adapter(module)
-        raise UserError(f"{path}: does not fit this model: {misfit}", "an adapter of another model")
-    set_peft_model_state_dict(module, state, adapter_name=ADAPTER)
+        raise UserError(f"{lora.path}: does not fit this model: {misfit[0]}", misfit[1])
+    if not any(parameter.is_meta for parameter in module.parameters()):
+        set_peft_model_state_dict(module, lora.state, adapter_name=ADAPTER)
 
 
-def _misfit(state: dict[str, Tensor], own: dict[str, Tensor]) -> str:
-    """How the weights of an adapter differ from those a module has room for, by one example; empty when they fit."""
+def _misfit(state: dict[str, Tensor], own: dict[str, Tensor]) -> tuple[str, str] | None:
+    """How the weights of a LoRA differ from those a module has room for, by one example, and a hint."""
     for name in sorted(own.keys() | state.keys()):
         theirs, ours = (tuple(part[name].shape) if name in part else None for part in (state, own))
-        if theirs != ours:
+        if theirs and theirs != ours:
             known = f"is {list(ours)}" if ours else "does not exist"
-            return f"{name} is {list(theirs)} there, and here {known}" if theirs else f"{name} is missing there"
-    return ""
-
-
-def expert_folder(folder: Path, expert: int, experts: int) -> Path:
-    """Where the adapter of an expert lies: FOLDER/high_noise, or, for a plain adapter of one expert, FOLDER itself."""
-    inner = folder / EXPERT_NAMES[expert]
-    return folder if experts == 1 and not inner.is_dir() and (folder / WEIGHTS).is_file() else inner
-
-
-def adapter_hashes(folder: Path, experts: tuple[int, ...]) -> dict[str, str]:
-    """sha256 of every adapter file of a policy folder, by its path inside the folder."""
-    paths = [expert_folder(folder, expert, len(experts)) / WEIGHTS for expert in experts]
-    for path in paths:
-        if not path.is_file():
-            raise UserError(f"{path}: no such file", "the policy folder is incomplete: train that iteration again")
-    return {path.relative_to(folder).as_posix(): sha256_file(path) for path in paths}
-
-
-def _config_of(state: dict[str, Tensor], metadata: dict[str, Any] | None, path: Path) -> LoraConfig:
-    """The adapter's configuration: from the metadata, or read off the shapes (then alpha = rank, as in diffusers)."""
-    if metadata:
-        plain = {key.removeprefix(PREFIX): value for key, value in metadata.items()}
-        return LoraConfig(**plain)
-    downs = {name: tensor for name, tensor in state.items() if name.endswith(".lora_A.weight")}
-    ranks = {int(tensor.shape[0]) for tensor in downs.values()}
-    if len(ranks) != 1:
-        raise UserError(f"{path}: ranks {sorted(ranks)}, expected one rank for all layers", "save it with its metadata")
-    rank = ranks.pop()
-    targets = [name.removesuffix(".lora_A.weight") for name in downs]
-    return LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
+            return f"{name} is {list(theirs)} there, and here {known}", "a LoRA of another model"
+    missing = sorted(own.keys() - state.keys())
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        return f"{missing[0]}{more} is missing there", "diffusers wants A, B and, where one layer has it, bias of all"
+    return None
 
 
 def _ordered(data: bytes) -> list[bytes]:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from rollout.policy_folder import DTYPES, EXPERT_FOLDERS, Layout
-from rollout.policy_lora import ADAPTER, WEIGHTS
+from rollout.policy_lora import ADAPTER
+from rollout.policy_lora_find import WEIGHTS
 from shards.errors import RunFailed
 from shards.run import EXPERT_NAMES
 
