@@ -119,7 +119,8 @@ def _fetched(setting: str, url: str) -> Path:
     path = working_copy(url)
     if path.suffix == ".safetensors":
         mirror.fetch_file(url)
-        mirror.fetch_file(path.with_name(PEFT_CONFIG))
+        if path.name == PEFT_WEIGHTS:
+            mirror.fetch_file(path.with_name(PEFT_CONFIG))
     else:
         mirror.fetch(path, lambda name: name.endswith((".safetensors", ".json")) and not mirror.ASIDE.search(name))
     if not path.exists():

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from diffusers import WanPipeline
 from diffusers.utils import get_peft_kwargs
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rollout.policy_folder import quiet_libraries
+from rollout.policy_folder import quiet_libraries, read_config
 from rollout.policy_lora_find import LoraFile
 from shards.errors import UserError
 
@@ -45,6 +45,8 @@ class Lora:
     is multiplied into lora_A."""
     config: LoraConfig
     """Of the file's metadata; without them, as diffusers infers it: alpha = rank."""
+    plain: bool = True
+    """Whether diffusers loads the file as it is."""
 
     @property
     def is_dora(self) -> bool:
@@ -59,8 +61,9 @@ def read_lora(file: LoraFile) -> Lora:
     UserError, naming keys, for a file that is damaged, that diffusers refuses, or of which it would drop something
     other than zeros.
     """
-    tensors, header = _read(file.weights)
-    tensors, metadata = _prefixed(tensors), _metadata(header, file.weights)
+    found, header = _read(file.weights)
+    tensors, metadata = _prefixed(found), _metadata(header, file.weights)
+    plain = tensors.keys() == found.keys() and file.config is None
     if any(name.startswith(PEFT_PREFIX) for name in tensors):
         if file.config is None:
             problem = f"{file.weights}: keys of a PEFT folder ({next(iter(tensors))}), but no adapter_config.json there"
@@ -68,7 +71,7 @@ def read_lora(file: LoraFile) -> Lora:
         tensors = {PREFIX + name.removeprefix(PEFT_PREFIX): value for name, value in tensors.items()}
         metadata = _peft_config(file.config)
     state = convert(tensors, file.weights)
-    return Lora(file.weights, state, _config(state, metadata, file.weights))
+    return Lora(file.weights, state, _config(state, metadata, file.weights), plain)
 
 
 def convert(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -143,8 +146,9 @@ def _config(state: dict[str, Tensor], metadata: dict[str, Any] | None, path: Pat
         raise UserError(problem, "only LoRA is read")
     if known.get("init_lora_weights", True) not in (True, False, "gaussian"):
         known = {**known, "init_lora_weights": True}  # some ways to begin change the weights beneath
+    layers = sorted({re.split(r"\.lora_", name)[0] for name in state})
     try:
-        return LoraConfig(**known)
+        return LoraConfig(**{**known, "target_modules": known.get("target_modules") or layers})
     except (TypeError, ValueError) as error:
         line = str(error).splitlines()[0]
         raise UserError(f"{path}: its metadata are no configuration of a LoRA: {line}", "save it anew") from None
@@ -183,14 +187,14 @@ def _metadata(header: dict[str, str], path: Path) -> dict[str, Any] | None:
 
 def _peft_config(path: Path) -> dict[str, Any]:
     """The configuration of a PEFT folder. UserError when it is not that of a LoRA."""
+    kind = read_config(path, "save the adapter anew").get("peft_type")
+    if kind != "LORA":
+        raise UserError(f"{path}: {kind}, not LoRA", "only LoRA is read")
     try:
-        config = PeftConfig.from_pretrained(str(path.parent))
+        values: dict[str, Any] = LoraConfig.from_pretrained(str(path.parent)).to_dict()
     except (OSError, ValueError, TypeError, KeyError) as error:
         line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: cannot be read: {line}", "the file is damaged or foreign") from None
-    if not isinstance(config, LoraConfig):
-        raise UserError(f"{path}: {config.peft_type}, not LoRA", "only LoRA is read")
-    values: dict[str, Any] = config.to_dict()
+        raise UserError(f"{path}: is no configuration of a LoRA: {line}", "save the adapter anew") from None
     return values
 
 
