@@ -71,6 +71,14 @@ class BaseLora:
             "scale": self.scale,
         }
 
+    def record(self, plain: bool) -> dict[str, Any]:
+        """What an export tells of it: `identity`, the names of the files, and whether diffusers reads them as they are.
+
+        Names only: where they lie is nobody's business but ours.
+        """
+        names = {EXPERT_NAMES[expert]: file.weights.name for expert, file in self.files.items()}
+        return {**self.identity(), "names": names, "plain": plain}
+
 
 @torch.no_grad()
 def merge_adapter(module: Any, scale: float = 1.0) -> None:
