@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from diffusers import WanPipeline
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from rollout.policy_lora_find import WEIGHTS, LoraFile
@@ -56,21 +57,45 @@ def has_adapter(module: nn.Module) -> bool:
     return ADAPTER in getattr(module, "peft_config", {})
 
 
+def adapter_state(module: nn.Module, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The weights of the adapter, or other ones under the module's names, under the names of files."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*LoRA tensor.*invalid shape")  # peft takes biases for shards
+        found: dict[str, Tensor] = get_peft_model_state_dict(
+            module, None if state is None else dict(state), adapter_name=ADAPTER
+        )
+    return found
+
+
 def save_adapter(module: nn.Module, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
     """Write FOLDER/pytorch_lora_weights.safetensors as `WanPipeline.save_lora_weights` does, alpha in the metadata.
 
     Without that metadata diffusers would load the adapter with alpha = rank, silently. `state` replaces the module's
     own weights (by averaged ones, or gathered from ranks), under the module's names.
     """
-    state = get_peft_model_state_dict(module, None if state is None else dict(state), adapter_name=ADAPTER)
-    layers = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    layers = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_state(module, state).items()}
     config = module.peft_config[ADAPTER].to_dict()  # type: ignore[index, union-attr]
     # sets have no order of their own: sorted, so that equal adapters are equal files
     metadata = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".tmp-") as aside:
         WanPipeline.save_lora_weights(aside, transformer_lora_layers=layers, transformer_lora_adapter_metadata=metadata)
-        publish_replace(folder / WEIGHTS, _ordered((Path(aside) / WEIGHTS).read_bytes()))
+        publish_replace(folder / WEIGHTS, ordered((Path(aside) / WEIGHTS).read_bytes()))
+
+
+@torch.no_grad()
+def fold_strength(module: nn.Module) -> None:
+    """Multiply alpha/rank into B and its bias, so that the adapter has its whole strength whoever reads it.
+
+    Where alpha/rank is a power of two, no bit of what the module computes changes.
+    """
+    for layer in module.modules():
+        if isinstance(layer, LoraLayer):
+            for parameter in layer.lora_B[ADAPTER].parameters():
+                parameter *= layer.scaling[ADAPTER]
+            layer.scaling[ADAPTER] = 1.0
+    config: LoraConfig = module.peft_config[ADAPTER]  # type: ignore[index, union-attr, assignment]
+    config.lora_alpha, config.alpha_pattern, config.use_rslora = config.r, dict(config.rank_pattern), False
 
 
 def load_adapter(module: nn.Module, file: LoraFile) -> None:
@@ -99,7 +124,7 @@ def put_on(module: nn.Module, lora: Lora) -> None:
         parameter.requires_grad_(f".{ADAPTER}." in name)
     _to_float(module)
     module.eval()  # layers that peft adds are in training: the dropout of a foreign adapter would be on
-    misfit = _misfit(lora.state, get_peft_model_state_dict(module, adapter_name=ADAPTER))
+    misfit = _misfit(lora.state, adapter_state(module))
     if misfit:
         remove_adapter(module)
         raise UserError(f"{lora.path}: does not fit this model: {misfit[0]}", misfit[1])
@@ -121,7 +146,7 @@ def _misfit(state: dict[str, Tensor], own: dict[str, Tensor]) -> tuple[str, str]
     return None
 
 
-def _ordered(data: bytes) -> list[bytes]:
+def ordered(data: bytes) -> list[bytes]:
     """A safetensors file with its header in a fixed order; the library writes metadata in a random one."""
     (length,) = struct.unpack_from("<Q", data)
     header = json.loads(data[8 : 8 + length])
