@@ -403,6 +403,9 @@ def export(
     ] = None,
     average: Annotated[bool, typer.Option(help="the averaged weights, where training kept them")] = True,
     fuse: Annotated[bool, typer.Option(help="whole weights as a plain pipeline folder, instead of LoRA")] = False,
+    format: Annotated[
+        str, typer.Option(help="keys of a LoRA: diffusers, or comfyui (Wan's own names, one file an expert)")
+    ] = "diffusers",
     as_json: AsJson = False,
 ) -> None:
     """Write the policy as plain diffusers loads it, and prove it by loading it back."""
@@ -410,7 +413,8 @@ def export(
 
     opened = open_run(run, [])
     last = max(opened.next_iteration() - 1, 0)
-    report = run_export(opened, last if iteration is None else iteration, out, average=average, fuse=fuse)
+    number = last if iteration is None else iteration
+    report = run_export(opened, number, out, average=average, fuse=fuse, format=format)
     say(f"export: {report}")
     if as_json:
         print_json({**asdict(report), "path": shown(str(report.path))})

@@ -60,8 +60,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, int]:
     import torch
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
+    from rollout.lora.adapter import add_adapter
     from rollout.policy import sizes
-    from rollout.policy.lora import add_adapter
 
     torch.set_num_threads(1)
     latent = (16, (arguments.frames - 1) // 4 + 1, arguments.height // 8, arguments.width // 8)

@@ -15,10 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.gpu_models import MODELS
 from bench.scale_simulation import Units
+from rollout.lora.adapter import add_adapter
 from rollout.memory.model import state_bytes, weight_bytes
 from rollout.policy import sizes
 from rollout.policy.folder import tokens
-from rollout.policy.lora import add_adapter
 from rollout.policy.sizes import Pass, Shape, expert_size, extrapolate, fused_attention, working_bytes
 
 A14B = MODELS["a14b"]

@@ -30,7 +30,11 @@ class ModelConfig(Section):
     dtype: Dtype = Field("float32", description="weights of the transformers; bfloat16 on a GPU (Wan's own choice)")
     device: str = Field("auto", description="`auto` takes cuda when there is one, else cpu")
     text_length: int = Field(512, ge=1, description="text tokens the model was trained with (Wan: 512)")
-    lora: str = Field("", description="LoRA folder to start from, an export of rushes or diffusers' own format")
+    lora: str = Field("", description="LoRA to start from: a file, folder, URL or hub id (docs/lora.md: which forms)")
+    lora_2: str = Field("", description="that of the low-noise expert, where model.lora is a file of the other one")
+    base_lora: str = Field("", description="LoRA merged into the model and kept as it is, such as a few-step one")
+    base_lora_2: str = Field("", description="that of the low-noise expert, likewise, or `none`")
+    base_lora_scale: float = Field(1.0, description="strength of model.base_lora")
 
 
 class RolloutConfig(Section):

@@ -292,10 +292,8 @@ def _make_trainable(policy: Policy, config: RunConfig, start: Path | None) -> No
     settings = config.train
     if settings.full and policy.has_lora:
         source = f"{start} holds a LoRA" if start else f"model.lora = {config.model.lora}"
-        raise UserError(
-            f"train.full trains all weights, but {source}",
-            "fuse the LoRA into a model folder and begin with that",
-        )
+        hint = "begin a new run" if start else "name it in model.base_lora instead, which merges it into the model"
+        raise UserError(f"train.full trains all weights, but {source}", hint)
     if not settings.full and policy.is_full:
         source = str(start or config.model.lora)
         raise UserError(f"train.full is off, but {source} holds all weights", "set train.full = true, as it was before")

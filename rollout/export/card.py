@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
+from rollout.export.card_code import Base, code, comfyui
 from shards.config import RunConfig
 from shards.measures import Measure, measured
 from shards.report.points import Point
@@ -18,19 +17,6 @@ _STYLE = (
     "text{font:11px sans-serif;fill:#555}.grid{stroke:#ddd}.hit{fill:none}.line{fill:none;stroke-width:2}"
     ".rollouts{stroke:#8a8f98}circle.rollouts{fill:#8a8f98}.evaluation{stroke:#0b6e4f}circle.evaluation{fill:#0b6e4f}"
 )
-
-
-@dataclass(frozen=True)
-class Base:
-    """What a card must know of the model below the policy."""
-
-    name: str
-    """What `from_pretrained` takes."""
-    pipeline: str
-    """The class that its model_index.json names."""
-    shift: float | None
-    """Flow shift of its own scheduler."""
-    takes_image: bool
 
 
 METHODS = {
@@ -49,6 +35,7 @@ def model_card(run: Run, record: dict[str, Any], base: Base) -> str:
         kind = "a LoRA for each of two experts" if len(record["experts"]) == 2 else "a LoRA"
     weights = "averaged over the updates (EMA)" if record["average"] else "those of the last update"
     method = METHODS[config.train.objective]
+    keys = "with the keys of ComfyUI" if record["format"] == "comfyui" else "in the format of plain diffusers"
     rewards = ", ".join(f"`{name}` × {weight:g}" for name, weight in config.score.rewards.items())
     name = run.path.resolve().name
     curve = ["![mean reward by iterations trained](reward.svg)", ""] if reward_curve(run, iteration) else []
@@ -56,19 +43,19 @@ def model_card(run: Run, record: dict[str, Any], base: Base) -> str:
         *_front_matter(base, record["fused"]),
         f"# {name}, iteration {iteration}",
         "",
-        f"{kind[0].upper()}{kind[1:]}, trained with {method} by rushes, in the format of plain diffusers.",
+        f"{kind[0].upper()}{kind[1:]}, trained with {method} by rushes, {keys}.",
         "",
-        f"- Base model: `{config.model.path}`, fingerprint `{record['base'][:16]}`",
+        f"- Base model: `{base.name}`, fingerprint `{record['model'][:16]}`",
+        *_beneath(record),
         f"- Run: `{name}`, policy of iteration {iteration}, fingerprint `{record['policy'][:16]}`; weights: {weights}",
         f"- Rewards: {rewards}",
         f"- Sampled in training with: {_sampling(config)}",
         f"- Checked: {record['checked']}",
         "",
-        "## Load it",
+        *(comfyui(record, base, config) if record["format"] == "comfyui" else []),
+        "## Load it" if record["format"] == "diffusers" else "## The same in diffusers",
         "",
-        "```python",
-        *_code(record, base, config),
-        "```",
+        *code(record, base, config),
         "",
         "## Reward",
         "",
@@ -77,6 +64,19 @@ def model_card(run: Run, record: dict[str, Any], base: Base) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _beneath(record: dict[str, Any]) -> list[str]:
+    """A line on the LoRA that was beneath the policy: needed with a LoRA, contained in whole weights."""
+    base_lora = record.get("base_lora")
+    if base_lora is None:
+        return []
+    files = ", ".join(
+        f"`{name}` ({side}, sha256 `{base_lora['files'][side]['weights'][:16]}`)"
+        for side, name in base_lora["names"].items()
+    )
+    use = "merged in" if record["fused"] else "**needed beneath it**"
+    return [f"- Base LoRA, {use}: {files}, strength {base_lora['scale']:g}"]
 
 
 def reward_table(run: Run, iteration: int) -> list[str]:
@@ -126,7 +126,7 @@ def _measures(run: Run, iteration: int) -> Iterator[tuple[int, Measure | None, M
 
 def _front_matter(base: Base, fused: bool) -> list[str]:
     """What model hubs read: the library, the kind of model, and the base where it is a hub's own name."""
-    known = [] if Path(base.name).exists() else [f"base_model: {base.name}"]
+    known = [f"base_model: {base.name}"] if "/" in base.name else []
     kind = "image-to-video" if base.takes_image else "text-to-video"
     tags = [] if fused else ["tags: [lora]"]
     return ["---", "library_name: diffusers", f"pipeline_tag: {kind}", *known, *tags, "---", ""]
@@ -139,46 +139,3 @@ def _sampling(config: RunConfig) -> str:
         guidance += f" (high noise) and {rollout.guidance_scale_2:g} (low noise)"
     size = f"{rollout.height}x{rollout.width}, {rollout.frames} frames at {rollout.fps} a second"
     return f"{size}, {rollout.steps} steps, flow shift {rollout.shift:g}, guidance {guidance}, law {rollout.law}"
-
-
-def _code(record: dict[str, Any], base: Base, config: RunConfig) -> Sequence[str]:
-    """A few lines of diffusers that run as they stand where the base model and this folder are."""
-    folder, model, rollout = "." if record["fused"] else base.name, config.model, config.rollout
-    lines = [
-        f"import torch; from diffusers import {base.pipeline}, UniPCMultistepScheduler",
-        f'pipe = {base.pipeline}.from_pretrained("{folder}", torch_dtype=torch.{model.dtype})',
-    ]
-    shift = config.eval.shift or rollout.shift
-    if base.shift != shift:
-        known = f"pipe.scheduler.config, flow_shift={shift:g}"
-        lines.append(f"pipe.scheduler = UniPCMultistepScheduler.from_config({known})")
-    else:
-        lines[0] = lines[0].removesuffix(", UniPCMultistepScheduler")
-    for name in () if record["fused"] else record["experts"]:
-        second = ", load_into_transformer_2=True" if name == "low_noise" else ""
-        lines.append(f'pipe.load_lora_weights("{name}", adapter_name="{name}"{second})')
-    lines.append(f"video = pipe({', '.join(_call(record, base, config))}).frames[0]")
-    return lines
-
-
-def _call(record: dict[str, Any], base: Base, config: RunConfig) -> list[str]:
-    """Arguments of the pipeline: those the policy was evaluated with."""
-    model, rollout, evaluation = config.model, config.rollout, config.eval
-    high = rollout.guidance_scale if evaluation.guidance_scale is None else evaluation.guidance_scale
-    low = rollout.guidance_scale_2 if evaluation.guidance_scale_2 is None else evaluation.guidance_scale_2
-    options = ["image", 'prompt="…"'] if base.takes_image else ['prompt="…"']
-    if rollout.negative_prompt:
-        options.append(f"negative_prompt={rollout.negative_prompt!r}")
-    options += [f"height={rollout.height}", f"width={rollout.width}", f"num_frames={rollout.frames}"]
-    options += [f"num_inference_steps={evaluation.steps}", f"guidance_scale={high:g}"]
-    if len(record["experts"]) == 2 and low is not None:
-        options.append(f"guidance_scale_2={low:g}")
-    if model.text_length != 512:
-        options.append(f"max_sequence_length={model.text_length}")
-    return options
-
-
-def base_name(run: Run, folder: Path) -> str:
-    """What a reader gives to `from_pretrained`: model.path as it stands, or the folder of the embedded model."""
-    path = run.config.model.path
-    return str(folder) if path == "words" else str(Path(path).expanduser()) if Path(path).is_dir() else path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import time
 import uuid
@@ -12,15 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from rollout.export.card import Base, base_name, model_card, reward_curve
+from rollout.export.card import model_card, reward_curve
+from rollout.export.card_code import Base
+from rollout.export.proof import Exported, beneath_in_diffusers, largest, prove
 from rollout.lineage import averaged, check_committed, take_policy
+from rollout.lora.adapter import fold_strength
+from rollout.lora.find import WEIGHTS
+from rollout.lora.merged import merge_adapter
+from rollout.lora.native import save_native
 from rollout.policy import Policy
 from rollout.policy.folder import EXPERT_FOLDERS, Layout
 from rollout.policy.full import is_full
-from rollout.policy.plain import merge, open_plain, probe, round_adapter, sample, save_expert, wear
+from rollout.policy.plain import probe, round_adapter, save_expert, settle
 from shards.errors import RunFailed, StillBusy, UserError
 from shards.files import TEMPORARY, publish_new, read_json, sha256_file, sync, to_json
 from shards.locks import locked
@@ -28,7 +34,8 @@ from shards.run import EXPERT_NAMES, Run, Stage
 from shards.store import mirror
 from shards.store.urls import working_copy
 
-SCHEMA = 1
+SCHEMA = 2
+FORMATS = ("diffusers", "comfyui")
 RECORD = "export.json"
 SMALL = 1 << 30
 """Bytes of weights up to which an export is also proven by a call of the whole pipeline."""
@@ -44,8 +51,8 @@ class ExportReport:
     """True when this very export was there already."""
     checked: str
     """How it was proven."""
-    merge_difference: float | None = None
-    """Largest difference of an output by rounding merged weights; None when nothing was merged."""
+    difference: float | None = None
+    """Largest difference of an output of an expert from what it was in training; None when nothing was done."""
     seconds: float = 0.0
 
     def __str__(self) -> str:
@@ -54,29 +61,36 @@ class ExportReport:
         return f"{self.path} written; {self.checked}; {self.seconds:.1f} s"
 
 
-def export(run: Run, iteration: int, out: str | Path, *, average: bool = True, fuse: bool = False) -> ExportReport:
+def export(
+    run: Run, iteration: int, out: str | Path, *, average: bool = True, fuse: bool = False, format: str = "diffusers"
+) -> ExportReport:
     """Write the policy that `iteration` trained to the new folder `out`, whole or not at all.
 
-    A LoRA policy becomes high_noise/ (and low_noise/) with diffusers' own LoRA files; with `fuse`, or when all weights
-    were trained, a whole pipeline folder. `average` takes the averaged weights where training kept them. Beside it lie
-    README.md, the model card, and export.json with the sha256 of every file. Before that it is loaded by plain
-    diffusers, on the CPU, and must answer as the policy does, bit for bit.
+    A LoRA policy becomes high_noise/ (and low_noise/) with diffusers' own LoRA files, or, in the format `comfyui`, one
+    file for each expert under Wan's own names; alpha/rank is multiplied into their weights. With `fuse`, or when all
+    weights were trained, it becomes a whole pipeline folder. `average` takes the averaged weights where training kept
+    them. Beside it lie README.md, the model card, and export.json with the sha256 of every file. Before that it is
+    loaded by plain diffusers, on the CPU, and must answer as the policy does, bit for bit.
 
-    Raises UserError when the iteration was not trained or `out` is taken, RunFailed when the proof fails or the disk is
-    full, StillBusy when another process writes there.
+    Raises UserError when the iteration was not trained, `out` is taken or the format cannot hold the policy, RunFailed
+    when the proof fails or the disk is full, StillBusy when another process writes there.
     """
     began, out = time.monotonic(), working_copy(out)
+    _check_format(format, fuse)
     mirror.fetch(out)
     stage = run.iteration(iteration)
     if not stage.trained():
         raise UserError(f"{stage.policy_dir} holds no finished policy", run.way_to_policy(iteration))
     source = _source(stage, average)
+    if format != "diffusers" and is_full(source):
+        raise UserError(f"{source} holds all weights, and --format {format} is of LoRA", "leave out --format")
     wanted = {
         "schema": SCHEMA,
         "iteration": iteration,
         "policy": read_json(stage.policy_record_path)["fingerprint"],
         "average": source != stage.policy_dir,
         "fused": fuse or is_full(source),
+        "format": format,
     }
     with locked(out.parent / f".{out.name}.export.lock") as held:
         if not held:
@@ -89,6 +103,13 @@ def export(run: Run, iteration: int, out: str | Path, *, average: bool = True, f
             checked, difference = _write(run, stage, source, aside, wanted)
         mirror.put_folder(out, last=RECORD)
     return ExportReport(out, iteration, False, checked, difference, time.monotonic() - began)
+
+
+def _check_format(format: str, fuse: bool) -> None:
+    if format not in FORMATS:
+        raise UserError(f"--format {format}: no such format", f"there are: {', '.join(FORMATS)}")
+    if fuse and format != "diffusers":
+        raise UserError(f"--fuse writes a pipeline folder of diffusers, not --format {format}", "leave out one of them")
 
 
 def _source(stage: Stage, average: bool) -> Path:
@@ -105,116 +126,97 @@ def _same(out: Path, wanted: dict[str, Any]) -> bool:
     return not names and {name: record.get(name) for name in wanted} == wanted
 
 
-def _write(run: Run, stage: Stage, source: Path, aside: Path, wanted: dict[str, Any]) -> tuple[str, float | None]:
-    """Fill the folder `aside` and prove it; returns how it was proven, and what merging changed."""
-    model = run.config.model
-    policy = Policy.load(model.path, dtype=model.dtype, device="cpu", text_length=model.text_length)
+def _write(run: Run, stage: Stage, source: Path, aside: Path, wanted: dict[str, Any]) -> tuple[str, float]:
+    """Fill the folder `aside` and prove it; returns how it was proven, and how far its outputs are from training's."""
+    policy = Policy.of(run.config.model.model_copy(update={"device": "cpu", "lora": "", "lora_2": ""}))
     identity = take_policy(run, run.iteration(stage.iteration + 1), policy)
     if wanted["average"]:
         check_committed(source, policy.fingerprint(source))
         policy.become(source)
-    layout, difference = policy.layout, None
-    if wanted["fused"]:
-        difference = _write_pipeline(policy, aside)
-    else:
-        policy.save_lora(aside)
+    layout, base_lora = policy.layout, policy.base_lora
+    trained = _answers(policy)
+    files = _write_pipeline(policy, aside) if wanted["fused"] else _write_lora(run, policy, aside, wanted["format"])
     answers = _answers(policy)
     whole = _weight_bytes(layout) <= SMALL
     modules = [policy.module(expert) for expert in policy.expert_ids] if whole else []
+    model = policy.model_fingerprint
     del policy  # a large model is in memory once
-    prove(layout, aside, answers, modules, dtype=model.dtype, text_length=model.text_length, fused=wanted["fused"])
+    exported = Exported(aside, layout, run.config.model.dtype, run.config.model.text_length, files, base_lora)
+    prove(exported, answers, modules)
     del modules
-    checked = "loaded back by plain diffusers, every expert's output equal bit for bit" + (
-        ", and one call of the whole pipeline" if whole else ""
-    )
-    experts = [EXPERT_NAMES[expert] for expert in layout.expert_ids]
+    difference = largest(answers, trained)
+    beneath = beneath_in_diffusers(exported, answers) if files and base_lora else None
+    checked = _checked(whole, wanted, difference, beneath)
     record = {
         **wanted,
         "base": identity["base"],
+        "model": model,
         "run": run.path.resolve().name,
-        "experts": experts,
+        "experts": [EXPERT_NAMES[expert] for expert in layout.expert_ids],
+        "lora": {EXPERT_NAMES[expert]: path.relative_to(aside).as_posix() for expert, path in files.items()},
         "checked": checked,
     }
+    if base_lora is not None:
+        record["base_lora"] = base_lora.record(beneath is not None)
     record["files"] = {path.relative_to(aside).as_posix(): sha256_file(path) for path in _files(aside)}
-    publish_new(aside / "README.md", model_card(run, record, _base(run, layout)).encode())
+    publish_new(aside / "README.md", model_card(run, record, Base.of(run, layout)).encode())
     if curve := reward_curve(run, stage.iteration):
         publish_new(aside / "reward.svg", curve.encode())
     publish_new(aside / RECORD, to_json(record, aside / RECORD))
     return checked, difference
 
 
-def _base(run: Run, layout: Layout) -> Base:
-    """The model below the policy, for the card."""
-    scheduler = layout.scheduler_config
-    return Base(
-        name=base_name(run, layout.folder),
-        pipeline=read_json(layout.folder / "model_index.json")["_class_name"],
-        shift=scheduler.get("flow_shift", scheduler.get("shift")),
-        takes_image=layout.takes_image == "must",
-    )
+def _checked(whole: bool, wanted: dict[str, Any], difference: float, beneath: float | None) -> str:
+    """How an export was proven, in one sentence."""
+    twice = "" if wanted["fused"] or wanted["format"] != "diffusers" else ", with its metadata and without,"
+    text = f"loaded back by plain diffusers{twice} every expert's output equal bit for bit"
+    if whole:
+        text += ", and one call of the whole pipeline"
+    if difference:
+        why = "merged weights are rounded" if wanted["fused"] else "alpha/rank is in the weights, in the model's dtype"
+        text += f"; from the outputs in training they differ by at most {difference:.1e} ({why})"
+    if beneath is not None:
+        text += f"; with the LoRA beneath it fused by diffusers, as below, by {beneath:.1e}"
+    return text
 
 
-def _write_pipeline(policy: Policy, aside: Path) -> float:
-    """Merge the adapters and write the whole pipeline folder; returns the largest difference merging made."""
-    layout, worst, adapted = policy.layout, 0.0, policy.has_lora
+def _write_lora(run: Run, policy: Policy, aside: Path, format: str) -> dict[int, Path]:
+    """Write the LoRA of each expert with its whole strength in its weights, and round it as diffusers will."""
+    files, name = {}, re.sub(r"[^\w.-]+", "_", run.path.resolve().name)
+    for expert in policy.expert_ids:
+        side = EXPERT_NAMES[expert]
+        fold_strength(policy.module(expert))
+        if format == "comfyui":
+            file = f"{name}_{side}.safetensors" if len(policy.expert_ids) > 1 else f"{name}.safetensors"
+            files[expert] = aside / file
+            save_native(policy.module(expert), files[expert])
+        else:
+            files[expert] = aside / side / WEIGHTS
+    if format == "diffusers":
+        policy.save_lora(aside)
+    for expert in policy.expert_ids:
+        round_adapter(policy.module(expert), policy.dtype)
+    return files
+
+
+def _write_pipeline(policy: Policy, aside: Path) -> dict[int, Path]:
+    """Merge the adapters and write the whole pipeline folder."""
+    layout, adapted = policy.layout, policy.has_lora
     for part in layout.parts:
         if part not in EXPERT_FOLDERS:
             shutil.copytree(layout.folder / part, aside / part)
     shutil.copyfile(layout.folder / "model_index.json", aside / "model_index.json")
     for expert in policy.expert_ids:
         module = policy.module(expert)
-        before = probe(module, layout)
         if adapted:
-            merge(module)
-        after = probe(module, layout)
-        worst = max(worst, (after - before).abs().max().item())
+            merge_adapter(module)
+            settle(module)
         save_expert(module, aside / EXPERT_FOLDERS[expert])
-    return worst
+    return {}
 
 
 def _answers(policy: Policy) -> dict[int, Tensor]:
-    """What each expert answers, its adapter in the dtype that `load_lora_weights` will give it."""
-    answers = {}
-    for expert in policy.expert_ids:
-        round_adapter(policy.module(expert), policy.dtype)
-        answers[expert] = probe(policy.module(expert), policy.layout)
-    return answers
-
-
-def prove(
-    layout: Layout,
-    folder: Path,
-    answers: dict[int, Tensor],
-    modules: list[Any],
-    *,
-    dtype: str,
-    text_length: int,
-    fused: bool,
-) -> None:
-    """Load `folder` by plain diffusers and compare, bit for bit: each expert's answers, and, when the policy's own
-    `modules` are given, the latents of one call of the whole pipeline. Raises RunFailed where they differ.
-    """
-    pipe = open_plain(folder if fused else layout.folder, dtype, whole=bool(modules))
-    if not fused:
-        wear(pipe, folder, layout.expert_ids)
-    for expert, answer in answers.items():
-        found = probe(getattr(pipe, EXPERT_FOLDERS[expert]), layout)
-        _equal(found, answer, f"{folder}: the {EXPERT_NAMES[expert]} expert")
-    if not modules:
-        return
-    theirs = sample(pipe, layout, text_length)
-    for expert, module in zip(layout.expert_ids, modules, strict=True):
-        setattr(pipe, EXPERT_FOLDERS[expert], module)
-    _equal(theirs, sample(pipe, layout, text_length), f"{folder}: a sample")
-
-
-def _equal(found: Tensor, expected: Tensor, what: str) -> None:
-    if not torch.equal(found, expected):
-        difference = (found - expected).abs().max().item()
-        raise RunFailed(
-            f"{what} loaded back by plain diffusers differs from the policy by {difference:.3g}",
-            "nothing was published; tell us which versions of diffusers and peft you have",
-        )
+    return {expert: probe(policy.module(expert), policy.layout) for expert in policy.expert_ids}
 
 
 @contextmanager

@@ -12,34 +12,27 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from rollout.lora.adapter import add_adapter, has_adapter, load_adapter, remove_adapter, save_adapter
+from rollout.lora.find import LoraFile, Start, hashes_of, policy_files
+from rollout.lora.merged import BaseLora
 from rollout.policy.folder import EXPERT_FOLDERS, Layout, fingerprint_folder, load_transformer
-from rollout.policy.full import copy_base, full_hashes, is_full, load_full, save_full
-from rollout.policy.lora import (
-    adapter_hashes,
-    add_adapter,
-    expert_folder,
-    has_adapter,
-    load_adapter,
-    remove_adapter,
-    save_adapter,
-)
+from rollout.policy.full import full_hashes, is_full, load_full, save_full
 from rollout.policy.place import Places
 from rollout.policy.sharding import Experts, check_ulysses, distribute
 from rollout.ranks.world import World, full
-from shards.errors import UserError
-from shards.files import canonical_sha256, read_json
-from shards.run import EXPERT_NAMES, POLICY_RECORD
+from shards.files import canonical_sha256
+from shards.run import EXPERT_NAMES
 
 
 class ExpertWeights(Places):
     """One or two transformers, what is trained of them, and which of them is on the device."""
 
-    def __init__(self, layout: Layout, dtype: str, device: torch.device) -> None:
+    def __init__(self, layout: Layout, dtype: str, device: torch.device, base_lora: BaseLora | None = None) -> None:
         super().__init__(device)
-        self.layout, self.dtype = layout, dtype
+        self.layout, self.dtype, self.base_lora = layout, dtype, base_lora
         self.expert_ids = layout.expert_ids
-        self.start_lora: Path | None = None
-        self._experts = {expert: load_transformer(layout, expert, dtype, device) for expert in self.expert_ids}
+        self.start: Start | None = None
+        self._experts = self._load_base()
         self._bases: dict[int, nn.Module] = {}  # the base model's experts, while the policy has its own of all weights
         self._active: int | None = None
         self._sharded: Experts | None = None  # the experts as one module of FSDP, once they are distributed
@@ -122,11 +115,12 @@ class ExpertWeights(Places):
         for expert, module in self._experts.items():
             add_adapter(module, rank, alpha, seed + expert)
 
-    def load_lora(self, folder: str | Path) -> None:
-        """Put on the adapters of a policy folder. Raises UserError when they are missing or of another model."""
+    def load_lora(self, source: str | Path | Mapping[int, LoraFile]) -> None:
+        """Put on the adapters of a policy folder, or of files. UserError when they are missing or of another model."""
         self.use(None)
+        files = source if isinstance(source, Mapping) else policy_files(Path(source), self.expert_ids)
         for expert, module in self._experts.items():
-            load_adapter(module, expert_folder(Path(folder), expert, len(self._experts)))
+            load_adapter(module, files[expert])
 
     def save_lora(self, folder: str | Path) -> None:
         """Write FOLDER/high_noise (and low_noise) as diffusers does."""
@@ -140,7 +134,7 @@ class ExpertWeights(Places):
         """
         assert not self.has_lora, "an adapter is trained instead of the weights, not with them"
         if not self._bases:
-            self._replace(copy_base(self.layout, self.dtype, self.device))
+            self._replace(self._load_base())
         for module in self._experts.values():
             module.requires_grad_(True)
 
@@ -177,36 +171,37 @@ class ExpertWeights(Places):
         self.use(None)
         if self._sharded is not None:
             self._undo_distribute()
-        source = folder if folder is not None else self.start_lora
-        if source is not None and is_full(source):
+        source, files = self._source(folder)
+        if files is None and source is not None:
             self._drop_adapters()
             return self._replace(load_full(self.layout, source, self.dtype, self.device))
         if self._bases:
             self._experts, self._bases = self._bases, {}
-        if source is not None:
-            return self.load_lora(source)
+        if files is not None:
+            return self.load_lora(files)
         self._drop_adapters()
+
+    def _source(self, folder: Path | None) -> tuple[Path | None, Mapping[int, LoraFile] | None]:
+        """(folder of whole transformers, None), (None, adapters), or twice None for the base model alone."""
+        if folder is None:
+            start = self.start or Start(None, None)
+            return (None, start.files) if start.files is not None else (start.folder, None)
+        return (folder, None) if is_full(folder) else (None, policy_files(folder, self.expert_ids))
 
     def _undo_distribute(self) -> None:
         """The base model's experts, plain, from its folder: a rank alone has only its shards of them."""
         self._sharded = self._sharded_bases = None
         self._dtypes, self._bases, self._world = {}, {}, World()
-        self._experts = copy_base(self.layout, self.dtype, self.device)
+        self._experts = self._load_base()
 
-    def _check_base(self, folder: Path) -> None:
-        """UserError for a policy of two experts on one, and for one that says that it was trained on another base."""
-        if len(self.expert_ids) == 1 and (folder / EXPERT_NAMES[1]).is_dir():
-            raise UserError(
-                f"model.lora: {folder} holds adapters of two experts, but {self.layout.folder} has one",
-                "name the model it was trained on in model.path, or the folder of one adapter in model.lora",
-            )
-        for record in (folder / POLICY_RECORD, folder / "export.json"):
-            base = read_json(record).get("base") if record.is_file() else None
-            if base is not None and base != self.base_fingerprint:
-                raise UserError(
-                    f"model.lora: {folder} was trained on another base model than {self.layout.folder}",
-                    f"{record} has the fingerprint of its base; name that model in model.path",
-                )
+    def _load_base(self) -> dict[int, nn.Module]:
+        """The experts of the base model in memory of their own, `model.base_lora` merged into them."""
+        found = {}
+        for expert in self.expert_ids:
+            found[expert] = load_transformer(self.layout, expert, self.dtype, self.device)
+            if self.base_lora is not None:
+                self.base_lora.merge(found[expert], expert)
+        return found
 
     def _replace(self, experts: dict[int, nn.Module]) -> None:
         """Put other weights in the place of the base model's, which are kept."""
@@ -255,9 +250,16 @@ class ExpertWeights(Places):
                 layer._disable_adapters = state
 
     @cached_property
-    def base_fingerprint(self) -> str:
-        """sha256 (hex) of the base model: names and contents of every weight and configuration file."""
+    def model_fingerprint(self) -> str:
+        """sha256 (hex) of the model folder: names and contents of every weight and configuration file."""
         return fingerprint_folder(self.layout)
+
+    @cached_property
+    def base_fingerprint(self) -> str:
+        """That of the base model: of its folder, and, where there is one, of the LoRA merged into it."""
+        if self.base_lora is None:
+            return self.model_fingerprint
+        return canonical_sha256({"model": self.model_fingerprint, "lora": self.base_lora.identity()})
 
     def fingerprint(self, policy_dir: str | Path | None) -> dict[str, Any]:
         """Identity of base and policy: {"fingerprint", "base", "adapters": {path in the folder: sha256}}.
@@ -265,8 +267,9 @@ class ExpertWeights(Places):
         After full training `adapters` names the files of the transformers instead. None stands for the policy as
         loaded. Raises UserError when the folder lacks a file.
         """
-        folder = Path(policy_dir) if policy_dir is not None else self.start_lora
-        hashes = full_hashes if folder is not None and is_full(folder) else adapter_hashes
-        adapters = {} if folder is None else hashes(folder, self.expert_ids)
+        folder, files = self._source(None if policy_dir is None else Path(policy_dir))
+        adapters = {} if folder is None else full_hashes(folder, self.expert_ids)
+        if files is not None:
+            adapters = hashes_of(files)
         identity = {"base": self.base_fingerprint, "adapters": adapters}
         return {"fingerprint": canonical_sha256(identity), **identity}

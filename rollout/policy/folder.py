@@ -210,7 +210,7 @@ def _load_model(kind: Any, folder: Path, **options: Any) -> Any:
 
     Nor may transformer and VAE have others than their class computes with; those of a text decoder do no harm.
     """
-    with _quiet_libraries():
+    with quiet_libraries():
         model, found = _load(kind, folder, output_loading_info=True, **options)
     wrong = {"its files have no": found["missing_keys"]}
     if kind is not UMT5EncoderModel:
@@ -224,7 +224,7 @@ def _load_model(kind: Any, folder: Path, **options: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet_libraries() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """Keep back the reports of diffusers and transformers on what they did not find; we look for ourselves."""
     before = [(library, library.get_verbosity()) for library in (diffusers_logging, transformers_logging)]
     for library, _ in before:

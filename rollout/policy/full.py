@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from rollout.lora.find import WEIGHTS
 from rollout.policy.folder import EXPERT_FOLDERS, Layout, load_transformer
-from rollout.policy.lora import WEIGHTS
 from rollout.policy.sharding import plain_copy
 from shards.errors import RunFailed, UserError
 from shards.files import sha256_file, sync
@@ -84,8 +84,3 @@ def full_hashes(folder: Path, experts: tuple[int, ...]) -> dict[str, str]:
             raise UserError(problem, "the policy folder is incomplete: train that iteration again")
         hashes |= {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
     return hashes
-
-
-def copy_base(layout: Layout, dtype: str, device: torch.device) -> dict[int, nn.Module]:
-    """The experts of the base model once more, in memory of their own."""
-    return {expert: load_transformer(layout, expert, dtype, device) for expert in layout.expert_ids}

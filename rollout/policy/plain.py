@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
+from rollout.lora.adapter import ADAPTER
 from rollout.policy.folder import DTYPES, EXPERT_FOLDERS, Layout
-from rollout.policy.lora import ADAPTER, WEIGHTS
 from shards.errors import RunFailed
 from shards.run import EXPERT_NAMES
 
@@ -36,18 +36,18 @@ def open_plain(folder: Path, dtype: str, *, whole: bool) -> Any:
     return pipe
 
 
-def wear(pipe: Any, folder: Path, experts: tuple[int, ...]) -> None:
-    """Load the adapters of FOLDER/high_noise (and low_noise) by `load_lora_weights`, the second expert's included.
+def wear(pipe: Any, loras: Mapping[int, Path | dict[str, Tensor]]) -> None:
+    """Load a LoRA file, or its tensors alone, into each expert by `load_lora_weights`.
 
     Raises RunFailed when diffusers loaded nothing into an expert, which it only logs.
     """
-    for expert in experts:
+    for expert, lora in loras.items():
         name, second = EXPERT_NAMES[expert], expert == 1
-        options = {"weight_name": WEIGHTS, "adapter_name": name, "load_into_transformer_2": second}
-        pipe.load_lora_weights(str(folder / name), **options)
+        source = lora if isinstance(lora, dict) else str(lora)
+        pipe.load_lora_weights(source, adapter_name=name, load_into_transformer_2=second)
         module = getattr(pipe, EXPERT_FOLDERS[expert])
         if name not in getattr(module, "peft_config", {}):
-            raise RunFailed(f"{folder / name}: diffusers loaded no layer of it", "tell us which versions you have")
+            raise RunFailed(f"{lora}: diffusers loaded no layer of it", "tell us which versions you have")
         settle(module)
 
 
@@ -107,18 +107,6 @@ def sample(pipe: Any, layout: Layout, text_length: int) -> Tensor:
     )
     latents: Tensor = result.frames
     return latents
-
-
-@torch.no_grad()
-def merge(module: Any) -> None:
-    """Merge the adapter into the base weights, added in fp32 and rounded once, and take the adapter's layers away."""
-    for layer in module.modules():
-        if isinstance(layer, BaseTunerLayer):
-            weight: Any = layer.get_base_layer().weight
-            delta = layer.get_delta_weight(ADAPTER).float()  # type: ignore[operator]
-            weight.data = (weight.data.float() + delta).to(weight.dtype)
-    module.unload_lora()
-    settle(module)
 
 
 def save_expert(module: Any, folder: Path) -> None:

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import UMT5Config, UMT5EncoderModel
 
+from rollout.lora.adapter import add_adapter
 from rollout.policy.folder import DTYPES
-from rollout.policy.lora import add_adapter
 
 Shape = tuple[int, int, int, int]
 

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from rollout.lora.start import check_records, open_base, open_start
 from rollout.policy.experts import ExpertWeights
 from rollout.policy.folder import DTYPES, Layout, find_folder, read_layout
 from rollout.policy.media import Media
 from rollout.ranks.device import find_device
 from shards.errors import UserError
-from shards.store.mirror import fetch_model
-from shards.store.urls import is_url
 
 if TYPE_CHECKING:
+    from rollout.lora.merged import BaseLora
     from shards.config import ModelConfig
 
 
@@ -27,16 +27,17 @@ class Policy(ExpertWeights, Media):
     and VAE are loaded when first needed and occupy the device only while they work.
     """
 
-    def __init__(self, layout: Layout, dtype: str, device: torch.device, text_length: int) -> None:
-        super().__init__(layout, dtype, device)
+    def __init__(
+        self, layout: Layout, dtype: str, device: torch.device, text_length: int, base_lora: BaseLora | None = None
+    ) -> None:
+        super().__init__(layout, dtype, device, base_lora)
         self.text_length = text_length
 
     @classmethod
     def of(cls, model: ModelConfig) -> Policy:
         """The model that [model] of run.toml names, as it was before any training. Raises UserError as `load` does."""
-        return cls.load(
-            model.path, dtype=model.dtype, device=model.device, text_length=model.text_length, lora=model.lora
-        )
+        names = ("dtype", "device", "text_length", "lora", "lora_2", "base_lora", "base_lora_2", "base_lora_scale")
+        return cls.load(model.path, **{name: getattr(model, name) for name in names})
 
     @staticmethod
     def device_of(model: ModelConfig) -> torch.device:
@@ -45,19 +46,31 @@ class Policy(ExpertWeights, Media):
 
     @classmethod
     def load(
-        cls, path: str | Path, *, dtype: str = "float32", device: str = "auto", text_length: int = 512, lora: str = ""
+        cls,
+        path: str | Path,
+        *,
+        dtype: str = "float32",
+        device: str = "auto",
+        text_length: int = 512,
+        lora: str = "",
+        lora_2: str = "",
+        base_lora: str = "",
+        base_lora_2: str = "",
+        base_lora_scale: float = 1.0,
     ) -> Policy:
-        """Load a model folder (or hub id, or `words`), and the LoRA of folder `lora` when one is named.
+        """Load a model folder (or hub id, or `words`), merge the LoRA beneath it, and put on the one to start from.
 
-        Raises UserError for a folder that is missing, foreign or damaged, and for a device that is not there.
+        Raises UserError for a folder or LoRA that is missing, foreign or damaged, and for a device that is not there.
         """
         if dtype not in DTYPES:
             raise UserError(f"model.dtype: {dtype!r} is unknown", f"one of {', '.join(DTYPES)}")
         where = find_device(device, dtype)
-        policy = cls(read_layout(find_folder(str(path))), dtype, where, text_length)
-        if lora:
-            policy.start_lora = fetch_model(lora) if is_url(lora) else Path(lora).expanduser()
-            policy._check_base(policy.start_lora)
+        layout = read_layout(find_folder(str(path)))
+        start = open_start(lora, lora_2, layout)
+        policy = cls(layout, dtype, where, text_length, open_base(base_lora, base_lora_2, base_lora_scale, layout))
+        policy.start = start
+        check_records(policy)
+        if start is not None:
             policy.become(None)
         return policy
 

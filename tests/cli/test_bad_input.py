@@ -176,14 +176,18 @@ def test_a_lora_of_another_base(policies: dict[str, Policy], tiny_t2v2: Path, ti
     hidden.save_lora(tmp_path / "lora")
     (tmp_path / "lora" / "policy.json").write_text(json.dumps(hidden.fingerprint(tmp_path / "lora")))
     run = training.make_run(tmp_path / "run", tiny_t2v2, model={"lora": str(tmp_path / "lora")})
+    beneath = (
+        "has the fingerprint of its base; name that model in model.path, and in model.base_lora the LoRA that was "
+        "beneath it, if there was one"
+    )
     assert refused(run) == (
         f"model.lora: {tmp_path}/lora was trained on another base model than {tiny_t2v2}",
-        f"{tmp_path}/lora/policy.json has the fingerprint of its base; name that model in model.path",
+        f"{tmp_path}/lora/policy.json {beneath}",
     )
     (tmp_path / "lora" / "policy.json").rename(tmp_path / "lora" / "export.json")  # the same, exported
     assert refused(run) == (
         f"model.lora: {tmp_path}/lora was trained on another base model than {tiny_t2v2}",
-        f"{tmp_path}/lora/export.json has the fingerprint of its base; name that model in model.path",
+        f"{tmp_path}/lora/export.json {beneath}",
     )
     (tmp_path / "lora" / "export.json").unlink()
     path = tmp_path / "lora" / "low_noise" / "pytorch_lora_weights.safetensors"
@@ -191,7 +195,7 @@ def test_a_lora_of_another_base(policies: dict[str, Policy], tiny_t2v2: Path, ti
     problem, hint = refused(run)
     where = "blocks.7.attn1.to_k.lora_A.weight is [2, 24] there, and here does not exist"
     assert problem == f"{path}: does not fit this model: {where}"
-    assert hint == "an adapter of another model"
+    assert hint == "a LoRA of another model"
 
 
 def test_a_lora_of_two_experts_on_one(

@@ -29,9 +29,11 @@ FOLDERS: dict[str, set[str]] = {
     "shards/workers": {"shards", "shards/process", "shards/store"},
     "rollout": {"rollout/policy", "rollout/prompts", "rollout/ranks", "rollout/words", "shards", "shards/process",
                 "shards/store", "shards/text", "shards/workers"},
-    "rollout/export": {"rollout", "rollout/policy", "shards", "shards/report", "shards/store"},
+    "rollout/export": {"rollout", "rollout/lora", "rollout/policy", "shards", "shards/report", "shards/store"},
+    "rollout/lora": {"rollout/policy", "shards", "shards/store"},
     "rollout/memory": {"rollout", "rollout/policy", "rollout/ranks", "shards"},
-    "rollout/policy": {"rollout/ranks", "rollout/words", "shards", "shards/process", "shards/store", "shards/text"},
+    "rollout/policy": {"rollout/lora", "rollout/ranks", "rollout/words", "shards", "shards/process", "shards/store",
+                       "shards/text"},
     "rollout/prompts": {"rollout/policy", "shards", "shards/process", "shards/store", "shards/text", "rollout/words"},
     "rollout/ranks": {"shards", "shards/process", "shards/store"},
     "rollout/words": set(),
@@ -227,7 +229,7 @@ def test_only_the_policy_imports_diffusers() -> None:
         path.relative_to(ROOT).as_posix()
         for path in modules().values() if any(module.startswith("diffusers") for module, _ in imports(tree_of(path)))
     }  # fmt: skip
-    assert {name for name in users if not name.startswith("rollout/policy/")} == DIFFUSERS.keys()
+    assert {name for name in users if not name.startswith(("rollout/policy/", "rollout/lora/"))} == DIFFUSERS.keys()
 
 
 def in_shards() -> list[Path]:

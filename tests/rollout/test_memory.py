@@ -14,11 +14,11 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from typer.testing import CliRunner
 
 import cli
+from rollout.lora.adapter import add_adapter
 from rollout.memory import model as memory_model
 from rollout.memory import needs as memory_needs
 from rollout.policy import Policy
 from rollout.policy.folder import find_folder, read_layout, tokens
-from rollout.policy.lora import add_adapter
 from rollout.policy.sizes import (
     ExpertSize,
     Pass,

@@ -354,6 +354,7 @@ def test_foreign_adapters_are_refused(folders: dict[str, Path], tmp_path: Path) 
     wide.save_lora(tmp_path)
     with pytest.raises(UserError, match=r"low_noise/pytorch_lora_weights\.safetensors: no such file"):
         policy.load_lora(tmp_path)
+    shutil.copytree(tmp_path / "high_noise", tmp_path / "low_noise")
     path = tmp_path / "high_noise" / "pytorch_lora_weights.safetensors"
     path.write_bytes(b"not safetensors")
     with pytest.raises(UserError, match="cannot be read as LoRA weights"):

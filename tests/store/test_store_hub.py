@@ -12,6 +12,7 @@ from types import ModuleType
 
 import pytest
 from huggingface_hub import HfFileSystem, constants
+from peft import LoraConfig, PeftModel
 
 from rollout.policy import Policy
 from rollout.run import rollout
@@ -26,9 +27,11 @@ from shards.verify.shards import verify
 from shards.workers import claims
 from shards.writer import seal
 from tests.store.test_store import Machine, machine_of
+from tests.support import lora_forms as forms
 from tests.support.hub_server import Fault, Hub, served
 from tests.support.shard_fixtures import committed_stage, fill, planned_stage
 from tests.support.store_machines import SETTINGS, assert_same, die_in_second_update, look, take_over
+from tests.support.tiny_models import tiny_transformer
 from tests.support.training import make_run
 from train.run import train
 
@@ -145,6 +148,28 @@ def test_a_model_folder_with_many_pages_and_large_files(hub: Hub, machine: Machi
     assert [path.rpartition("/")[2] for _, path, _ in hub.log if "/resolve/" in path] == ["a.bin"]
     with pytest.raises(UserError, match="no such model folder"):
         mirror.fetch_model("hf://datasets/me/tiny/models/none")
+
+
+def test_a_lora_at_a_url(hub: Hub, tiny_t2v2: Path, tiny_t2v: Path, tmp_path: Path) -> None:
+    """A folder with a pair, one file, a PEFT folder, its weights alone; nothing else of the repository is fetched."""
+    names = ("high_noise_model.safetensors", "low_noise_model.safetensors")
+    pair = [forms.write(tmp_path / name, forms.native(tiny_transformer(1), seed)) for seed, name in enumerate(names)]
+    PeftModel(tiny_transformer(1), LoraConfig(target_modules=["to_q"])).save_pretrained(tmp_path / "peft")
+    hub.create("me/loras")
+    for path in (*pair, *(tmp_path / "peft").glob("adapter_*")):
+        hub.put("me/loras", path.relative_to(tmp_path).as_posix(), path.read_bytes())
+    hub.put("me/loras", "optimizer.bin", b"pickle")
+    url = "hf://me/loras"
+    expected = forms.plain(tiny_t2v2, *pair)
+    assert forms.same(forms.answers(forms.load(tiny_t2v2, lora=url)), expected)
+    assert not (working_copy(url) / "optimizer.bin").exists()
+    both = [f"{url}/{name}" for name in names]
+    assert forms.same(forms.answers(forms.load(tiny_t2v2, lora=both[0], lora_2=both[1])), expected)
+    for place in (f"{url}/peft", f"{url}/peft/adapter_model.safetensors"):
+        policy = forms.load(tiny_t2v, lora=place)
+        assert policy.fingerprint(None)["adapters"].keys() == {"adapter_model.safetensors", "adapter_config.json"}
+    with pytest.raises(UserError, match=r"model\.base_lora: hf://me/loras/none: no such file or folder"):
+        forms.load(tiny_t2v, base_lora=f"{url}/none")
 
 
 def test_files_that_xet_keeps_go_through_the_file_system_of_the_client(

@@ -1,0 +1,154 @@
+"""LoRA of a policy: adapters on every expert, saved and loaded in diffusers' own format, one folder per expert."""
+
+from __future__ import annotations
+
+import copy
+import json
+import struct
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from diffusers import WanPipeline
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from rollout.lora.find import WEIGHTS, LoraFile
+from rollout.lora.read import Lora, read_lora
+from shards.errors import UserError
+from shards.files import publish_replace
+
+ADAPTER = "policy"
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+
+
+def add_adapter(module: nn.Module, rank: int, alpha: float, seed: int) -> None:
+    """Put a trainable adapter on attention and feed-forward layers: A gaussian from `seed`, B zero, both fp32.
+
+    With B zero the model computes the same bits as without an adapter. peft would give the weights the dtype of the
+    base; in bfloat16 updates of 1e-4 would be rounded away.
+    """
+    config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(TARGETS))  # type: ignore[arg-type]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module.add_adapter(config, adapter_name=ADAPTER)  # type: ignore[operator]
+    _to_float(module)
+
+
+def remove_adapter(module: nn.Module) -> None:
+    """Take the adapter off, if there is one."""
+    if has_adapter(module):
+        module.delete_adapters(ADAPTER)  # type: ignore[operator]
+        module.requires_grad_(False)
+
+
+def has_adapter(module: nn.Module) -> bool:
+    """Whether the module carries the policy's adapter."""
+    return ADAPTER in getattr(module, "peft_config", {})
+
+
+def adapter_state(module: nn.Module, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The weights of the adapter, or other ones under the module's names, under the names of files."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*LoRA tensor.*invalid shape")  # peft takes biases for shards
+        found: dict[str, Tensor] = get_peft_model_state_dict(
+            module, None if state is None else dict(state), adapter_name=ADAPTER
+        )
+    return found
+
+
+def save_adapter(module: nn.Module, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
+    """Write FOLDER/pytorch_lora_weights.safetensors as `WanPipeline.save_lora_weights` does, alpha in the metadata.
+
+    Without that metadata diffusers would load the adapter with alpha = rank, silently. `state` replaces the module's
+    own weights (by averaged ones, or gathered from ranks), under the module's names.
+    """
+    layers = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_state(module, state).items()}
+    config = module.peft_config[ADAPTER].to_dict()  # type: ignore[index, union-attr]
+    # sets have no order of their own: sorted, so that equal adapters are equal files
+    metadata = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".tmp-") as aside:
+        WanPipeline.save_lora_weights(aside, transformer_lora_layers=layers, transformer_lora_adapter_metadata=metadata)
+        publish_replace(folder / WEIGHTS, ordered((Path(aside) / WEIGHTS).read_bytes()))
+
+
+@torch.no_grad()
+def fold_strength(module: nn.Module) -> None:
+    """Multiply alpha/rank into B and its bias, so that the adapter has its whole strength whoever reads it.
+
+    Where alpha/rank is a power of two, no bit of what the module computes changes.
+    """
+    for layer in module.modules():
+        if isinstance(layer, LoraLayer):
+            for parameter in layer.lora_B[ADAPTER].parameters():
+                parameter *= layer.scaling[ADAPTER]
+            layer.scaling[ADAPTER] = 1.0
+    config: LoraConfig = module.peft_config[ADAPTER]  # type: ignore[index, union-attr, assignment]
+    config.lora_alpha, config.alpha_pattern, config.use_rslora = config.r, dict(config.rank_pattern), False
+
+
+def load_adapter(module: nn.Module, file: LoraFile) -> None:
+    """Put the LoRA of a file on a module, trainable, fp32, replacing the one that is there.
+
+    Raises UserError when the file is missing, damaged, or made for other layers.
+    """
+    put_on(module, read_lora(file))
+
+
+def put_on(module: nn.Module, lora: Lora) -> None:
+    """Put a LoRA on a module as `load_lora_weights` does, but trainable and fp32, replacing the one that is there.
+
+    UserError where layers, shapes or ranks are not those of the module; then it carries none. On the meta device only
+    that is checked.
+    """
+    remove_adapter(module)
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the file has fewer layers than its metadata say, as it may
+        try:
+            inject_adapter_in_model(copy.deepcopy(lora.config), module, adapter_name=ADAPTER, state_dict=lora.state)
+        except ValueError as error:  # none of its layers is there
+            raise UserError(f"{lora.path}: has no layer of this model", "a LoRA of another model") from error
+    module._hf_peft_config_loaded = True  # type: ignore[assignment]
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(f".{ADAPTER}." in name)
+    _to_float(module)
+    module.eval()  # layers that peft adds are in training: the dropout of a foreign adapter would be on
+    misfit = _misfit(lora.state, adapter_state(module))
+    if misfit:
+        remove_adapter(module)
+        raise UserError(f"{lora.path}: does not fit this model: {misfit[0]}", misfit[1])
+    if not any(parameter.is_meta for parameter in module.parameters()):
+        set_peft_model_state_dict(module, lora.state, adapter_name=ADAPTER)
+
+
+def _misfit(state: dict[str, Tensor], own: dict[str, Tensor]) -> tuple[str, str] | None:
+    """How the weights of a LoRA differ from those a module has room for, by one example, and a hint."""
+    for name in sorted(own.keys() | state.keys()):
+        theirs, ours = (tuple(part[name].shape) if name in part else None for part in (state, own))
+        if theirs and theirs != ours:
+            known = f"is {list(ours)}" if ours else "does not exist"
+            return f"{name} is {list(theirs)} there, and here {known}", "a LoRA of another model"
+    missing = sorted(own.keys() - state.keys())
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        return f"{missing[0]}{more} is missing there", "diffusers wants A, B and, where one layer has it, bias of all"
+    return None
+
+
+def ordered(data: bytes) -> list[bytes]:
+    """A safetensors file with its header in a fixed order; the library writes metadata in a random one."""
+    (length,) = struct.unpack_from("<Q", data)
+    header = json.loads(data[8 : 8 + length])
+    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors stay aligned
+    return [struct.pack("<Q", len(text)), text, data[8 + length :]]
+
+
+def _to_float(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()

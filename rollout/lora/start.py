@@ -1,0 +1,101 @@
+"""What [model] of run.toml lays on the base model: checked against its layers before a weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rollout.lora.adapter import put_on
+from rollout.lora.find import LoraFile, Start, find_lora, locate_lora
+from rollout.lora.merged import BaseLora
+from rollout.lora.read import Lora, read_lora
+from rollout.policy.folder import EXPERT_FOLDERS, Layout, read_config
+from rollout.policy.full import is_full
+from rollout.policy.sizes import meta_expert
+from shards.errors import UserError
+from shards.files import read_json
+from shards.run import EXPERT_NAMES
+
+if TYPE_CHECKING:
+    from rollout.policy.experts import ExpertWeights
+
+LORA, BASE_LORA = "model.lora", "model.base_lora"
+
+
+def open_start(first: str, second: str, layout: Layout) -> Start | None:
+    """What `model.lora` and `model.lora_2` name: a folder of whole transformers, or a LoRA of every expert.
+
+    Raises UserError where they are not clear, cannot be read, do not fit the model, or cannot be trained.
+    """
+    if not first and not second:
+        return None
+    place = None if second else locate_lora(LORA, first)
+    if place is not None and is_full(place):
+        return Start(None, place)
+    if place is not None and len(layout.expert_ids) == 1 and (place / EXPERT_NAMES[1]).is_dir():
+        raise UserError(  # its high-noise half alone would fit
+            f"{LORA}: {place} holds adapters of two experts, but {layout.folder} has one",
+            "name the model it was trained on in model.path, or the folder of one adapter in model.lora",
+        )
+    files = find_lora(LORA, first if place is None else str(place), second, layout.expert_ids)
+    for expert in layout.expert_ids:
+        if expert not in files:
+            raise UserError(
+                f"{LORA} names no LoRA of the {EXPERT_NAMES[expert]} expert, but both experts are trained",
+                "model.base_lora takes one of one expert, which then stays as it is",
+            )
+        lora = read_lora(files[expert])
+        if lora.is_dora:
+            problem = f"{files[expert].weights}: a DoRA ({_magnitude(lora)}), but only LoRA is trained"
+            raise UserError(problem, "name it in model.base_lora, which merges it into the model")
+        check_fit(lora, layout, expert)
+    return Start(files, place)
+
+
+def open_base(first: str, second: str, scale: float, layout: Layout) -> BaseLora | None:
+    """What `model.base_lora` and its companions name. Raises UserError as `open_start`."""
+    place = locate_lora(BASE_LORA, first) if first and not second else None
+    if place is not None and is_full(place):
+        problem = f"{BASE_LORA}: {place} holds whole transformers, not a LoRA"
+        raise UserError(problem, "export it as a model folder, and name that in model.path")
+    base = BaseLora.open(first if place is None else str(place), second, scale, layout.expert_ids, place)
+    for expert in layout.expert_ids if base else ():
+        lora = base.read(expert) if base else None
+        if lora is not None:
+            check_fit(lora, layout, expert)
+    return base
+
+
+def check_fit(lora: Lora, layout: Layout, expert: int) -> None:
+    """UserError where a LoRA has other layers or shapes than an expert, of which only the configuration is read."""
+    config = read_config(layout.folder / EXPERT_FOLDERS[expert] / "config.json", "save the transformer too")
+    put_on(meta_expert(config, int(config["num_layers"])), lora)
+
+
+def check_records(policy: ExpertWeights) -> None:
+    """UserError for a LoRA that says that it was trained on another base than it is laid on here."""
+    if policy.base_lora is not None:
+        _check_record(BASE_LORA, policy.base_lora.folder, policy.model_fingerprint, policy.layout)
+    if policy.start is not None:
+        _check_record(LORA, policy.start.folder, policy.base_fingerprint, policy.layout)
+
+
+def _check_record(setting: str, folder: Path | None, expected: str, layout: Layout) -> None:
+    for record in (folder / "policy.json", folder / "export.json") if folder else ():
+        base = read_json(record).get("base") if record.is_file() else None
+        if base is not None and base != expected:
+            raise UserError(
+                f"{setting}: {folder} was trained on another base model than {layout.folder}",
+                f"{record} has the fingerprint of its base; name that model in model.path, and in model.base_lora the "
+                "LoRA that was beneath it, if there was one",
+            )
+
+
+def _magnitude(lora: Lora) -> str:
+    return next(name for name in lora.state if ".lora_magnitude_vector" in name)
+
+
+def lora_parameters(start: Mapping[int, LoraFile]) -> int:
+    """Numbers in the largest of the LoRAs."""
+    return max(sum(value.numel() for value in read_lora(file).state.values()) for file in start.values())

@@ -1,0 +1,86 @@
+"""A foreign LoRA that is trained: what samples is what replays, what is saved, and what plain diffusers loads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+from tests.test_lora_forms import FORMS
+
+from rollout.policy import Policy
+from rollout.policy.plain import open_plain, probe, wear
+from rollout.run import rollout
+from shards.errors import UserError
+from shards.run import Run
+from tests.support import lora_forms as forms
+from tests.support import training
+from tests.support.lora_forms import answers, load, same
+from tests.support.tiny_models import tiny_transformer
+from train.replay import prove_iteration
+from train.run import train
+
+
+def make(tmp_path: Path, model: Path, form: str, **settings: Any) -> Run:
+    """A run that starts from a LoRA of that form, another one for each expert."""
+    for seed, side in enumerate(("high", "low")):
+        forms.write(tmp_path / "lora" / f"{side}_noise.safetensors", FORMS[form](tiny_transformer(1), seed))
+    return training.make_run(tmp_path / "run", model, settings, model={"lora": str(tmp_path / "lora")})
+
+
+@pytest.mark.parametrize("form", ["native, biases", "diffusers, mixed ranks", "musubi", "native, ends"])
+def test_it_is_trained_whole_and_stored_whole(form: str, tiny_t2v2: Path, tmp_path: Path) -> None:
+    run = make(tmp_path, tiny_t2v2, form)
+    policy = Policy.of(run.config.model)
+    began = {e: {name: value.detach().clone() for name, value in policy.trainable(e)} for e in (0, 1)}
+    assert any(".lora_B.policy.bias" in name for name in began[0]) == (form in ("native, biases", "native, ends"))
+    training.advise(training.roll(run, 0, policy))
+    report = train(run, 0, Policy.of(run.config.model))
+    assert report.replay == 0.0
+    assert not report.warnings
+
+    folder = run.iteration(0).policy_dir
+    policy.become(folder)
+    for expert in (0, 1):
+        now = dict(policy.trainable(expert))
+        assert now.keys() == began[expert].keys()
+        assert all(not now[name].equal(value) for name, value in began[expert].items()), "a weight was not trained"
+    trained = answers(policy)
+    assert same(answers(load(tiny_t2v2, lora=folder)), trained)
+    pipe = open_plain(tiny_t2v2, "float32", whole=False)
+    files = {e: folder / f"{side}_noise/pytorch_lora_weights.safetensors" for e, side in enumerate(("high", "low"))}
+    wear(pipe, files)
+    assert same([probe(module, policy.layout) for module in (pipe.transformer, pipe.transformer_2)], trained)
+
+    if form != "native, biases":  # the others only differ in how they are read
+        return
+    rollout(run, run.iteration(1), Policy.of(run.config.model))
+    rollout(run, run.evaluation(1), Policy.of(run.config.model))
+    assert [prove_iteration(run, number, Policy.of(run.config.model)) for number in (0, 1)] == [0.0, 0.0]
+    training.advise(run.iteration(1))
+    assert train(run, 1, Policy.of(run.config.model)).replay == 0.0
+
+
+def test_the_configuration_is_stored_with_it(tiny_t2v2: Path, tmp_path: Path) -> None:
+    """Without ranks and biases in the metadata nobody could load the file."""
+    policy = load(tiny_t2v2, lora=make(tmp_path, tiny_t2v2, "diffusers, mixed ranks").config.model.lora)
+    policy.save_lora(tmp_path / "a")
+    with safe_open(tmp_path / "a" / "low_noise" / "pytorch_lora_weights.safetensors", "pt") as file:
+        config = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert {config["transformer.r"], *config["transformer.rank_pattern"].values()} == {2, 5}
+    assert config["transformer.alpha_pattern"] == config["transformer.rank_pattern"]
+    load(tiny_t2v2, lora=tmp_path / "a").save_lora(tmp_path / "b")
+    for side in ("high_noise", "low_noise"):
+        name = f"{side}/pytorch_lora_weights.safetensors"
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_all_weights_are_not_trained_with_a_lora_on_them(tiny_t2v2: Path, tmp_path: Path) -> None:
+    run = make(tmp_path, tiny_t2v2, "native, biases", full=True)
+    training.advise(training.roll(run, 0, Policy.of(run.config.model)))
+    with pytest.raises(UserError) as caught:
+        train(run, 0)
+    assert caught.value.problem == f"train.full trains all weights, but model.lora = {tmp_path}/lora"
+    assert caught.value.hint == "name it in model.base_lora instead, which merges it into the model"
