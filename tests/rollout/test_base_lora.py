@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.test_lora_forms import ends, head_difference
 from torch import Tensor
 
 from rollout.lineage import take_policy
@@ -19,6 +18,7 @@ from rollout.run import rollout
 from shards.errors import RunFailed, UserError
 from shards.files import read_json
 from shards.run import Run
+from tests.rollout.test_lora_forms import ends, head_difference
 from tests.support import lora_forms as forms
 from tests.support import training
 from tests.support.lora_forms import Tensors, answers, load, same

@@ -19,7 +19,7 @@ from PIL import Image
 from rollout.export.card_code import Base, public_name
 from rollout.export.export import export
 from rollout.policy import Policy
-from rollout.step import Inputs, looks_back, take_step
+from rollout.step import StepInputs, looks_back, take_step
 from shards.files import read_json
 from shards.run import Run
 from tests.rollout.test_export import trained
@@ -80,7 +80,8 @@ def evaluated(run: Run, noise: torch.Tensor, image: Any = None) -> torch.Tensor:
     x, before = noise, None
     with torch.no_grad():
         for step in range(plan.steps):
-            taken = take_step(policy, plan, step, x, None, torch.float32, Inputs(prompt, negative, condition), before)
+            inputs = StepInputs(x, prompt, negative, condition, before)
+            taken = take_step(policy, plan, step, inputs, None, torch.float32)
             x, before = taken.x, taken.clean if looks_back(plan) else None
     return policy.impose(x, condition)
 

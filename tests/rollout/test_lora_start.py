@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 from safetensors import safe_open
-from tests.test_lora_forms import FORMS
 
 from rollout.policy import Policy
 from rollout.policy.plain import open_plain, probe, wear
 from rollout.run import rollout
 from shards.errors import UserError
 from shards.run import Run
+from tests.rollout.test_lora_forms import FORMS
 from tests.support import lora_forms as forms
 from tests.support import training
 from tests.support.lora_forms import answers, load, same
