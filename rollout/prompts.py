@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rollout.words.paths import words_folder
+from shards.absolute_paths import nearest_file
 from shards.errors import UserError
 from shards.process.progress import counted
 from shards.quotes import quoted
@@ -55,17 +56,11 @@ def load_prompts(path: str | Path, need_target: bool) -> list[Prompt]:
     if reader is None:
         raise UserError(f"{file}: prompts of an unknown format", f"the suffix is one of {', '.join(_READERS)}")
     if not file.is_file():
-        raise UserError(f"{file}: no such file", _hint(file))
+        raise UserError(f"{file}: no such file", nearest_file(file))
     prompts = [_prompt(file, *row, need_target) for row in reader(file)]
     if not prompts:
         raise UserError(f"{file}: holds no prompt", "write one prompt a line")
     return prompts
-
-
-def _hint(file: Path) -> str:
-    if file.is_absolute():
-        return "name a prompts file in rollout.prompts or eval.prompts"
-    return f"a relative path counts from where the command is given, here from {Path.cwd()}"
 
 
 def prompts_of_iteration(prompts: Sequence[Prompt], count: int, seed: int, iteration: int) -> list[Prompt]:

@@ -71,7 +71,7 @@ def apply_sets(values: dict[str, Any], sets: Iterable[str]) -> dict[str, Any]:
         name, equals, text = setting.partition("=")
         if not equals or not name.strip():
             raise UserError(f"--set {setting}: not of the form section.key=value", "for example --set rollout.steps=10")
-        *tables, key = name.strip().split(".")
+        *tables, key = _key_parts(name.strip())
         table = changed
         for part in tables:
             table = table.setdefault(part, {})
@@ -79,6 +79,12 @@ def apply_sets(values: dict[str, Any], sets: Iterable[str]) -> dict[str, Any]:
                 raise UserError(f"--set {setting}: {part} is a value, not a section", "name one section and one key")
         table[key] = _toml_value(text.strip())
     return changed
+
+
+def _key_parts(name: str) -> list[str]:
+    """`score.options."a.b:C".size` in its parts; quotes, as TOML has them, keep the dots of one."""
+    parts = re.findall(r'"(?:[^"\\]|\\.)*"|[^."]+', name)
+    return [json.loads(part) if part[0] == '"' else part for part in parts] or [name]
 
 
 def dump_config(config: RunConfig) -> str:

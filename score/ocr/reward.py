@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -44,15 +44,8 @@ class OCR:
         faster, for text over 28 px). detector_bf16: for GPUs, and CPUs with AMX; boxes may differ.
         fold_confusables: 0/o, 1/i/l, 5/s count as equal. min_confidence: boxes not above it are ignored.
         """
-        if mode not in DEFINITIONS:
-            raise UserError(f"reward 'ocr' has no mode {mode!r}", f"there are {', '.join(DEFINITIONS)}")
-        least = {"interval": 1, "batch_pixels": 1, "max_frames": 0, "min_size": 0, "canvas_size": 32}
-        given = (interval, batch_pixels, max_frames, min_size, canvas_size)
-        for (option, lowest), value in zip(least.items(), given, strict=True):
-            if value < lowest:
-                raise UserError(f"reward 'ocr': {option} is {value}", f"give {lowest} or more")
-        if not 0.0 <= min_confidence < 1.0:
-            raise UserError(f"reward 'ocr': min_confidence is {min_confidence:g}", "give 0 or more and less than 1")
+        given = {"interval": interval, "batch_pixels": batch_pixels, "max_frames": max_frames, "min_size": min_size}
+        self.check_options({**given, "canvas_size": canvas_size, "mode": mode, "min_confidence": min_confidence})
         self.mode, self.interval, self.max_frames = mode, interval, max_frames
         self.fold_confusables, self.min_confidence = fold_confusables, min_confidence
         self._reading: dict[str, Any] = {
@@ -62,6 +55,18 @@ class OCR:
             "device": device,
             "batch_pixels": batch_pixels,
         }
+
+    @staticmethod
+    def check_options(options: Mapping[str, Any]) -> None:
+        """Raises UserError for values out of range."""
+        if (mode := options["mode"]) not in DEFINITIONS:
+            raise UserError(f"reward 'ocr' has no mode {mode!r}", f"there are {', '.join(DEFINITIONS)}")
+        least = {"interval": 1, "batch_pixels": 1, "max_frames": 0, "min_size": 0, "canvas_size": 32}
+        for option, lowest in least.items():
+            if options[option] < lowest:
+                raise UserError(f"reward 'ocr': {option} is {options[option]}", f"give {lowest} or more")
+        if not 0.0 <= (confidence := options["min_confidence"]) < 1.0:
+            raise UserError(f"reward 'ocr': min_confidence is {confidence:g}", "give 0 or more and less than 1")
 
     def __call__(self, videos: Sequence[Video]) -> list[Scored]:
         """Read all chosen frames of all videos together and compare. A video without a target has no score."""
