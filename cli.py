@@ -46,6 +46,7 @@ app = typer.Typer(
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="the run directory", show_default=False)]
 Iteration = Annotated[int | None, typer.Option(min=0, help="iteration to work on; the first unfinished one if absent")]
 Sets = Annotated[list[str], typer.Option("--set", metavar="SECTION.KEY=VALUE", help="another value than run.toml has")]
+REWARD = "NAME[=WEIGHT][:OPTION=VALUE,…]"
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON document on stdout, and nothing else there")]
 WorkerOf = Annotated[
     str,
@@ -95,6 +96,7 @@ def init(
     sets: Sets = [],  # noqa: B006
 ) -> None:
     """Make a run directory with its run.toml, from a preset."""
+    from score.tables import select
     from shards.absolute_paths import in_full
     from shards.run import Run
     from shards.run_toml import apply_sets, parse_config, read_preset
@@ -103,6 +105,7 @@ def init(
     values, said = in_full(apply_sets(read_preset(preset), sets))
     config = parse_config(values, f"preset {preset}")
     check_settings(config)
+    select(config.score, content=False)  # files that its options name may lie on another machine
     created = Run.create(run, config)
     done = f"written from preset {preset}" if created.is_new else "is there already, with the same values"
     say(f"{created.config_path}: {done}; read it, change what you like")
@@ -121,11 +124,14 @@ def rollout(
     sets: Sets = [],  # noqa: B006
 ) -> None:
     """Sample the shards of an iteration that do not exist yet."""
+    from score.tables import select
     from train.objectives.settings import check_settings
 
     opened = open_run(run, sets)
     stage = stage_of(opened, iteration)
-    check_settings(opened.config)  # what cannot be trained is better refused before it is sampled
+    # what cannot be trained, or not be scored, is better refused before it is sampled
+    check_settings(opened.config)
+    select(opened.config.score, content=False)
     if not dry_run:
         share = Share.of(worker, wait)
         with ranks(opened):
@@ -140,13 +146,15 @@ def rollout(
 def score(
     run: RunPath,
     iteration: Iteration = None,
-    reward: Annotated[list[str], typer.Option(metavar="NAME[=WEIGHT]", help="instead of the rewards in run.toml")] = [],  # noqa: B006
+    reward: Annotated[list[str], typer.Option(metavar=REWARD, help="instead of the rewards in run.toml; many")] = [],  # noqa: B006
     advantages_only: Annotated[bool, typer.Option(help="combine stored rewards again; load no model")] = False,
     worker: WorkerOf = "",
     wait: Wait = False,
     sets: Sets = [],  # noqa: B006
 ) -> None:
     """Watch the videos, write rewards, then group advantages."""
+    from score.catalogue.argument import reward_settings
+
     opened = open_run(run, [*sets, *reward_settings(reward)])
     stage = stage_of(opened, iteration)
     share = Share.of(worker, wait)
@@ -243,7 +251,7 @@ def judge(
     videos: Annotated[list[Path], typer.Argument(metavar="VIDEO…", help="video files", show_default=False)],
     reward: Annotated[
         list[str],
-        typer.Option(metavar="NAME[:OPTION=VALUE,…]", help="a reward; as many as you like", show_default=False),
+        typer.Option(metavar=REWARD, help="a reward, without a weight here; as many as you like", show_default=False),
     ],
     prompt: Annotated[
         list[str], typer.Option(metavar="TEXT", help="once for all videos, or once for each", show_default=False)
@@ -262,6 +270,24 @@ def judge(
         missing += sum(verdict["status"] != "ok" for verdict in record["rewards"])
     if missing:
         raise RunFailed(f"{missing} score{'s are' if missing > 1 else ' is'} missing", "`status` in the lines says why")
+
+
+@app.command(
+    short_help="What rewards there are, with options and defaults.",
+    epilog="Example:  rushes rewards ocr  or  rushes rewards colour.py:Colourful",
+)
+def rewards(
+    name: Annotated[str, typer.Argument(metavar="[NAME]", help="one reward, with all that its source says")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """List the rewards with their components, options and defaults. Nothing of them is loaded."""
+    from score.catalogue.listing import describe_reward, every_reward, render_listing
+
+    found = [describe_reward(name)] if name else every_reward()
+    if as_json:
+        print_json([asdict(entry) for entry in found])
+    else:
+        print(render_listing(found, whole=bool(name)))
 
 
 @app.command(
@@ -538,20 +564,6 @@ def do_train(run: Run, iteration: int, policy: Policy | None, advantage: str = "
     with show(f"iter-{iteration:04d} train") as report:
         result = run_train(run, iteration, policy, report, advantage)
     say(f"iter-{iteration:04d} train: {result}")
-
-
-def reward_settings(rewards: list[str]) -> list[Setting]:
-    """The setting that stands for the --reward options of a call, if there are any."""
-    weights: dict[str, float] = {}
-    for reward in rewards:
-        name, _, weight = reward.partition("=")
-        if name in weights:
-            raise UserError(f"--reward {reward}: {name} is given twice", "give each reward once")
-        try:
-            weights[name] = float(weight or 1.0)
-        except ValueError:
-            raise UserError(f"--reward {reward}: the weight is no number", "for example --reward ocr=0.5") from None
-    return [("score.rewards", weights)] if weights else []
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from score.clip import load_embedder, model_identity
 from score.digests import digest
-from score.frames import FrameReward
+from score.frames import FrameReward, positive
 from shards.errors import UserError
 
 HINT = "a head is a chain of linear layers: *.weight [out, in] and *.bias [out], in the order of their names"
@@ -47,8 +47,7 @@ class Aesthetic(FrameReward):
         device: str = "auto",
     ) -> None:
         """head: safetensors file of the head. activation: `none` or `relu` between its layers. Others as for `clip`."""
-        if activation not in ("none", "relu"):
-            raise UserError(f"reward 'aesthetic' has no activation {activation!r}", "there are none and relu")
+        self.check_options({"activation": activation, "frames": frames})
         self.activation = activation
         self.look_at(frames)
         layers = read_head(head)
@@ -59,6 +58,13 @@ class Aesthetic(FrameReward):
                 "a head fits only the CLIP model it was trained on",
             )
         self.layers = layers
+
+    @staticmethod
+    def check_options(options: Mapping[str, Any]) -> None:
+        """Raises UserError for values that cannot be."""
+        if (activation := options["activation"]) not in ("none", "relu"):
+            raise UserError(f"reward 'aesthetic' has no activation {activation!r}", "there are none and relu")
+        positive("aesthetic", "frames", options["frames"])
 
     def values(self, frames: NDArray[np.uint8], prompt: str) -> Mapping[str, float]:
         """Scores of the frames; the prompt is not looked at."""

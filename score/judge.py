@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from score import process
+from score.catalogue.argument import EXAMPLE, parse_argument
 from score.ocr.text import NoTarget, target_of
-from score.reward import Chosen, Reward, Scored, Video, choose, known
+from score.reward import Chosen, Reward, Scored, Video, choose
 from shards.errors import UserError
 from shards.text.cleaning import clean
 
-EXAMPLE = "for example ocr or ocr:mode=flow_grpo_video,interval=2"
 ONE_FOR_ALL = "give it once for all videos, or as often as there are videos"
 
 
@@ -105,22 +104,14 @@ def json_line(record: Mapping[str, Any], encoding: str | None) -> str:
 
 
 def parse_reward(text: str) -> Chosen:
-    """The reward that `NAME:option=value,…` stands for. NAME may be `module:Class`; a value may hold commas and colons.
+    """The reward that `NAME:option=value,…` stands for; the weight that `score` takes has no meaning for one video.
 
-    Raises UserError for another form, an option given twice, and whatever `choose` refuses.
+    Raises UserError for a weight, and whatever `parse_argument` and `choose` refuse.
     """
-    matched = re.fullmatch(r"(.+?)(?::([A-Za-z_]\w*=.*))?", text, re.DOTALL)
-    name, tail = (matched[1], matched[2]) if matched else ("", None)
-    head, colon, rest = name.partition(":")
-    if not head or (colon and (not rest or head in known())):
-        raise UserError(f"--reward {text}: not of the form NAME:option=value,…", EXAMPLE)
-    options: dict[str, str] = {}
-    for part in re.split(r",(?=[A-Za-z_]\w*=)", tail) if tail else []:
-        option, _, value = part.partition("=")
-        if option in options:
-            raise UserError(f"--reward {text}: option {option!r} is given twice", "give it once")
-        options[option] = value
-    return choose(name, options)
+    argument = parse_argument(text)
+    if argument.weight is not None:
+        raise UserError(f"--reward {text}: `judge` adds nothing up, so it takes no weight", "leave the weight out")
+    return choose(argument.name, argument.options)
 
 
 def one_each(option: str, texts: Sequence[str], count: int) -> list[str]:

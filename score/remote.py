@@ -66,22 +66,30 @@ class Remote:
         frames: at most so many are sent, evenly spread (0: all). label: what answers there, for example a version:
         another label means that videos are scored again. timeout, pause: seconds. parallel: requests at once.
         """
+        given = {"url": url, "format": format, "timeout": timeout, "pause": pause, "frames": frames}
+        self.check_options(given | {"attempts": attempts, "parallel": parallel})
+        if token_env and token_env not in os.environ:
+            raise UserError(f"reward 'remote': there is no environment variable {token_env}", "put the token there")
+        self.url, self.format, self.frames = url, format, frames
+        self.names = self.components_for({"names": names})
+        self.attempts, self.parallel = attempts, parallel
+        self.timeout, self.pause, self.token_env = timeout, pause, token_env
+        self.opener = urllib.request.build_opener(_Stay())
+
+    @staticmethod
+    def check_options(options: Mapping[str, Any]) -> None:
+        """Raises UserError for values that cannot be; whether the token is there only the machine that scores knows."""
+        url, format = options["url"], options["format"]
         if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
             raise UserError(
                 f"reward 'remote': {url!r} is no http or https address", "for example http://host:8000/score"
             )
         if format not in ("mp4", "png"):
             raise UserError(f"reward 'remote' has no format {format!r}", "there are mp4 and png")
-        if token_env and token_env not in os.environ:
-            raise UserError(f"reward 'remote': there is no environment variable {token_env}", "put the token there")
-        if timeout <= 0 or pause < 0 or frames < 0:
+        if options["timeout"] <= 0 or options["pause"] < 0 or options["frames"] < 0:
             raise UserError("reward 'remote': timeout, pause and frames cannot be negative", "leave them out")
-        self.url, self.format, self.frames = url, format, frames
-        self.names = self.components_for({"names": names})
-        self.attempts = positive("remote", "attempts", attempts)
-        self.parallel = positive("remote", "parallel", parallel)
-        self.timeout, self.pause, self.token_env = timeout, pause, token_env
-        self.opener = urllib.request.build_opener(_Stay())
+        for name in ("attempts", "parallel"):
+            positive("remote", name, options[name])
 
     @staticmethod
     def components_for(options: Mapping[str, Any]) -> tuple[str, ...]:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 from score.options import resolve
+from shards.absolute_paths import nearest_file
 from shards.errors import UserError, nearest
 from shards.store.mirror import fetch_any
 from shards.store.urls import is_stored
@@ -85,11 +90,12 @@ class Reward(Protocol):
     names of options that change speed and not numbers; `keeps_text = True` when it gives `Scored.text`; a static method
     `after_group(list[Scored]) -> list[Scored]`, called with all samples of one prompt; a static method
     `identity(options) -> {option: digest}`, the content of files that options name, which then counts instead of their
-    paths; a static method `components_for(options)` for names that depend on options; a static method
-    `check_files(options)`, which raises UserError for those that are not there; a static method
-    `unscorable(options, prompt, target)`, a UserError that says why no video of a prompt can have a score,
-    None where one can. An exception means that this
-    video has no score; it is never turned into 0. A UserError means that nothing can be scored at all.
+    paths; a static method `components_for(options)` for names that depend on options; static methods
+    `check_options(options)`, which raises UserError for values that cannot be, before anything is sampled, and
+    `check_files(options)`, which raises it for files that are not there; a static method
+    `unscorable(options, prompt, target)`, a UserError that says why no video of a prompt can have a score, None where
+    one can. An exception means that this video has no score; it is never turned into 0. A UserError means that nothing
+    can be scored at all.
     """
 
     name: str
@@ -119,8 +125,9 @@ class Chosen:
     def directory(self) -> str:
         """`<name>-<8 hex digits>`: the digits stand for version and options, so a changed reward has another one."""
         options = {key: self.content.get(key, value) for key, value in self.options.items() if key not in self.neutral}
-        identity = json.dumps([self.name, self.target, self.version, self.components, options], sort_keys=True)
-        return f"{re.sub(r'[^A-Za-z0-9_]+', '-', self.name)}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+        name, target = module_name(self.name), module_name(self.target)  # wherever the file lies
+        identity = json.dumps([name, target, self.version, self.components, options], sort_keys=True)
+        return f"{re.sub(r'[^A-Za-z0-9_]+', '-', name)}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
 
     def build(self) -> Reward:
         """The reward itself."""
@@ -143,6 +150,12 @@ class Chosen:
         return list(function(scored)) if function else scored
 
 
+def module_name(name: str) -> str:
+    """`/home/me/colour.py:Colourful` -> `colour:Colourful`, which names the same reward; other names as they are."""
+    path, colon, rest = name.partition(":")
+    return f"{_dotted(Path(path))[1]}:{rest}" if colon and _is_file(path) else name
+
+
 def split_name(name: str) -> tuple[str, str]:
     """`videoalign.motion` -> ("videoalign", "motion"); `module.path:Class.motion` likewise; no component: ""."""
     module, colon, tail = name.partition(":")
@@ -150,8 +163,12 @@ def split_name(name: str) -> tuple[str, str]:
     return (f"{module}:{head}" if colon else head), component
 
 
-def choose(name: str, options: Mapping[str, Any] | None = None) -> Chosen:
-    """Find a reward by its name here, `module:Class`, or an installed package's entry point. Raises UserError."""
+def choose(name: str, options: Mapping[str, Any] | None = None, content: bool = True) -> Chosen:
+    """Find a reward by its name here, `module:Class`, `/path/file.py:Class`, or an installed package's entry point.
+
+    Without `content` the files that options name are not looked at, for a check where they need not be; the fingerprint
+    of the result is not that of its scores then. Raises UserError.
+    """
     target = name if ":" in name else _registered(name)
     found = _class_of(name, target)
     components = tuple(getattr(found, "components", ()))
@@ -167,9 +184,11 @@ def choose(name: str, options: Mapping[str, Any] | None = None) -> Chosen:
         raise UserError(
             f"reward {name!r}: a component cannot be called {min(taken)!r}", "the score table has that column"
         )
+    if hasattr(found, "check_options"):
+        found.check_options(resolved)
     neutral, keeps_text = tuple(getattr(found, "neutral", ())), bool(getattr(found, "keeps_text", False))
-    content = dict(found.identity(_here(resolved))) if hasattr(found, "identity") else {}
-    return Chosen(name, target, found.version, components, resolved, neutral, keeps_text, content)
+    digests = dict(found.identity(_here(resolved))) if content and hasattr(found, "identity") else {}
+    return Chosen(name, target, found.version, components, resolved, neutral, keeps_text, digests)
 
 
 def known() -> dict[str, str]:
@@ -199,17 +218,66 @@ def _registered(name: str) -> str:
 
 def _class_of(name: str, target: str) -> Any:
     """The class behind `module:Class`. The current folder counts, since that is where one's own reward lies."""
-    module_name, _, class_name = target.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+    source, _, class_name = target.partition(":")
     try:
-        module = importlib.import_module(module_name)
+        module = _from_file(Path(source)) if _is_file(source) else _from_path(source)
+    except FileNotFoundError:
+        raise UserError(f"reward {name!r}: {source}: no such file", nearest_file(Path(source))) from None
     except ImportError as error:
-        hint = "install it, or give the command in the folder where it lies"
-        raise UserError(f"reward {name!r}: cannot import {module_name}: {error}", hint) from error
+        hint = "install it, or give the command in the folder where it lies, or name its file: `path/file.py:Class`"
+        raise UserError(f"reward {name!r}: cannot import {source}: {error}", hint) from error
     except Exception as error:  # whatever stands in a file of the user's
         problem = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"reward {name!r}: cannot import {module_name}: {problem}", "--debug says where") from error
+        raise UserError(f"reward {name!r}: cannot import {source}: {problem}", "--debug says where") from error
     if not hasattr(module, class_name):
-        raise UserError(f"reward {name!r}: module {module_name} has no {class_name!r}", "write it as `module:Class`")
+        names = [key for key, value in vars(module).items() if isinstance(value, type)]
+        near = difflib.get_close_matches(class_name, names, 1)
+        hint = f"did you mean {near[0]!r}?" if near else "write it as `module:Class`"
+        raise UserError(f"reward {name!r}: module {source} has no {class_name!r}", hint)
     return getattr(module, class_name)
+
+
+def _is_file(source: str) -> bool:
+    return source.endswith(".py") or "/" in source
+
+
+def _from_path(name: str) -> ModuleType:
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    return importlib.import_module(name)
+
+
+def _dotted(file: Path) -> tuple[Path, str]:
+    """The folder that must be on the path for a file, and its module there: `pkg.colour` where its folder is one."""
+    parts = [] if file.name == "__init__.py" else [file.stem]
+    folder = file.parent
+    while (folder / "__init__.py").is_file():
+        parts, folder = [folder.name, *parts], folder.parent
+    return folder, ".".join(parts)
+
+
+def _from_file(file: Path) -> ModuleType:
+    """The module in a file, once per process. Its folder, or that of its package, counts for what it imports.
+
+    Raises FileNotFoundError, and whatever its import raises.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(file)
+    folder, dotted = _dotted(file)
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+    if "." in dotted or file.name == "__init__.py":
+        return importlib.import_module(dotted)
+    # under a name of its own, because two files of one name are two rewards
+    own = f"_reward_{hashlib.sha256(str(file).encode()).hexdigest()[:16]}"
+    if own not in sys.modules:
+        spec = importlib.util.spec_from_file_location(own, file)
+        assert spec
+        assert spec.loader
+        sys.modules[own] = module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[own]
+            raise
+    return sys.modules[own]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import math
@@ -49,20 +50,29 @@ class Selection:
         return list(chosen.values())
 
 
-def select(config: ScoreConfig, rewards: Mapping[str, float] | None = None) -> Selection:
-    """Resolve the names of [score].rewards, or of `rewards` when given. Raises UserError for a wrong one."""
+def select(config: ScoreConfig, rewards: Mapping[str, float] | None = None, content: bool = True) -> Selection:
+    """Resolve the names of [score].rewards, or of `rewards` when given. Raises UserError for a wrong one.
+
+    Without `content` the files that options name are not looked at, as for `choose`.
+    """
     weights = dict(config.rewards if rewards is None else rewards)
     if not weights:
         raise UserError("no reward is given", "name at least one, like rewards = { ocr = 1.0 } under [score]")
     chosen: dict[str, Chosen] = {}
     for name, weight in weights.items():
         base, component = split_name(name)
-        chosen[base] = chosen.get(base) or choose(base, config.options.get(base))
+        chosen[base] = chosen.get(base) or choose(base, config.options.get(base), content)
         if component and component not in chosen[base].components:
-            known = ", ".join(chosen[base].components)
-            raise UserError(f"reward {base!r} has no component {component!r}", f"it has {known}")
+            known = chosen[base].components
+            near = difflib.get_close_matches(component, known, 1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise UserError(f"reward {base!r} has no component {component!r}", f"{hint}it has {', '.join(known)}")
         if not math.isfinite(weight):
             raise UserError(f"the weight of reward {name!r} is {weight}", "weights are finite numbers")
+    folders = {one.directory: one for one in chosen.values()}
+    if same := next((one for one in chosen.values() if folders[one.directory] is not one), None):
+        problem = f"rewards {same.name!r} and {folders[same.directory].name!r} have one file name, class and version"
+        raise UserError(problem, "their scores would lie in one folder: rename a file, or give one another version")
     specification = Specification(weights, config.combine, config.spread, config.min_spread, config.best_of_n)
     return Selection(chosen, specification)
 

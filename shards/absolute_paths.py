@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
+import difflib
+import importlib.machinery
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from shards.errors import UserError
 from shards.store.urls import is_url
 
 PROMPTS = (("rollout", "prompts"), ("eval", "prompts"))
 PATHS = (("model", "path"), ("model", "lora"), *PROMPTS)
+IN_FULL = "written in full, so that it holds wherever a command is given"
 EMBEDDED = "words"  # names the embedded model and its prompts, even where a folder has that name
 
 
@@ -19,20 +24,73 @@ def in_full(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The tree of a run.toml with its relative paths made absolute, and a sentence for the user about each of them.
 
     These are `model.path`, `model.lora`, `rollout.prompts` and `eval.prompts`, where something of that name is in the
-    current directory (else it may be a hub id), and options of rewards that hold a slash, under the same condition. A
-    prompts file that is not there keeps its name, and a sentence says so. URLs and `~` mean the same from everywhere.
+    current directory (else it may be a hub id), and options of rewards that hold a slash, under the same condition.
+    Rewards of one's own, `module:Class`, get the path of their file. URLs and `~` mean the same from everywhere.
+    Raises UserError for a prompts file, or the file of a reward, that is not there.
     """
     changed, said = copy.deepcopy(values), []
     for name, table, key in _texts(changed):
-        text, found = table[key], os.path.exists(table[key])
-        if found:
-            table[key] = os.path.abspath(text)
-            said.append(f"{name}: {table[key]}, written in full, so that it holds wherever a command is given")
-        elif tuple(name.split(".")) in PROMPTS:
-            said.append(
-                f"{name}: there is no {text} in {Path.cwd()}; a relative path counts from where a command is given"
-            )
-    return changed, said
+        if os.path.exists(table[key]):
+            table[key] = os.path.abspath(table[key])
+            said.append(f"{name}: {table[key]}, {IN_FULL}")
+    for section, key in PROMPTS:
+        section_values: Any = changed.get(section)
+        _check_prompts(f"{section}.{key}", section_values.get(key) if isinstance(section_values, dict) else None)
+    return changed, said + _rewards_in_full(changed)
+
+
+def reward_in_full(name: str) -> str:
+    """A reward with the path of its file in full, `/home/me/colour.py:Colourful`, perhaps with `.component` behind.
+
+    `colour:Colourful` and `colour.py:Colourful` count from the current directory. What is registered under a name, and
+    a module that is installed, keep theirs. Raises UserError for a file that is not there.
+    """
+    module, colon, rest = name.partition(":")
+    if not colon or not module:
+        return name
+    if module.endswith(".py") or "/" in module:
+        given = Path(module).expanduser()
+        if not given.is_file():
+            raise UserError(f"reward {name!r}: {given}: no such file", nearest_file(given))
+        return f"{os.path.abspath(given)}:{rest}"
+    head = module.partition(".")[0]
+    elsewhere = [place for place in sys.path if place and os.path.realpath(place) != os.path.realpath(".")]
+    if head in sys.builtin_module_names or importlib.machinery.PathFinder.find_spec(head, elsewhere):
+        return name  # it is installed, and found from everywhere
+    base = Path.cwd().joinpath(*module.split("."))
+    path = next((one for one in (base.with_name(f"{base.name}.py"), base / "__init__.py") if one.is_file()), None)
+    return f"{path}:{rest}" if path else name
+
+
+def nearest_file(path: Path) -> str:
+    """For hints: the file beside a missing one that is called most like it, or where a relative path counts from."""
+    names = [one.name for one in path.parent.iterdir() if one.is_file()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, 1)
+    if near:
+        return f"did you mean {path.with_name(near[0])}?"
+    if path.is_absolute():
+        return "give the path of a file that is there"
+    return f"a relative path counts from where the command is given, here from {Path.cwd()}"
+
+
+def _check_prompts(name: str, text: Any) -> None:
+    if isinstance(text, str) and text != EMBEDDED and not is_url(text):
+        path = Path(text).expanduser()
+        if not path.is_file():
+            raise UserError(f"{name}: {text}: no such file", nearest_file(path))
+
+
+def _rewards_in_full(values: dict[str, Any]) -> list[str]:
+    """Change the names of rewards in a tree; a sentence for the user about each."""
+    score: Any = values.get("score")
+    said: list[str] = []
+    for key in ("rewards", "options") if isinstance(score, dict) else ():
+        table = score.get(key)
+        if isinstance(table, dict):
+            names = {name: reward_in_full(name) for name in table}
+            score[key] = {names[name]: value for name, value in table.items()}
+            said += [f"score.{key}: {full}, {IN_FULL}" for name, full in names.items() if full != name]
+    return said
 
 
 def _texts(values: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:

@@ -72,7 +72,7 @@ def apply_sets(values: dict[str, Any], sets: Iterable[Setting]) -> dict[str, Any
     changed = copy.deepcopy(values)
     for setting in sets:
         name, value = setting if isinstance(setting, tuple) else _parsed(setting)
-        *tables, key = name.strip().split(".")
+        *tables, key = _key_parts(name.strip())
         table = changed
         for part in tables:
             table = table.setdefault(part, {})
@@ -94,6 +94,12 @@ def _parsed(setting: str) -> tuple[str, Any]:
     if not equals or not name.strip():
         raise UserError(f"--set {setting}: not of the form section.key=value", "for example --set rollout.steps=10")
     return name, _toml_value(text.strip())
+
+
+def _key_parts(name: str) -> list[str]:
+    """`score.options."a.b:C".size` in its parts; quotes, as TOML has them, keep the dots of one."""
+    parts = re.findall(r'"(?:[^"\\]|\\.)*"|[^."]+', name)
+    return [json.loads(part) if part[0] == '"' else part for part in parts] or [name]
 
 
 def dump_config(config: RunConfig) -> str:

@@ -14,6 +14,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from shards.absolute_paths import nearest_file
 from shards.errors import UserError
 from shards.pointers import refuse_pointer
 from shards.process.progress import counted
@@ -68,7 +69,7 @@ def read_rows(file: Path, column: Column) -> Iterator[Row]:
     if reader is None:
         raise UserError(f"{file}: prompts of an unknown format", f"the suffix is one of {', '.join(READERS)}")
     if not file.is_file():
-        raise UserError(f"{file}: {'a folder, not a file' if file.is_dir() else 'no such file'}", _hint(file))
+        raise UserError(f"{file}: {'a folder, not a file' if file.is_dir() else 'no such file'}", nearest_file(file))
     refuse_pointer(file)
     return reader(file, column)
 
@@ -76,12 +77,6 @@ def read_rows(file: Path, column: Column) -> Iterator[Row]:
 def has_columns(file: Path) -> bool:
     """Whether prompts of this format have a name; those of a text file have none."""
     return file.suffix.lower() != ".txt"
-
-
-def _hint(file: Path) -> str:
-    if file.is_absolute():
-        return "name a prompts file in rollout.prompts or eval.prompts"
-    return f"a relative path counts from where the command is given, here from {Path.cwd()}"
 
 
 # --- Text ------------------------------------------------------------------------------------------------------------

@@ -52,15 +52,8 @@ class OCR:
         model_storage_directory (else where EasyOCR keeps it, ~/.EasyOCR/model). recog_network: a model of EasyOCR's by
         name, or one of your own, whose .yaml and .py lie in user_network_directory (~/.EasyOCR/user_network).
         """
-        if mode not in DEFINITIONS:
-            raise UserError(f"reward 'ocr' has no mode {mode!r}", f"there are {', '.join(DEFINITIONS)}")
-        least = {"interval": 1, "batch_pixels": 1, "max_frames": 0, "min_size": 0, "canvas_size": 32}
-        given = (interval, batch_pixels, max_frames, min_size, canvas_size)
-        for (option, lowest), value in zip(least.items(), given, strict=True):
-            if value < lowest:
-                raise UserError(f"reward 'ocr': {option} is {value}", f"give {lowest} or more")
-        if not 0.0 <= min_confidence < 1.0:
-            raise UserError(f"reward 'ocr': min_confidence is {min_confidence:g}", "give 0 or more and less than 1")
+        given = {"interval": interval, "batch_pixels": batch_pixels, "max_frames": max_frames, "min_size": min_size}
+        self.check_options({**given, "canvas_size": canvas_size, "mode": mode, "min_confidence": min_confidence})
         self.mode, self.interval, self.max_frames = mode, interval, max_frames
         self.fold_confusables, self.min_confidence = fold_confusables, min_confidence
         self.recogniser = recogniser_of(
@@ -98,6 +91,18 @@ class OCR:
             return _refusal(recogniser_of(options), options["mode"], options["fold_confusables"], prompt, target)
         except NoTarget:
             return None
+
+    @staticmethod
+    def check_options(options: Mapping[str, Any]) -> None:
+        """Raises UserError for values out of range."""
+        if (mode := options["mode"]) not in DEFINITIONS:
+            raise UserError(f"reward 'ocr' has no mode {mode!r}", f"there are {', '.join(DEFINITIONS)}")
+        least = {"interval": 1, "batch_pixels": 1, "max_frames": 0, "min_size": 0, "canvas_size": 32}
+        for option, lowest in least.items():
+            if options[option] < lowest:
+                raise UserError(f"reward 'ocr': {option} is {options[option]}", f"give {lowest} or more")
+        if not 0.0 <= (confidence := options["min_confidence"]) < 1.0:
+            raise UserError(f"reward 'ocr': min_confidence is {confidence:g}", "give 0 or more and less than 1")
 
     def __call__(self, videos: Sequence[Video]) -> list[Scored]:
         """Read all chosen frames of all videos together and compare. A video without a target has no score."""

@@ -124,6 +124,13 @@ class VideoAlign:
         return frame_indices(total, frame_count(total, video.fps, self.request, video.key))
 
     @staticmethod
+    def check_options(options: Mapping[str, Any]) -> None:
+        """Raises UserError for values that cannot be."""
+        mode_named(options["mode"])
+        _positive("batch_size", options["batch_size"])
+        _step(options["step"])
+
+    @staticmethod
     def identity(options: Mapping[str, Any]) -> dict[str, str]:
         """Digests of the checkpoint, of what is used of the base model, and of the template. Raises UserError."""
         checkpoint = find_checkpoint(options["checkpoint"], _step(options["step"]))

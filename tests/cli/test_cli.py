@@ -85,6 +85,7 @@ def make(run: Path, model: Path, prompts: Path, *sets: str) -> Result:
         "eval",
         "inspect",
         "judge",
+        "rewards",
         "report",
         "status",
         "verify",
@@ -265,23 +266,23 @@ def test_relative_paths_hold_from_another_directory(
     shutil.copytree(tiny_t2v2, here / "model")
     (here / "prompts.txt").write_text('"FILM" on blue\n"REEL" on red\n', encoding="utf-8")
     monkeypatch.chdir(here)
-    made = make(Path("run"), Path("model"), Path("prompts.txt"), "eval.prompts=later.txt")
+    made = make(Path("run"), Path("model"), Path("prompts.txt"))
     assert made.returncode == 0
     assert f"model.path: {here}/model, written in full" in made.stderr
     assert f"rollout.prompts: {here}/prompts.txt, written in full" in made.stderr
-    assert f"eval.prompts: there is no later.txt in {here}; a relative path counts from where" in made.stderr
-    assert (
-        "is there already, with the same values"
-        in make(Path("run"), Path("model"), Path("prompts.txt"), "eval.prompts=later.txt").stderr
-    )
+    again = make(Path("run"), Path("model"), Path("prompts.txt"))
+    assert "is there already, with the same values" in again.stderr
     monkeypatch.chdir(elsewhere)
     assert rushes("rollout", "../here/run", "--dry-run").returncode == 0
-    message = refused("eval", "../here/run")
+    message = refused("eval", "../here/run", "--set", "eval.prompts=later.txt")
     assert message == (
         f"later.txt: no such file (hint: a relative path counts from where the command is given, here from {elsewhere})"
     )
     (elsewhere / "later.txt").write_text('"REEL" on green\n', encoding="utf-8")
-    assert "no such file" not in rushes("eval", "../here/run", "--set", "eval.steps=1").stderr
+    assert (
+        "no such file"
+        not in rushes("eval", "../here/run", "--set", "eval.prompts=later.txt", "--set", "eval.steps=1").stderr
+    )
 
 
 @pytest.mark.parametrize(
@@ -369,6 +370,63 @@ def test_bad_input_is_named(tiny_t2v2: Path, tmp_path: Path) -> None:
         "--reward ocr=much: the weight is no number"
     )
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("score.rewards={orc=1.0}", "no reward is called 'orc' (hint: did you mean 'ocr'?"),
+        ("score.rewards={ocr.exakt=1.0}", "reward 'ocr' has no component 'exakt' (hint: did you mean 'exact'?"),
+        ('score.options.contrast={"siez"=2}', "reward 'contrast' has no option 'siez'"),
+        ("score.rewards={'no.such:Reward'=1.0}", "reward 'no.such:Reward': cannot import no.such"),
+    ],
+)
+def test_a_wrong_reward_is_refused_by_init_and_by_rollout(
+    small: Path, tiny_t2v2: Path, tmp_path: Path, setting: str, message: str
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text('"FILM" on blue\n"REEL" on red\n', encoding="utf-8")
+    made = make(tmp_path / "run", tiny_t2v2, prompts, setting)
+    assert made.returncode == 2
+    assert message in made.stderr
+    assert not (tmp_path / "run").exists()
+    for command in (("rollout", small, "--iteration", "7", "--dry-run"), ("rollout", small, "--iteration", "7")):
+        assert message in refused(*command, "--set", setting)
+    assert not (small / "iter-0007").exists()
+
+
+def test_an_own_reward_is_found_from_every_directory(
+    tiny_t2v2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    here.mkdir()
+    elsewhere.mkdir()
+    (here / "own_helper.py").write_text("HALF = 0.5\n", encoding="utf-8")
+    (here / "own_taste.py").write_text(
+        "from own_helper import HALF\nfrom score.reward import Scored\n\n\nclass Taste:\n"
+        '    name, version, components = "taste", "1", ("value",)\n\n'
+        "    def __init__(self, scale: float = 1.0):\n        self.scale = scale\n\n"
+        "    def __call__(self, videos):\n"
+        '        return [Scored({"value": self.scale * HALF * float(v.frames.mean())}) for v in videos]\n',
+        encoding="utf-8",
+    )
+    (here / "prompts.txt").write_text('"FILM" on blue\n"REEL" on red\n', encoding="utf-8")
+    monkeypatch.chdir(here)
+    run = tmp_path / "run"
+    made = make(run, tiny_t2v2, here / "prompts.txt", "score.rewards={'own_taste:Taste'=1.0}")
+    assert made.returncode == 0, made.stderr
+    assert f"score.rewards: {here}/own_taste.py:Taste, written in full" in made.stderr
+    monkeypatch.chdir(elsewhere)
+    looped = rushes("loop", run, "--iterations", "1")
+    assert looped.returncode == 0, looped.stderr
+    [scorer] = [path.name for path in (run / "iter-0000" / "score").iterdir() if not path.name.startswith("guards")]
+    assert scorer.startswith("own_taste-Taste-")
+    # named in the folder where it lies, and with an option, it is the same reward and another one
+    monkeypatch.chdir(here)
+    for argument, count in (("own_taste:Taste", 1), ("own_taste.py:Taste=2:scale=3", 2)):
+        scored = rushes("score", run, "--iteration", "0", "--reward", argument)
+        assert scored.returncode == 0, scored.stderr
+        assert len(list((run / "iter-0000" / "score").glob("own_taste-Taste-*"))) == count
 
 
 def test_an_unknown_reward_is_refused_before_anything_is_written(small: Path) -> None:

@@ -67,7 +67,6 @@ def test_what_is_there_is_written_in_full(here: Path, name: str, value: str, abs
         "rollout.prompts=words",
         "model.path=Wan-AI/Wan2.2-T2V-A14B-Diffusers",
         "model.path=s3://bucket/models/wan",
-        "rollout.prompts=~/p.txt",
         "model.lora=",
         "rollout.prompts=s3://bucket/none.txt",
         "score.options.ocr.mode=models",  # no slash: a word like any other
@@ -79,12 +78,36 @@ def test_what_means_the_same_from_everywhere_stays(setting: str) -> None:
     assert changed(setting) == ({}, [])
 
 
-def test_prompts_that_are_not_there_are_said_to_be_missing(here: Path) -> None:
-    values, said = changed("rollout.prompts=none.txt")
-    assert values == {}
-    assert said == [
-        f"rollout.prompts: there is no none.txt in {here}; a relative path counts from where a command is given"
-    ]
+@pytest.mark.parametrize("name", ["rollout.prompts", "eval.prompts"])
+def test_prompts_that_are_not_there_are_refused_with_the_nearest_name(here: Path, name: str) -> None:
+    (here / "prompts.txt").touch()
+    for given, near in (("promts.txt", "prompts.txt"), (f"{here}/propmts.txt", f"{here}/prompts.txt")):
+        with pytest.raises(UserError) as refused:
+            changed(f"{name}={given}")
+        assert str(refused.value) == f"{name}: {given}: no such file (hint: did you mean {near}?)"
+    with pytest.raises(UserError, match=rf"counts from where the command is given, here from {here}\)"):
+        changed(f"{name}=sub/other.csv")
+    with pytest.raises(UserError, match=r"give the path of a file that is there\)"):
+        changed(f"{name}=~/no-such-prompts-file.txt")
+
+
+def test_the_file_of_a_reward_is_written_in_full(here: Path) -> None:
+    for file in ("colour.py", "pkg/__init__.py", "pkg/taste.py", "json.py"):
+        (here / file).parent.mkdir(exist_ok=True)
+        (here / file).touch()
+    rewards = {
+        "colour:A": f"{here}/colour.py:A", "./pkg/../colour.py:A": f"{here}/colour.py:A",
+        "pkg.taste:B.part": f"{here}/pkg/taste.py:B.part", "pkg:C": f"{here}/pkg/__init__.py:C",
+        "ocr": "ocr", "videoalign.VQ": "videoalign.VQ", "none:D": "none:D", "json:E": "json:E",
+    }  # fmt: skip
+    for name, full in rewards.items():
+        values = {"score": {"rewards": {name: 1.0}, "options": {name.removesuffix(".part"): {"size": 2}}}}
+        after, said = in_full(values)
+        assert after["score"]["rewards"] == {full: 1.0}
+        assert after["score"]["options"] == {full.removesuffix(".part"): {"size": 2}}
+        assert len(said) == 2 * (name != full)
+    with pytest.raises(UserError, match=r"colours.py: no such file \(hint: did you mean colour.py\?\)"):
+        in_full({"score": {"rewards": {"colours.py:A": 1.0}}})
 
 
 def test_a_value_of_a_wrong_type_is_left_to_the_check() -> None:
