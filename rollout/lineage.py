@@ -94,16 +94,4 @@ def _check_model(run: Run, policy: Policy) -> None:
     if policy.base_lora is not None:
         record |= {"model": policy.model_fingerprint, "base_lora": policy.base_lora.identity()}
     publish_new(path, to_json(record, path))
-    known = read_json(path)
-    if known.get("base") == policy.base_fingerprint:
-        return
-    if known.get("model", known.get("base")) != policy.model_fingerprint:
-        raise UserError(
-            f"{policy.layout.folder} is not the model this run began with ({known.get('path')})",
-            f"{path} has its fingerprint; restore the model, or start a new run",
-        )
-    now = "is not what this run began with" if policy.base_lora else "is empty, but this run began with one"
-    raise UserError(
-        f"model.base_lora {now if 'base_lora' in known else 'is set, but this run began without one'}",
-        f"{path} has the sha256 of its files and its strength; restore them, or start a new run",
-    )
+    policy.check_model(path)

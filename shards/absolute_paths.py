@@ -15,16 +15,18 @@ from shards.errors import UserError
 from shards.store.urls import is_url
 
 PROMPTS = (("rollout", "prompts"), ("eval", "prompts"))
-PATHS = (("model", "path"), ("model", "lora"), *PROMPTS)
+LORAS = (("model", "lora"), ("model", "lora_2"), ("model", "base_lora"), ("model", "base_lora_2"))
+PATHS = (("model", "path"), *LORAS, *PROMPTS)
 IN_FULL = "written in full, so that it holds wherever a command is given"
 EMBEDDED = "words"  # names the embedded model and its prompts, even where a folder has that name
+NONE = "none"  # says of an expert that it has no LoRA, likewise
 
 
 def in_full(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The tree of a run.toml with its relative paths made absolute, and a sentence for the user about each of them.
 
-    These are `model.path`, `model.lora`, `rollout.prompts` and `eval.prompts`, where something of that name is in the
-    current directory (else it may be a hub id), and options of rewards that hold a slash, under the same condition.
+    These are `model.path`, the LoRAs of [model], `rollout.prompts` and `eval.prompts`, where something of that name is
+    in the current directory (else it may be a hub id), and options of rewards that hold a slash, likewise.
     Rewards of one's own, `module:Class`, get the path of their file. URLs and `~` mean the same from everywhere.
     Raises UserError for a prompts file, or the file of a reward, that is not there.
     """
@@ -108,4 +110,4 @@ def _texts(values: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
 
 
 def _is_relative(value: Any) -> bool:
-    return isinstance(value, str) and value not in ("", EMBEDDED) and not is_url(value) and value[0] not in "/~"
+    return isinstance(value, str) and value not in ("", EMBEDDED, NONE) and not is_url(value) and value[0] not in "/~"

@@ -92,6 +92,7 @@ def prove_iteration(run: Run, iteration: int, policy: Policy, progress: Progress
     above the limit, UserError when those weights are not there any more.
     """
     rollouts = Rollouts.open(run.iteration(iteration), partial=True)
+    policy.check_model(run.path / "model.json")
     start = starting_policy(run, iteration)
     policy.become(start)
     check_policy(rollouts, policy.fingerprint(start)["fingerprint"], run.config.train)

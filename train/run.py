@@ -196,6 +196,7 @@ def _ready(run: Run, rollouts: Rollouts, policy: Policy | None, start: Path | No
     settings = run.config.train
     with world.together():
         policy = policy or Policy.of(run.config.model)
+        policy.check_model(run.path / "model.json")
         policy.become(start)
         fingerprint = policy.fingerprint(start)["fingerprint"]
         lag = check_policy(rollouts, fingerprint, settings)

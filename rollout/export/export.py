@@ -176,7 +176,9 @@ def _checked(whole: bool, wanted: dict[str, Any], difference: float, beneath: fl
         why = "merged weights are rounded" if wanted["fused"] else "alpha/rank is in the weights, in the model's dtype"
         text += f"; from the outputs in training they differ by at most {difference:.1e} ({why})"
     if beneath is not None:
-        text += f"; with the LoRA beneath it fused by diffusers, as below, by {beneath:.1e}"
+        text += (
+            f"; with the base LoRA fused by diffusers, as in the code below, outputs differ by at most {beneath:.1e}"
+        )
     return text
 
 

@@ -106,10 +106,12 @@ def put_on(module: nn.Module, lora: Lora) -> None:
     that is checked.
     """
     remove_adapter(module)
+    meta = any(parameter.is_meta for parameter in module.parameters())
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the file has fewer layers than its metadata say, as it may
         try:
-            inject_adapter_in_model(copy.deepcopy(lora.config), module, adapter_name=ADAPTER, state_dict=lora.state)
+            config = copy.deepcopy(lora.config)
+            inject_adapter_in_model(config, module, ADAPTER, low_cpu_mem_usage=meta, state_dict=lora.state)
         except ValueError as error:  # none of its layers is there
             raise UserError(f"{lora.path}: has no layer of this model", "a LoRA of another model") from error
     module._hf_peft_config_loaded = True  # type: ignore[assignment]
@@ -121,7 +123,7 @@ def put_on(module: nn.Module, lora: Lora) -> None:
     if misfit:
         remove_adapter(module)
         raise UserError(f"{lora.path}: does not fit this model: {misfit[0]}", misfit[1])
-    if not any(parameter.is_meta for parameter in module.parameters()):
+    if not meta:
         set_peft_model_state_dict(module, lora.state, adapter_name=ADAPTER)
 
 

@@ -67,7 +67,7 @@ def find_lora(setting: str, text: str, second: str, experts: Sequence[int]) -> d
         raise UserError(f"{setting}_2: {second}, but the model has one expert", f"name its LoRA in {setting} alone")
     named = {0: (setting, text), 1: (f"{setting}_2", second)}
     return {
-        expert: _of_expert(_single(where, locate_lora(where, one)), expert)
+        expert: _of_expert(_single(where, locate_lora(where, one), expert), expert)
         for expert, (where, one) in named.items()
         if one not in ("", NONE)
     }
@@ -139,16 +139,16 @@ def _cached(name: str) -> Path | None:
         return None
 
 
-def _single(setting: str, place: Path) -> LoraFile:
-    """The one LoRA of a file or folder."""
+def _single(setting: str, place: Path, expert: int = 0) -> LoraFile:
+    """The LoRA of one expert in a file or folder."""
     if not place.is_dir():
         if place.suffix != ".safetensors":
             raise UserError(f"{setting}: {place} is no .safetensors file", "pickled weights are not read: convert them")
         config = place.with_name(PEFT_CONFIG)
         beside = place.name == PEFT_WEIGHTS and config.is_file()
         return LoraFile(place, place.name, config if beside else None)
-    if (place / EXPERT_NAMES[0]).is_dir():
-        return _of_expert(_single(setting, place / EXPERT_NAMES[0]), 0)
+    if (place / EXPERT_NAMES[expert]).is_dir():
+        return _of_expert(_single(setting, place / EXPERT_NAMES[expert]), expert)
     if (place / PEFT_CONFIG).is_file() and (place / PEFT_WEIGHTS).is_file():
         return LoraFile(place / PEFT_WEIGHTS, PEFT_WEIGHTS, place / PEFT_CONFIG)
     names = _names(setting, place)

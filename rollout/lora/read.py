@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rollout.lora.find import LoraFile
+from rollout.lora.find import PEFT_WEIGHTS, LoraFile
 from rollout.policy.folder import quiet_libraries, read_config
 from shards.errors import UserError
 
@@ -62,22 +62,21 @@ def read_lora(file: LoraFile) -> Lora:
     other than zeros.
     """
     found, header = _read(file.weights)
-    tensors, metadata = _prefixed(found), _metadata(header, file.weights)
-    plain = tensors.keys() == found.keys() and file.config is None
-    if any(name.startswith(PEFT_PREFIX) for name in tensors):
-        if file.config is None:
-            problem = f"{file.weights}: keys of a PEFT folder ({next(iter(tensors))}), but no adapter_config.json there"
-            raise UserError(problem, "alpha stands in it: put the two beside each other, the weights under peft's name")
-        tensors = {PREFIX + name.removeprefix(PEFT_PREFIX): value for name, value in tensors.items()}
-        metadata = _peft_config(file.config)
+    names = [name for name in found if name.startswith(PEFT_PREFIX)]
+    if names and file.config is None:
+        problem = f"{file.weights}: keys of a PEFT folder ({names[0]}), but no adapter_config.json beside it"
+        raise UserError(problem, f"alpha stands in it: put the two into one folder, the weights as {PEFT_WEIGHTS}")
+    tensors = _prefixed({name.removeprefix(PEFT_PREFIX): value for name, value in found.items()})
+    metadata = _peft_config(file.config) if file.config else _metadata(header, file.weights)
     state = convert(tensors, file.weights)
+    plain = tensors.keys() == found.keys() and file.config is None
     return Lora(file.weights, state, _config(state, metadata, file.weights), plain)
 
 
 def convert(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Tensors under the names of the diffusers model, without a prefix. Raises UserError as `read_lora` does."""
     state = _converted(dict(tensors), path)
-    lost = [name for name in _dropped(tensors, path) if bool(tensors[name].any())]
+    lost = [name for name in _dropped(tensors, path) if bool(tensors[name].float().any())]
     if lost:
         raise UserError(f"{path}: diffusers drops {_some(lost)} without a word", DROPPED)
     unknown = [name for name in state if not LOADED.fullmatch(name)]
@@ -103,9 +102,12 @@ def _converted(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
         odd = [name for name in tensors if "blocks_" not in name]
         raise UserError(f"{begin}: it does not know {_some(odd or list(tensors))}", DROPPED) from None
     except (ValueError, RuntimeError, TypeError) as error:
-        left = [prefix + name for name in re.findall(r"'([^']+)'", str(error)) if prefix + name in tensors]
-        why = f"it does not know {_some(left)}" if left else f"it looks for blocks and finds {_some(list(tensors))}"
-        raise UserError(f"{begin}: {why}", DROPPED if left else "is it a LoRA of Wan?") from None
+        line = str(error).splitlines()[0]
+        left = [prefix + name for name in re.findall(r"'([^']+)'", line) if prefix + name in tensors]
+        if left:
+            raise UserError(f"{begin}: it does not know {_some(left)}", DROPPED) from None
+        why = f"it finds no blocks, but {_some(list(tensors))}" if line.startswith("min()") else line
+        raise UserError(f"{begin}: {why}", "is it a LoRA of Wan?") from None
     return state
 
 
@@ -180,8 +182,9 @@ def _metadata(header: dict[str, str], path: Path) -> dict[str, Any] | None:
         return None
     try:
         values = json.loads(text)
-        return {name.removeprefix(PREFIX): value for name, value in values.items()}
-    except (ValueError, AttributeError):
+        ours = {name.removeprefix(PREFIX): value for name, value in values.items() if name.startswith(PREFIX)}
+        return ours or dict(values)
+    except (ValueError, AttributeError, TypeError):
         raise UserError(f"{path}: its metadata are no JSON object", "save it anew") from None
 
 

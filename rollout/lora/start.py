@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rollout.lora.adapter import put_on
-from rollout.lora.find import LoraFile, Start, find_lora, locate_lora
+from rollout.lora.find import Start, find_lora, locate_lora
 from rollout.lora.merged import BaseLora
 from rollout.lora.read import Lora, read_lora
 from rollout.policy.folder import EXPERT_FOLDERS, Layout, read_config
@@ -33,11 +32,7 @@ def open_start(first: str, second: str, layout: Layout) -> Start | None:
     place = None if second else locate_lora(LORA, first)
     if place is not None and is_full(place):
         return Start(None, place)
-    if place is not None and len(layout.expert_ids) == 1 and (place / EXPERT_NAMES[1]).is_dir():
-        raise UserError(  # its high-noise half alone would fit
-            f"{LORA}: {place} holds adapters of two experts, but {layout.folder} has one",
-            "name the model it was trained on in model.path, or the folder of one adapter in model.lora",
-        )
+    _check_experts(LORA, place, layout)
     files = find_lora(LORA, first if place is None else str(place), second, layout.expert_ids)
     for expert in layout.expert_ids:
         if expert not in files:
@@ -59,12 +54,22 @@ def open_base(first: str, second: str, scale: float, layout: Layout) -> BaseLora
     if place is not None and is_full(place):
         problem = f"{BASE_LORA}: {place} holds whole transformers, not a LoRA"
         raise UserError(problem, "export it as a model folder, and name that in model.path")
+    _check_experts(BASE_LORA, place, layout)
     base = BaseLora.open(first if place is None else str(place), second, scale, layout.expert_ids, place)
     for expert in layout.expert_ids if base else ():
         lora = base.read(expert) if base else None
         if lora is not None:
             check_fit(lora, layout, expert)
     return base
+
+
+def _check_experts(setting: str, place: Path | None, layout: Layout) -> None:
+    """UserError for a policy of two experts on one: its high-noise half alone would fit."""
+    if place is not None and len(layout.expert_ids) == 1 and (place / EXPERT_NAMES[1]).is_dir():
+        raise UserError(
+            f"{setting}: {place} holds adapters of two experts, but {layout.folder} has one",
+            f"name the model it was trained on in model.path, or the folder of one adapter in {setting}",
+        )
 
 
 def check_fit(lora: Lora, layout: Layout, expert: int) -> None:
@@ -79,6 +84,23 @@ def check_records(policy: ExpertWeights) -> None:
         _check_record(BASE_LORA, policy.base_lora.folder, policy.model_fingerprint, policy.layout)
     if policy.start is not None:
         _check_record(LORA, policy.start.folder, policy.base_fingerprint, policy.layout)
+
+
+def check_model(policy: ExpertWeights, path: Path) -> None:
+    """UserError where the base model, or the LoRA merged into it, is not the one in model.json, if that is there."""
+    known = read_json(path) if path.is_file() else {}
+    if known.get("base", policy.base_fingerprint) == policy.base_fingerprint:
+        return
+    if known.get("model", known["base"]) != policy.model_fingerprint:
+        raise UserError(
+            f"{policy.layout.folder} is not the model this run began with ({known.get('path')})",
+            f"{path} has its fingerprint; restore the model, or start a new run",
+        )
+    problem = "is not what this run began with" if policy.base_lora else "is empty, but this run began with one"
+    if "base_lora" not in known:
+        problem = "is set, but this run began without one"
+    hint = f"{path} has the sha256 of its files and its strength; restore them, or start a new run"
+    raise UserError(f"{BASE_LORA} {problem}", hint)
 
 
 def _check_record(setting: str, folder: Path | None, expected: str, layout: Layout) -> None:
@@ -96,6 +118,14 @@ def _magnitude(lora: Lora) -> str:
     return next(name for name in lora.state if ".lora_magnitude_vector" in name)
 
 
-def lora_parameters(start: Mapping[int, LoraFile]) -> int:
-    """Numbers in the largest of the LoRAs."""
-    return max(sum(value.numel() for value in read_lora(file).state.values()) for file in start.values())
+def start_size(first: str, second: str, layout: Layout) -> tuple[int, int] | None:
+    """(numbers of the largest LoRA, largest rank) that `model.lora` and `model.lora_2` bring, for `plan-memory`.
+
+    None where they name nothing, or whole transformers. Raises UserError as `open_start`; weights need not be there.
+    """
+    start = open_start(first, second, layout)
+    states = [read_lora(file).state for file in (start.files if start and start.files else {}).values()]
+    if not states:
+        return None
+    ranks = [len(value) for state in states for name, value in state.items() if name.endswith(".lora_A.weight")]
+    return max(sum(value.numel() for value in state.values()) for state in states), max(ranks)

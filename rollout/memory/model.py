@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
+from rollout.lora.start import start_size
 from rollout.plan import batch_size
 from rollout.policy.folder import DTYPES, EXPERT_FOLDERS, Layout, find_folder, read_config, read_layout
 from rollout.policy.sizes import ExpertSize, Pass, expert_size, text_parameters, vae_parameters
@@ -21,6 +22,8 @@ class Model:
     transformer: dict[str, Any]
     vae_config: dict[str, Any]
     size: ExpertSize
+    rank: int
+    """Of the adapter: `train.lora_rank`, or that of `model.lora`, whose size then counts too."""
     weights: int
     """Of one expert."""
     text: int
@@ -100,13 +103,16 @@ def read_model(config: RunConfig) -> Model:
     layout.check_shape(config.rollout.height, config.rollout.width, config.rollout.frames)
     parts, hint = (EXPERT_FOLDERS[0], "text_encoder", "vae"), "copy or fetch the whole model folder"
     transformer, text, vae = (read_config(layout.folder / part / "config.json", hint) for part in parts)
-    size = expert_size(transformer, config.train.lora_rank)
+    size, rank = expert_size(transformer, config.train.lora_rank), config.train.lora_rank
+    if start := start_size(config.model.lora, config.model.lora_2, layout):
+        size, rank = replace(size, lora=start[0]), start[1]
     return Model(
         config=config,
         layout=layout,
         transformer=transformer,
         vae_config=vae,
         size=size,
+        rank=rank,
         weights=weight_bytes(size.parameters, config.model.dtype, size.kept),
         text=text_parameters(text) * DTYPES[config.model.dtype].itemsize,
         vae=vae_parameters(vae) * 4,

@@ -146,7 +146,7 @@ def _train(model: Model, full: bool, checkpointing: bool, world: World = ALONE) 
     # in full training the reference speaks before, with the base model's weights in the place of the trained ones
     reference = settings.kl_beta > 0 and not full
     run = replace(model.forward(), train=True, checkpointing=checkpointing, reference=reference)
-    run = replace(run, rank=0 if full else settings.lora_rank)
+    run = replace(run, rank=0 if full else model.rank)
     working = working_bytes(model.transformer, run) // world.ulysses
     parts = state | {"gathered layers": _gathered(model, full) if world.size > 1 else 0}
     if checkpointing:

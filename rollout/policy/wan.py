@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rollout.lora.start import check_records, open_base, open_start
+from rollout.lora.start import check_model, check_records, open_base, open_start
 from rollout.policy.experts import ExpertWeights
 from rollout.policy.folder import DTYPES, Layout, find_folder, read_layout
 from rollout.policy.media import Media
@@ -73,6 +73,10 @@ class Policy(ExpertWeights, Media):
         if start is not None:
             policy.become(None)
         return policy
+
+    def check_model(self, path: Path) -> None:
+        """UserError where base model and `model.base_lora` are not those in model.json of a run, if that is there."""
+        check_model(self, path)
 
     def release(self) -> None:
         """Forget the text encoder and the VAE, and send the experts off the device; all come back when needed."""

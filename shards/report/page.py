@@ -100,8 +100,10 @@ def _about(facts: Facts) -> str:
     config = facts.run.config
     rewards = ", ".join(f"{name} × {weight:g}" for name, weight in config.score.rewards.items())
     video = config.rollout
+    beneath = [one for one in (config.model.base_lora, config.model.base_lora_2) if one]
     parts = [
         f"model {config.model.path}",
+        *([f"base LoRA {', '.join(beneath)} × {config.model.base_lora_scale:g}"] if beneath else []),
         f"reward {rewards}",
         f"{video.width} × {video.height}, {video.frames} frames",
         f"{video.prompts_per_iteration} prompts × {video.group_size} videos an iteration",

@@ -21,7 +21,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current directory: two prompts files, and folders of which one is called like the embedded model."""
     for name in ("p.txt", "q.txt"):
         (tmp_path / name).touch()
-    for name in ("words", "models/wan", "models/clip"):
+    for name in ("words", "none", "models/wan", "models/clip"):
         (tmp_path / name).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -50,6 +50,9 @@ def _texts(table: dict[str, object], prefix: str = "") -> dict[str, str]:
         ("model.path", "models/wan", "models/wan"),
         ("model.path", "./words", "words"),
         ("model.lora", "models", "models"),
+        ("model.lora_2", "models", "models"),
+        ("model.base_lora", "./models/wan", "models/wan"),
+        ("model.base_lora_2", "models", "models"),
         ("score.options.clip.model", "models/clip", "models/clip"),
     ],
 )
@@ -68,6 +71,7 @@ def test_what_is_there_is_written_in_full(here: Path, name: str, value: str, abs
         "model.path=Wan-AI/Wan2.2-T2V-A14B-Diffusers",
         "model.path=s3://bucket/models/wan",
         "model.lora=",
+        "model.base_lora_2=none",
         "rollout.prompts=s3://bucket/none.txt",
         "score.options.ocr.mode=models",  # no slash: a word like any other
         "score.options.remote.url=http://host/models/clip",

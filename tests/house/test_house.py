@@ -31,7 +31,7 @@ FOLDERS: dict[str, set[str]] = {
                 "shards/store", "shards/text", "shards/workers"},
     "rollout/export": {"rollout", "rollout/lora", "rollout/policy", "shards", "shards/report", "shards/store"},
     "rollout/lora": {"rollout/policy", "shards", "shards/store"},
-    "rollout/memory": {"rollout", "rollout/policy", "rollout/ranks", "shards"},
+    "rollout/memory": {"rollout", "rollout/lora", "rollout/policy", "rollout/ranks", "shards"},
     "rollout/policy": {"rollout/lora", "rollout/ranks", "rollout/words", "shards", "shards/process", "shards/store",
                        "shards/text"},
     "rollout/prompts": {"rollout/policy", "shards", "shards/process", "shards/store", "shards/text", "rollout/words"},

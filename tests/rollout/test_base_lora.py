@@ -168,13 +168,14 @@ def test_every_stage_has_it_beneath(settings: dict[str, Any], pair: Path, tiny_t
     report = train(run, 0, Policy.of(run.config.model))
     if "objective" not in settings:
         assert report.replay == 0.0
-    rollout(run, run.iteration(1), policy)
+    training.advise(training.roll(run, 1, policy))
     rollout(run, run.evaluation(1), Policy.of(run.config.model))
     for iteration in (0, 1):
         assert prove_iteration(run, iteration, Policy.of(run.config.model)) == 0.0
     without = run.config.model.model_copy(update={"base_lora": ""})
-    with pytest.raises(UserError):
-        prove_iteration(run, 0, Policy.of(without))
+    for stage in (lambda policy: prove_iteration(run, 0, policy), lambda policy: train(run, 1, policy)):
+        with pytest.raises(UserError, match=r"model\.base_lora is empty, but this run began with one"):
+            stage(Policy.of(without))
     plain = make_run(tmp_path / "plain", tiny_t2v2)
     training.roll(plain, 0, Policy.of(without))
     frames = [training.frame_of(one.iteration(0)).set_index("key") for one in (run, plain)]

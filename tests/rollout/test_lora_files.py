@@ -203,4 +203,16 @@ def test_a_pair_may_lie_in_policy_folders_under_any_name(tiny_t2v2: Path, tmp_pa
         for seed, side in enumerate(("high", "low"))
     ]
     assert same(answers(load(tiny_t2v2, lora=tmp_path)), forms.plain(tiny_t2v2, *files))
-    assert same(answers(load(tiny_t2v2, lora=files[0].parent, lora_2=files[1].parent)), forms.plain(tiny_t2v2, *files))
+    expected = forms.plain(tiny_t2v2, *files)
+    for options in ({"lora": files[0].parent, "lora_2": files[1].parent}, {"lora": tmp_path, "lora_2": tmp_path}):
+        assert same(answers(load(tiny_t2v2, **options)), expected)
+
+
+def test_a_pair_is_not_half_taken_by_a_model_of_one_expert(tiny_t2v: Path, tmp_path: Path) -> None:
+    for side in ("high", "low"):
+        forms.write(tmp_path / f"{side}_noise" / "a.safetensors", forms.native(tiny_transformer(1), 1))
+    for setting in ("lora", "base_lora"):
+        with pytest.raises(
+            UserError, match=rf"^model\.{setting}: {tmp_path} holds adapters of two experts, but .*has one"
+        ):
+            load(tiny_t2v, **{setting: tmp_path})

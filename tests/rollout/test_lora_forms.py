@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
 
 from rollout.lora.find import LoraFile
 from rollout.lora.read import read_lora
@@ -173,13 +174,37 @@ def test_a_peft_folder_is_what_peft_makes_of_it(tiny_t2v: Path, tmp_path: Path) 
     expected = [probe(theirs.base_model.model, policy.layout)]
     assert same(answers(policy), expected)
     assert same(answers(load(tiny_t2v, lora=tmp_path / "peft" / "adapter_model.safetensors")), expected)
+    weights = tmp_path / "peft" / "adapter_model.safetensors"
+    stored = load_file(weights)
+    forms.write(weights, forms.renamed(stored, ("base_model.model.", "")))  # the configuration counts all the same
+    assert same(answers(load(tiny_t2v, lora=tmp_path / "peft")), expected)
+    forms.write(weights, stored)
     (tmp_path / "peft" / "adapter_config.json").rename(tmp_path / "peft" / "config.json")
     assert "keys of a PEFT folder (base_model.model.blocks.0.attn1.to_q.lora_A.weight), but no adapter_config.json" in (
         refused(tiny_t2v, tmp_path / "peft")
     )
+    forms.write(weights, stored)
     settings = json.loads((tmp_path / "peft" / "config.json").read_text())
     (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps({**settings, "peft_type": "LOHA"}))
     assert "LOHA, not LoRA" in refused(tiny_t2v, tmp_path / "peft")
+
+
+def test_a_peft_folder_of_the_official_code(tiny_t2v: Path, tmp_path: Path) -> None:
+    """Its modules have the official names; alpha stands in its configuration."""
+    tensors = forms.native(tiny_transformer(1), 7)
+    names = forms.renamed(tensors, ("diffusion_model.", "base_model.model."))
+    forms.write(tmp_path / "peft" / "adapter_model.safetensors", names)
+    LoraConfig(r=4, lora_alpha=8, target_modules=["q", "k", "v", "o", "ffn.0", "ffn.2"]).save_pretrained(
+        tmp_path / "peft"
+    )
+    twice = {name: 2 * value if "lora_B" in name else value for name, value in tensors.items()}
+    expected = forms.plain(tiny_t2v, forms.write(tmp_path / "b.safetensors", twice))
+    policy = load(tiny_t2v, lora=tmp_path / "peft")
+    assert same(answers(policy), expected)
+    policy.save_lora(tmp_path / "saved")
+    files = [tmp_path / "saved" / "high_noise" / "pytorch_lora_weights.safetensors"]
+    assert same(answers(load(tiny_t2v, lora=tmp_path / "saved")), expected)
+    assert same(forms.plain(tiny_t2v, *files), expected)
 
 
 def refused(model: Path, lora: Path, **options: Any) -> str:
@@ -242,7 +267,7 @@ REFUSED: dict[str, tuple[Callable[[], Tensors], str]] = {
     ),
     "native, no blocks": (
         lambda: {"diffusion_model.head.head.lora_A.weight": torch.ones(4, 24)},
-        "it looks for blocks and finds diffusion_model.head.head.lora_A.weight",
+        "it finds no blocks, but diffusion_model.head.head.lora_A.weight",
     ),
     "musubi, attention alone": (
         lambda: without(musubi(), "ffn"),
@@ -314,6 +339,15 @@ REFUSED: dict[str, tuple[Callable[[], Tensors], str]] = {
             for name in plain_names() if "lora_A" in name
         },
         "a DoRA (blocks.0.attn1.to_k.lora_magnitude_vector), but only LoRA is trained (hint: name it in model.base_lo",
+    ),
+    "numbers that cannot be multiplied": (
+        lambda: {name: value.to(torch.float8_e4m3fn)
+                 for name, value in forms.native(tiny_transformer(1), 7, alpha=3.0).items()},
+        "diffusers cannot convert this file of ComfyUI keys: ",
+    ),
+    "two alphas of a layer": (
+        lambda: forms.native(tiny_transformer(1), 7) | {f"{KEY}.self_attn.q.alpha": torch.ones(2)},
+        "diffusers cannot convert this file of ComfyUI keys: a Tensor with 2 elements cannot be converted to Scalar",
     ),
     "nothing": (dict, "holds no tensor"),
     "a whole model": (lambda: {"blocks.0.attn1.to_q.weight": torch.ones(24, 24)}, "as LoRA of one expert"),

@@ -36,6 +36,7 @@ from rollout.run import rollout
 from shards.errors import UserError
 from shards.reader import open_shard
 from shards.run import Run
+from tests.support import lora_forms
 from tests.support.tiny_models import tiny_transformer, tiny_vae
 from tests.support.training import make_run
 
@@ -424,3 +425,28 @@ def test_the_preview_refuses_what_the_rollout_would(tiny_t2v2: Path, tmp_path: P
     (tmp_path / "foreign" / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
     with pytest.raises(UserError, match="FluxPipeline"):
         preview(Run.open(run.path, [f"model.path={tmp_path / 'foreign'}"]), run.iteration(0))
+
+
+def test_a_lora_to_start_from_counts_with_its_own_rank(tmp_path: Path) -> None:
+    """Its file is read; the LoRA beneath is merged into the weights and takes no memory."""
+    folder = write_configs(tmp_path / "model", "1.3B")
+    shapes = {"to_q": (1536, 1536), "ffn.net.2": (1536, 8960)}
+    tensors = {}
+    for block in range(30):
+        for layer, (outputs, inputs) in {"attn1.to_q": shapes["to_q"], "ffn.net.2": shapes["ffn.net.2"]}.items():
+            tensors[f"transformer.blocks.{block}.{layer}.lora_A.weight"] = torch.ones(3, inputs)
+            tensors[f"transformer.blocks.{block}.{layer}.lora_B.weight"] = torch.ones(outputs, 3)
+    file = lora_forms.write(tmp_path / "a.safetensors", tensors)
+    numbers = sum(value.numel() for value in tensors.values())
+    settings = {"height": 240, "width": 416, "frames": 5}
+    fresh = make_run(tmp_path / "fresh", folder, {"lora_rank": 3}, **settings)
+    started = make_run(tmp_path / "started", folder, model={"lora": str(file)}, **settings)
+    beneath = make_run(tmp_path / "beneath", folder, {"lora_rank": 3}, model={"base_lora": str(file)}, **settings)
+    needs = {run.path.name: memory_needs.plan_memory(run) for run in (fresh, started, beneath)}
+    assert needs["beneath"] == needs["fresh"]
+    assert needs["started"][1].parts["LoRA"] == 4 * numbers < needs["fresh"][1].parts["LoRA"]
+    named = {need.stage: need for need in needs["started"]}
+    other = {need.stage: need for need in needs["fresh"]}
+    stage = "train LoRA, checkpointing"
+    assert named[stage].parts["working"] == other[stage].parts["working"]  # activations go by the rank
+    assert named[stage].parts["AdamW"] == 8 * numbers

@@ -16,7 +16,8 @@ from rollout.memory.model import read_model
 from rollout.policy import Policy
 from rollout.ranks.world import World
 from shards.run import Run
-from tests.support import forks, parallel_ranks, training, workers
+from tests.support import forks, lora_forms, parallel_ranks, training, workers
+from tests.support.tiny_models import tiny_transformer
 from train.data import Rollouts
 from train.order import Unit
 from train.run import train
@@ -33,6 +34,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "full-sft": {"full": True, "learning_rate": 1e-4, "objective": "sft", "sft_best": 2},
     # one update: after it bfloat16 forwards round the last bits of the weights up to visible differences
     "bf16-lora": {"updates_per_rollout": 1},
+    # from a LoRA with biases that somebody else has made
+    "start": {"updates_per_rollout": 1},
     # the second iteration, after a first by one process
     "bf16-full-next": {"full": True, "learning_rate": 1e-4, "updates_per_rollout": 1},
 }
@@ -47,6 +50,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "held dp": (2, {}),
     "dpo dp": (2, {}),
     "full-sft dp": (2, {}),
+    "start dp": (2, {}),
     "lora dp ulysses": (4, {"ulysses": 2}),
     "lora hsdp checkpointing": (4, {"replicate": 2, "gradient_checkpointing": True}),
     "full-once dp ulysses": (4, {"ulysses": 2}),
@@ -59,14 +63,22 @@ Found = tuple[Path, Results]
 
 @pytest.fixture(scope="module")
 def grounds(tiny_t2v2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
-    """For each of SETTINGS a run whose last iteration is sampled and scored, and not yet trained."""
+    """For each of SETTINGS a run whose last iteration is sampled and scored, and not yet trained.
+
+    Those in bfloat16 have a LoRA beneath.
+    """
     folder = tmp_path_factory.mktemp("grounds")
+    lora = lora_forms.write(folder / "a.safetensors", lora_forms.native(tiny_transformer(1), 5, bias=True))
+    both = {"base_lora": str(lora), "base_lora_2": str(lora)}
+    models = {"float32": {}, "start": {"lora": str(lora), "lora_2": str(lora)}, "bf16": {"dtype": "bfloat16", **both}}
     runs = {}
-    for dtype in ("float32", "bfloat16"):
-        run = training.make_run(folder / dtype, tiny_t2v2, CALM, model={"dtype": dtype})
+    for kind, model in models.items():
+        run = training.make_run(folder / f"of {kind}", tiny_t2v2, CALM, model=model)
         policy = Policy.of(run.config.model)
         training.advise(training.roll(run, 0, policy))
-        names = [name for name in SETTINGS if name.startswith("bf16") == (dtype == "bfloat16")]
+        names = [
+            name for name in SETTINGS if (name.split("-")[0] if name.split("-")[0] in models else "float32") == kind
+        ]
         runs |= {name: training.fork(run, folder / name, **SETTINGS[name]) for name in names}
     train(runs["bf16-full-next"], 0, policy)
     training.advise(training.roll(runs["bf16-full-next"], 1, policy))
