@@ -200,7 +200,9 @@ class TrainConfig(Section):
         False, description="take old log-probs from this machine, for shards of other hardware"
     )
     max_policy_lag: int = Field(
-        0, ge=0, description="how many policies old shards may be; DiffusionNFT then takes its start for the old policy"
+        0,
+        ge=0,
+        description="how many policies old shards may be; all but the published ratio then take their start for it",
     )
     save_every: int = Field(1, ge=1, description="updates between trainer checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="trainer checkpoints kept of each expert and iteration")
