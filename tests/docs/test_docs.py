@@ -25,6 +25,7 @@ import pytest
 import typer
 
 import cli
+from score.catalogue.argument import reward_settings
 from shards.config import RunConfig, Section
 from shards.errors import NothingLeft, StillBusy
 from shards.run import Run, Stage
@@ -108,7 +109,7 @@ def check(arguments: list[str]) -> None:
     context = COMMANDS[name].make_context(name, list(rest), resilient_parsing=False)
     base = read_preset(context.params["preset"]) if "preset" in context.params else {}
     parse_config(apply_sets(base, context.params.get("sets") or []), "a page")
-    cli.reward_settings(context.params.get("reward") or []) if name == "score" else None
+    reward_settings(context.params.get("reward") or []) if name == "score" else None
 
 
 LINES = [(page, line) for page in PAGES for line in command_lines(page.read_text(encoding="utf-8"))]
@@ -380,8 +381,8 @@ def test_the_figures_of_sampling_are_computed() -> None:
 def test_the_notes_are_those_of_the_program() -> None:
     text = (DOCS / "metrics.md").read_text(encoding="utf-8").partition("## The notes in plain language")[2]
     notes = [cell.strip("`") for cell in re.findall(r"^\| (`.+?`) \|", text, re.M)]
-    names = ("metrics", "notes", "run")
-    source = "".join((ROOT / "train" / f"{name}.py").read_text("utf-8") for name in names)
+    names = ("train/notes.py", "train/run.py", "shards/diagnosis.py")
+    source = "".join((ROOT / name).read_text("utf-8") for name in names)
     source = re.sub(r'"\s+f?"', "", source)
     assert len(notes) == 10
     for note in notes:
