@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from score.ocr.text import DEFINITIONS, NoTarget, judge
 from score.reward import Scored, Video
 from shards.errors import UserError
-from shards.text.recognisers import ENGLISH, STANDARD, Recogniser, recogniser_of, unreadable_text
+from shards.text.recognisers import Recogniser, recogniser_of, unreadable_text
 
 
 class OCR:
@@ -39,8 +39,8 @@ class OCR:
         min_confidence: float = 0.0,
         device: str = "cpu",
         batch_pixels: int = 100_000,
-        languages: list[str] = [*ENGLISH],  # noqa: B006
-        recog_network: str = STANDARD,
+        languages: list[str] = ["en"],  # noqa: B006
+        recog_network: str = "standard",
         model_storage_directory: str = "",
         user_network_directory: str = "",
     ) -> None:

@@ -364,7 +364,7 @@ def test_bad_input_is_named(tiny_t2v2: Path, tmp_path: Path) -> None:
         "--iterations 0: nothing to do (hint: ask for at least one)"
     )
     assert refused("score", tmp_path / "a", "--reward", "ocr", "--reward", "ocr=2") == (
-        "--reward ocr=2: ocr is given twice (hint: give each reward once)"
+        "--reward ocr=2: ocr is given twice (hint: give each reward, and its options, once)"
     )
     assert refused("score", tmp_path / "a", "--reward", "ocr=much").startswith(
         "--reward ocr=much: the weight is no number"

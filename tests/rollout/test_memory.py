@@ -37,6 +37,7 @@ from shards.errors import UserError
 from shards.reader import open_shard
 from shards.run import Run
 from tests.support import lora_forms
+from tests.support.shard_fixtures import make_plan, plan_of
 from tests.support.tiny_models import tiny_transformer, tiny_vae
 from tests.support.training import make_run
 
@@ -227,7 +228,7 @@ def config_run(path: Path, preset: str, model: Path, *sets: str) -> Path:
     """A run of a preset on a model that is only configurations, made by `rushes init`."""
     prompts = path.parent / "prompts.txt"
     prompts.write_text("".join(f'sign {number} says "FILM"\n' for number in range(16)), encoding="utf-8")
-    settings = [f"model.path={model}", f"rollout.prompts={prompts}", *sets]
+    settings = [f"model.path={model}", f"rollout.prompts={prompts}", f"eval.prompts={prompts}", *sets]
     call("init", path, "--preset", preset, *(part for value in settings for part in ("--set", value)))
     return path
 
@@ -359,8 +360,10 @@ def test_shares_follow_the_scales() -> None:
         "sigmas": [1.0, 0.875, 0.5, 0.0], "timesteps": [1000.0, 875.0, 500.0], "experts": [0, 0, 1],
         "guidance": [1.0, 1.0, 1.0], "law": "flow-sde", "form": "exact", "eta": 0.7, "solver": "euler",
     }  # fmt: skip
-    assert gradient_shares({"sampler": sampler, "groups": [{"window": [1]}]}) == {"high_noise": 1.0, "low_noise": 0.0}
-    assert gradient_shares({"sampler": sampler, "groups": [{"window": []}]}) == {}
+    content = make_plan(groups=1) | {"sampler": sampler}
+    for window, shares in (([1], {"high_noise": 1.0, "low_noise": 0.0}), ([], {})):
+        content["groups"][0]["window"] = window
+        assert gradient_shares(plan_of(content)) == shares
 
 
 @pytest.fixture

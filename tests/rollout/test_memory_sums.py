@@ -111,7 +111,7 @@ def test_a_batch_by_tokens_is_frozen_in_the_plan_and_replayed(tiny_t2v: Path, tm
     wide = Run.open(run.path, ["rollout.batch_tokens=1000"])
     assert batch_size(wide.config.rollout, policy.layout) == 3  # never more than a group
     again = stage_plan(wide, stage, policy.layout)
-    assert again["batch_size"] == 3
+    assert again.batch_size == 3
     with pytest.raises(UserError, match="batch_size"):  # a stage keeps the batches it began with
         stage.publish_plan(replace(again, policy=plan.policy))
 

@@ -57,11 +57,11 @@ def test_a_scene_is_drawn_in_its_colours_and_repeatably() -> None:
 def test_pretraining_still_runs_from_drawn_clips_to_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lessons = tuple(pretrain.Lesson(name, 3, 2, 1e-3, share) for name, share in (("write", 0.0), ("doubt", 0.5)))
     monkeypatch.setattr(pretrain, "LESSONS", lessons)
-    pretrain.train_vae(tmp_path, 2)
-    pretrain.train_text(tmp_path, 2)
-    pretrain.encode_latents(tmp_path, 4)
+    pretrain.train_vae(tmp_path, 2, WORDS, 0)
+    pretrain.train_text(tmp_path, 2, WORDS, 0)
+    pretrain.encode_latents(tmp_path, 4, WORDS, 0)
     for expert in ("high", "low"):
-        pretrain.train_expert(tmp_path, expert)
+        pretrain.train_expert(tmp_path, expert, 0)
     pretrain.assemble(tmp_path)
     shipped = {path.relative_to(FOLDER / "model") for path in (FOLDER / "model").rglob("*") if path.is_file()}
     made = {path.relative_to(tmp_path / "model") for path in (tmp_path / "model").rglob("*") if path.is_file()}

@@ -64,8 +64,8 @@ def test_records_hold_what_the_encoder_reads(tiny_t2v: Path, tmp_path: Path) -> 
     rollout(run, stage, policy)
     plan = stage.plan()
     assert plan is not None
-    assert plan["negative_prompt"] == "a & b"
-    texts = {group["prompt_id"]: (group["prompt"], group["target"]) for group in plan["groups"]}
+    assert plan.negative_prompt == "a & b"
+    texts = {group.prompt_id: (group.prompt, group.target) for group in plan.groups}
     assert texts == {0: ('a "A"', "A"), 1: ('an "<b>"', "<b>"), 2: ("<i> “C”", "C")}
     for number in stage.shards():
         with open_shard(stage, number) as shard:

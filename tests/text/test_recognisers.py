@@ -34,7 +34,7 @@ from shards.text.letters import normaliser, plain_normaliser, unreadable
 from shards.text.recognisers import language_list, languages_for, recogniser_of
 from shards.writer import seal
 from tests.score.test_ocr import FRAMES, draw, video
-from tests.support.shard_fixtures import fill, make_plan
+from tests.support.shard_fixtures import fill, make_plan, plan_of
 
 SIGN = draw(("FILM", 20, 20), size=44, shape=(96, 192))
 CHINESE = {"O": "营", "P": "业", "E": "中", "N": "店"}
@@ -284,7 +284,7 @@ def sampled(path: Path, targets: list[str], **config: Any) -> tuple[Run, Stage]:
     stage, plan = run.iteration(0), make_plan(groups=len(targets), group_size=2)
     for group, target in zip(plan["groups"], targets, strict=True):
         group["target"] = target
-    stage.publish_plan(plan)
+    stage.publish_plan(plan_of(plan))
     for shard in range(stage.expected()):
         fill(stage, shard)
         seal(stage, shard, {})

@@ -55,7 +55,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "lora hsdp checkpointing": (4, {"replicate": 2, "gradient_checkpointing": True}),
     "full-once dp ulysses": (4, {"ulysses": 2}),
     "nft dp ulysses": (4, {"ulysses": 2}),
-    "dpo dp ulysses": (4, {"ulysses": 2}),
 }
 Results = dict[str, list[dict[str, Any]]]
 Found = tuple[Path, Results]
