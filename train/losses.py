@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rollout.schedule import step_scale, step_std
+from shards.plan import sample_key
 from train.data import Batch, Inputs, read_end, read_final, read_step, to_batch
 from train.forwards import Forwards
 from train.objectives import estimators, terms
@@ -51,7 +52,7 @@ class Losses:
         self.rolled_out, self.world = rolled_out, world
         self.forwards = Forwards(policy, inputs, config, rolled_out)
         self.references: dict[Unit, tuple[Tensor, Tensor]] = {}
-        self.gains: dict[str, float] = {}
+        self.gains: dict[tuple[str, int], float] = {}
         self.step_weights = _step_weights(inputs, config, expert)
         self.ahead = Ahead(partial(_reader(config), inputs.rollouts))
         self.old_log_probs: dict[Unit, Tensor] = {}
@@ -90,14 +91,14 @@ class Losses:
     @torch.no_grad()
     def _prepare_gains(self, units: Sequence[Unit], moved: bool) -> None:
         """The gain of every sample of these units, on all ranks: partners of a pair may be in different batches."""
-        found: dict[str, float] = {}
+        found: dict[tuple[str, int], float] = {}
         for unit, following in zip(units, [*units[1:], units[0]], strict=True):
             batch = self.read(unit, following)
             x = self.forwards.state(batch)
             old = self.forwards.old_velocity(batch, x)
             velocity = self.forwards.velocity(batch, x) if moved else old
             gain = self.forwards.error(batch, x, velocity) - self.forwards.error(batch, x, old)
-            found |= {f"{key} {unit.step}": value for key, value in zip(batch.keys, gain.tolist(), strict=True)}
+            found |= {(key, unit.step): value for key, value in zip(batch.keys, gain.tolist(), strict=True)}
         self.gains = {name: value for part in self.world.gather_data(found) for name, value in part.items()}
 
     def _group_size(self, unit: Unit) -> int:
@@ -162,8 +163,7 @@ class Losses:
         rows.more |= {"moved": compared.square.detach(), "wanted": compared.wanted}
         if self.forwards.has_noise(batch.unit):
             scale = step_scale(self.inputs.rollouts.schedule, batch.unit.step)
-            one = estimators.compare(velocity.detach(), old, target, scale**2, mask)
-            rows.shift = one.square.sqrt()
+            rows.shift = (compared.square.detach() * (scale**2 / weight)).sqrt()
         return rows
 
     def _objective(
@@ -203,12 +203,12 @@ class Losses:
 
     def _preferred(self, batch: Batch, error: Tensor, gain: Tensor) -> Rows:
         """DPO on the pairs of the batch's group; `error` and `gain` are [B]."""
-        pairs = self.inputs.pairs[batch.unit.group]
+        group, step = batch.unit.group, batch.unit.step
+        pairs = self.inputs.pairs[group]
         samples = sorted({sample for pair in pairs for sample in pair})
         own = dict(zip(batch.unit.samples, gain, strict=True))
-        prefix = batch.keys[0].rpartition("-s")[0]
         everyone = torch.stack([
-            own[sample] if sample in own else gain.new_tensor(self.gains[f"{prefix}-s{sample:02d} {batch.unit.step}"])
+            own[sample] if sample in own else gain.new_tensor(self.gains[sample_key(group, sample), step])
             for sample in samples
         ])  # fmt: skip
         place = {sample: index for index, sample in enumerate(samples)}

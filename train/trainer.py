@@ -85,7 +85,7 @@ class ExpertTrainer:
         collected, first_half = [], None
         for index, slot in enumerate(slots):
             if index == len(slots) // 2 > 0 and not self.policy.is_full:
-                first_half = self._gradients()
+                first_half = {name: gradient.clone() for name, gradient in self._gradients().items()}
             collected.append(
                 self.backward(slot.unit, total, measure=index == 0, counts=slot.counts, following=after[index])
             )
@@ -178,17 +178,20 @@ class ExpertTrainer:
         """Rows of all chunks of the minibatch, in its order."""
         return [rows for turn in zip(*self.world.gather_data(mine), strict=True) for rows in turn]
 
-    def _gradients(self) -> list[Tensor]:
-        """Copies of the gradients so far."""
-        return [value.grad.detach().clone() for value in self.state.parameters.values() if value.grad is not None]
+    def _gradients(self) -> dict[str, Tensor]:
+        """The gradients so far, by the names of their weights."""
+        return {name: value.grad.detach() for name, value in self.state.parameters.items() if value.grad is not None}
 
-    def _agreement(self, first: list[Tensor]) -> float:
-        """Cosine of the gradients of the two halves of a minibatch, of which `first` is one; 0 where one has none."""
-        whole = self._gradients()
-        second = [both - one for both, one in zip(whole, first, strict=True)]
+    def _agreement(self, first: Mapping[str, Tensor]) -> float:
+        """Cosine of the gradients of the two halves of a minibatch, of which `first` is one; 0 where one has none.
 
-        def dot(one: list[Tensor], other: list[Tensor]) -> float:
-            return sum(full((a * b).sum()).item() for a, b in zip(one, other, strict=True))
+        The sums are added up where the gradients are, so that three numbers come to the host, not three a tensor.
+        """
+        second = {name: both - first[name] for name, both in self._gradients().items() if name in first}
+
+        def dot(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+            products = [(one[name] * other[name]).sum() for name in second]
+            return full(sum(products[1:], products[0])).item() if products else 0.0
 
         lengths = math.sqrt(dot(first, first) * dot(second, second))
         return dot(first, second) / lengths if lengths > 0 else 0.0
