@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -117,7 +118,8 @@ def test_the_factor_tends_to_one_where_the_chain_is_the_time_reversal_of_the_noi
             plan, window = plan_of(steps, law, eta), list(range(steps - 1))
             trained = [step for step in window if 0.2 < plan.sigmas[step] < 0.95]
             largest.append(max(abs(estimators.gaussian_factor(plan, step, window) - 1.0) for step in trained))
-        assert largest == sorted(largest, reverse=True)
+        # of first order in the length of a step: four times as many steps bring it to less than half
+        assert all(after < 0.5 * before for before, after in itertools.pairwise(largest))
         assert largest[-1] < 0.05
     plan, window = plan_of(640, "flow-sde", 0.7), list(range(639))
     assert estimators.gaussian_factor(plan, window[160], window) > 2.0  # and to nothing of the kind for other laws
