@@ -259,13 +259,18 @@ def judge(
     target: Annotated[
         list[str], typer.Option(metavar="TEXT", help="text that the video should show, likewise; else the quoted one")
     ] = [],  # noqa: B006
+    max_frames: Annotated[int, typer.Option(min=1, help="the most frames of a video")] = 1000,
+    max_megapixels: Annotated[
+        int, typer.Option(min=1, help="the most megapixels of all its frames; of one frame a 32nd of that")
+    ] = 128,
 ) -> None:
     """Score video files outside a run: one JSON line a video on stdout, with all a reward says of it."""
     from score.judge import json_line
     from score.judge import judge as judge_files
+    from shards.video import Limits
 
     missing = 0
-    for record in judge_files(videos, prompt, reward, target):
+    for record in judge_files(videos, prompt, reward, target, Limits.of_foreign(max_frames, max_megapixels)):
         print(json_line(record, sys.stdout.encoding), flush=True)
         missing += sum(verdict["status"] != "ok" for verdict in record["rewards"])
     if missing:

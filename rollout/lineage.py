@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shards.errors import ANEW, RunFailed, UserError
-from shards.files import publish_new, read_json, to_json
+from shards.files import publish_new
 from shards.plan import SCHEMA
+from shards.records.kinds import PolicyRecord, read_policy
+from shards.records.reading import sealed
 from shards.run import AVERAGE, POLICY_RECORD, Run, Stage
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ def policy_source(run: Run, stage: Stage) -> Path | None:
 def averaged(folder: Path) -> Path | None:
     """Folder of the averaged weights of a trained policy; None where training kept none. RunFailed: they are gone."""
     average = folder / AVERAGE
-    if not average.is_dir() and "average" in read_json(folder / POLICY_RECORD):
+    if not average.is_dir() and read_policy(folder / POLICY_RECORD).average:
         raise RunFailed(f"{average} is missing, but {POLICY_RECORD} names it", ANEW)
     return average if average.is_dir() else None
 
@@ -48,9 +50,9 @@ def check_committed(source: Path, identity: dict[str, Any]) -> None:
     path = (source.parent if source.name == AVERAGE else source) / POLICY_RECORD
     if not path.is_file():
         return
-    record = read_json(path)
-    known = record.get("average", identity) if source.name == AVERAGE else record  # once averages were not named
-    if known.get("fingerprint") != identity["fingerprint"]:
+    record = read_policy(path)
+    known = record.average if source.name == AVERAGE else record
+    if known is not None and known.fingerprint != identity["fingerprint"]:  # once averages were not named
         raise RunFailed(f"{source}: its files are not those its {POLICY_RECORD} names", ANEW)
 
 
@@ -69,9 +71,9 @@ def take_policy(run: Run, stage: Stage, policy: Policy) -> dict[str, Any]:
     return identity
 
 
-def policy_record(stage: Stage) -> dict[str, Any] | None:
+def policy_record(stage: Stage) -> PolicyRecord | None:
     """policy.json, the commit record of the policy an iteration trained; None before it is whole."""
-    return read_json(stage.policy_record_path) if stage.trained() else None
+    return read_policy(stage.policy_record_path) if stage.trained() else None
 
 
 def starting_policy(run: Run, iteration: int) -> Path | None:
@@ -93,5 +95,5 @@ def _check_model(run: Run, policy: Policy) -> None:
     record = {"schema": SCHEMA, "base": policy.base_fingerprint, "path": run.config.model.path}
     if policy.base_lora is not None:
         record |= {"model": policy.model_fingerprint, "base_lora": policy.base_lora.identity()}
-    publish_new(path, to_json(record, path))
+    publish_new(path, sealed(record, path))
     policy.check_model(path)

@@ -16,12 +16,13 @@ from rollout.sampler import Sampler
 from rollout.ulysses_group import Leader, UlyssesGroup, follow
 from rollout.work import Work
 from shards.errors import UserError
-from shards.files import read_json
 from shards.plan import SAMPLE_KEY, RolloutPlan
 from shards.process.progress import Progress
 from shards.process.versions import our_version
+from shards.reader import read_manifest
 from shards.run import Run, Stage
 from shards.spool import Sample
+from shards.workers.leftovers import sweep_run
 from shards.workers.worker import Part, Worker
 
 
@@ -73,6 +74,7 @@ def rollout(
     sample each video in groups of that many.
     """
     began = time.monotonic()
+    sweep_run(run)
     complete = stage.is_complete()
     group = UlyssesGroup.of(run.config, find_device(run.config.model.device))
     if group.world.broadcast(complete) if group else complete:  # ranks that work together must not part here
@@ -143,7 +145,7 @@ def regenerate(run: Run, stage: Stage, key: str, policy: Policy) -> Sample:
 def _check_version(stage: Stage) -> None:
     """Shards of one stage are made by one version: another one may draw other noise or round otherwise."""
     for shard in stage.shards()[:1]:
-        found = read_json(stage.manifest_path(shard)).get("info", {}).get("versions", {}).get("rushes", "")
+        found = read_manifest(stage, shard).version
         if found and our_version() not in (found, ""):
             raise UserError(
                 f"{stage.path} was begun by rushes {found}, this is {our_version()}",

@@ -13,12 +13,14 @@ from score.ocr.text import NoTarget, target_of
 from score.reward import Chosen, Reward, Scored, Video, choose
 from shards.errors import UserError
 from shards.text.cleaning import clean
+from shards.video import LIMITS, Limits, load_video
 
 ONE_FOR_ALL = "give it once for all videos, or as often as there are videos"
 
 
 def judge(
-    videos: Sequence[str | Path], prompts: Sequence[str], rewards: Sequence[str], targets: Sequence[str] = ()
+    videos: Sequence[str | Path], prompts: Sequence[str], rewards: Sequence[str], targets: Sequence[str] = (),
+    limits: Limits = LIMITS,
 ) -> Iterator[dict[str, Any]]:
     """One record a video, in order, as soon as it is scored: plain JSON values.
 
@@ -28,7 +30,7 @@ def judge(
     score), `value` (its first component),
     `components` (all, raw and normalised), `frames_used` (numbers of the frames looked at), and `text` (frame, text,
     confidence) when it reads. Every video is judged alone: what a reward makes of a group is not in it. `prompts` and
-    `targets` hold one for all or one for each. Raises UserError, for wrong names, options and counts and for missing
+    `targets` hold one for all or one for each. A video beyond `limits` is refused before it is decoded. Raises UserError, for wrong names, options and counts and for missing
     files before anything is loaded.
     """
     chosen = [parse_reward(reward) for reward in rewards]
@@ -37,19 +39,17 @@ def judge(
     asked = one_each("--prompt", prompts, len(videos))
     wanted = one_each("--target", targets or [""], len(videos))
     for path in videos:
-        if not Path(path).is_file():
+        if not Path(path).exists():
             raise UserError(f"{path}: no such file", "give the path of a video file")
-    return _records([Path(path) for path in videos], asked, wanted, chosen)
+    return _records([Path(path) for path in videos], asked, wanted, chosen, limits)
 
 
 def _records(
-    videos: Sequence[Path], prompts: Sequence[str], targets: Sequence[str], chosen: Sequence[Chosen]
+    videos: Sequence[Path], prompts: Sequence[str], targets: Sequence[str], chosen: Sequence[Chosen], limits: Limits
 ) -> Iterator[dict[str, Any]]:
-    from shards.video import load_video
-
     built: list[tuple[Chosen, Reward]] | None = None
     for path, prompt, target in zip(videos, prompts, targets, strict=True):
-        frames, fps = load_video(path)
+        frames, fps = load_video(path, limits)
         built = built or [(one, one.build()) for one in chosen]
         cleaned = clean(prompt)  # as in a run
         video = Video(str(path), frames, cleaned, _target(cleaned, clean(target)), fps)

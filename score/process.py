@@ -65,7 +65,8 @@ def _video(shard: Shard, key: str) -> Video | str:
     if (status := meta.get("status", "ok")) != "ok":
         return str(status)
     try:
-        frames = decode_mp4(data, key)
+        plan = shard.stage.plan()
+        frames = decode_mp4(data, key, plan.video if plan else None)
     except UserError as error:
         return error.problem
     return Video(key, frames, str(meta["prompt"]), meta.get("target"), float(meta.get("fps", 16)), meta)

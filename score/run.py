@@ -12,11 +12,12 @@ from score import tables
 from score.worker import Scoring, named
 from shards import sidecar
 from shards.errors import StillBusy, UserError
-from shards.files import read_json
 from shards.measures import StageReward, measure_of, stage_reward
 from shards.process.progress import counted
+from shards.records.kinds import read_summary
 from shards.run import Run, Stage
 from shards.store.urls import in_shell
+from shards.workers.leftovers import sweep_run
 from shards.workers.worker import Part, Worker, order
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ def score(
     StillBusy when there was nothing to do but others sample or score what is left.
     """
     start, config = time.monotonic(), run.config.score
+    sweep_run(run)
     plan = stage.plan()
     if plan is None:
         hint = f"`rushes rollout {in_shell(run.path)} --iteration {stage.iteration}` comes first"
@@ -163,5 +165,5 @@ def _advantages(stage: Stage, selection: tables.Selection, max_missing: float) -
     path = stage.summary_path(selection.digest)
     if path.exists() and all(sidecar.advantaged(stage, shard, selection.digest) for shard in stage.shards()):
         with suppress(UserError):  # damaged: like a damaged table it is written again
-            return read_json(path), False
+            return read_summary(path).to_dict(), False
     return tables.write_advantages(stage, selection, max_missing), True

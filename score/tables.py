@@ -15,8 +15,9 @@ from score.advantages import MISSING, NO_SPREAD, NOT_CHOSEN, Specification, adva
 from score.reward import Chosen, Scored, choose, split_name
 from shards import sidecar
 from shards.errors import RunFailed, UserError
-from shards.files import publish_replace, to_json
+from shards.files import publish_replace
 from shards.plan import SAMPLE_KEY, group_of
+from shards.records.reading import sealed
 from shards.run import Stage
 
 if TYPE_CHECKING:
@@ -172,7 +173,7 @@ def write_advantages(stage: Stage, selection: Selection, max_missing: float) -> 
         sidecar.write_advantages(stage, int(shard), selection.digest, part, kv)
     summary = summarise(selection, scores, _read_guards(stage), rewards, table)
     path = stage.summary_path(selection.digest)
-    publish_replace(path, to_json(summary, path))
+    publish_replace(path, sealed(summary, path))
     return summary
 
 

@@ -109,7 +109,7 @@ def note_groups(dropped: int, total: int) -> list[str]:
 
 def note_unmoved(records: Sequence[Record], unmoved: Sequence[str]) -> list[str]:
     """A word on layers that no gradient reached although others of the expert (`records`: its own) learned."""
-    if not unmoved or not any(record["gradient_norm"] > 0 for record in records):
+    if not unmoved or not any(record.get("gradient_norm", 0.0) > 0 for record in records):
         return []
     others = f" and {len(unmoved) - 1} more" if len(unmoved) > 1 else ""
     return [f"{unmoved[0]}{others} did not move at all: no gradient reached what should be trained there"]
@@ -146,10 +146,10 @@ def _note_expert(records: Sequence[Record], limits: Limits) -> list[str]:
     off = off_policy(first, limits)
     if off is not None:
         sentences.append(f"the first update saw ratios up to {off:.2g} away from 1; is the rollout of another policy?")
-    weak, epsilon = min(record["gradient_rms"] for record in records), limits.epsilon
+    weak, epsilon = min(record.get("gradient_rms", 1.0) for record in records), limits.epsilon
     if 0 < weak < 10 * epsilon:
         sentences.append(f"the gradient ({weak:.1g} per weight) drowns in train.epsilon = {epsilon:g}; lower that")
-    if all(record["gradient_norm"] == 0 for record in records):
+    if all(record.get("gradient_norm") == 0 for record in records):
         sentences.append("every gradient was 0, so nothing was learned; look at the advantages")
     return sentences + _note_kl(records)
 
@@ -168,7 +168,7 @@ def _note_clipping(records: Sequence[Record], low: bool) -> list[str]:
 
 
 def _note_kl(records: Sequence[Record]) -> list[str]:
-    values = [record["kl"] for record in records]
+    values = [record["kl"] for record in records if "kl" in record]
     if len(values) >= CLIP_RUN and values[0] > 0 and values[-1] > 10 * values[0]:
         return ["the distance to the reference grew tenfold in one iteration; raise train.kl_beta or lower the rate"]
     return []

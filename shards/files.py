@@ -16,6 +16,8 @@ from typing import Any
 
 from shards.errors import FULL, RunFailed, UserError
 from shards.locks import flock, is_still, name_new, open_creating
+from shards.records.opening import open_plain, read_plain, refuse_escape
+from shards.records.strict_json import MOST_BYTES, parse_object
 from shards.store.urls import url_of, working_copy
 
 Buffer = bytes | bytearray | memoryview
@@ -33,6 +35,7 @@ def publish_new(path: str | Path, data: Buffer | Iterable[Buffer]) -> bool:
     Raises RunFailed when the disk is full or broken; nothing is left behind then.
     """
     path = working_copy(path)
+    refuse_escape(path)
     if os.path.lexists(path):
         if url_of(path):
             from shards.store import mirror
@@ -51,6 +54,7 @@ def publish_new(path: str | Path, data: Buffer | Iterable[Buffer]) -> bool:
 def publish_replace(path: str | Path, data: Buffer | Iterable[Buffer]) -> None:
     """Write `data` under `path` in place of what was there; the last writer wins. Raises as publish_new does."""
     path = working_copy(path)
+    refuse_escape(path)
     with _written_aside(path, data) as temporary:
         if url_of(path):
             from shards.store import mirror
@@ -83,8 +87,8 @@ def stamp_of(path: Path) -> tuple[int, ...] | None:
 
 
 def sha256_file(path: str | Path) -> str:
-    """Hexadecimal sha256 of a file."""
-    with open(path, "rb") as file:
+    """Hexadecimal sha256 of a plain file. Raises FileNotFoundError, and Damaged as `open_plain`."""
+    with os.fdopen(open_plain(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -102,20 +106,6 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSON-lines file, none when there is no file; a last line cut off by a kill is left out.
-
-    So is all that follows a damaged line, which `rushes verify` names.
-    """
-    records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
-
-
 def to_json(value: Any, where: str | Path) -> bytes:
     """Canonical JSON: sorted keys, UTF-8, one line. Raises UserError for what JSON or UTF-8 cannot hold."""
     try:
@@ -131,18 +121,16 @@ def to_json(value: Any, where: str | Path) -> bytes:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError when it is missing or damaged."""
+    """The object in a JSON file of any kind; records have readers of their own. Raises UserError when it is missing or
+    damaged."""
     try:
-        value = json.loads(Path(path).read_bytes())
+        return parse_object(read_plain(path, MOST_BYTES))
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist", "run the stage that writes it") from error
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise UserError(
             f"{path} is damaged: {error}", "restore it from a copy; `rushes verify` lists all faults"
         ) from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is damaged: it holds no JSON object", "restore it from a copy")
-    return value
 
 
 def out_of_room(error: Exception) -> RunFailed | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,12 +12,16 @@ from typing import TYPE_CHECKING, Any
 from shards import parquet, tensors
 from shards.errors import REPAIR, Damaged
 from shards.plan import SAMPLE_KEY, SCHEMA, group_of
-from shards.tar import EXTENSIONS, GROUP_NAME, SAMPLE_NAME, Member, members
+from shards.records.samples import check_sample
+from shards.records.strict_json import parse_object
+from shards.tar import BLOCK, EXTENSIONS, GROUP_NAME, SAMPLE_NAME, Member, members
 
 if TYPE_CHECKING:
     import pyarrow
 
 Row = dict[str, Any]
+LARGEST_META = 16 * 2**20  # bytes of a sample's record; a prompt of 1 MB fits many times over
+OPTIONAL = {"prompt", "target", "seed", "noise_seed", "status", "seconds", "host"}  # columns that may be null
 # column -> Arrow type; README.md says what each one means
 COLUMNS = {
     "key": "string",
@@ -108,13 +112,12 @@ def scan(buffer: memoryview, where: str) -> list[Row]:
 def parse_meta(payload: memoryview, key: str, where: str) -> dict[str, Any]:
     """The record in a sample's JSON member. Raises Damaged unless it is an object that belongs to `key`."""
     try:
-        meta = json.loads(bytes(payload).decode())
-        belongs = meta["key"] == key and meta["schema"] == SCHEMA
-    except (ValueError, KeyError, TypeError) as error:
+        meta = parse_object(bytes(payload), most=LARGEST_META)
+        check_sample(bytes(payload))
+    except ValueError as error:
         raise Damaged(f"{where}: damaged record: {error}", REPAIR) from error
-    if not belongs:
+    if (meta["key"], meta["schema"]) != (key, SCHEMA):
         raise Damaged(f"{where}: the record is of key {meta['key']!r}, schema {meta['schema']!r}", REPAIR)
-    assert isinstance(meta, dict)
     return meta
 
 
@@ -130,12 +133,40 @@ def to_parquet(rows: list[Row], kv: dict[str, str]) -> bytes:
     return parquet.encode(pyarrow.Table.from_pylist(rows, schema=schema()), kv)
 
 
-def read(path: str | Path) -> tuple[pyarrow.Table, dict[str, str]]:
-    """An index and its metadata. Raises Damaged."""
-    table, kv = parquet.read(path, REPAIR)
-    if table.schema != schema() or kv.get("schema") != str(SCHEMA):
+def read(
+    path: str | Path, data: bytes | None = None, rows: int | None = None
+) -> tuple[pyarrow.Table, dict[str, str]]:
+    """An index and its metadata; `data` and `rows` as for `parquet.read`. Raises Damaged."""
+    table, kv = parquet.read(path, REPAIR, data, rows)
+    if table.schema != schema() or kv.get("schema") != str(SCHEMA) or "shard_sha256" not in kv:
         raise Damaged(f"{path}: its columns are not those of an index of schema {SCHEMA}", REPAIR)
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        inner = column.combine_chunks().flatten() if COLUMNS[name].startswith("list") else column
+        if (column.null_count and name not in OPTIONAL) or (inner.null_count and inner is not column):
+            raise Damaged(f"{path}: {name} is missing for some samples", REPAIR)
     return table, kv
+
+
+def check_rows(rows: Sequence[Row], size: int, where: str) -> None:
+    """Raise Damaged unless every member and every state of an index lies in its tar of `size` bytes, as long as it says.
+
+    What is checked here is allocated by readers before they see a byte of the tar.
+    """
+    for row in rows:
+        key, states = row["key"], len(row["states"])
+        for name in ("json", "mp4", "traj", "text"):
+            start, length = row[f"{name}_offset"], row[f"{name}_bytes"]
+            if not (BLOCK <= start <= size and 0 <= length <= size - start):
+                raise Damaged(f"{where}: {key} has its {name} outside of the tar", REPAIR)
+        if row["json_bytes"] > LARGEST_META or not 8 <= row["traj_header_bytes"] <= row["traj_bytes"]:
+            raise Damaged(f"{where}: {key} has a record or a header of an impossible size", REPAIR)
+        code = tensors.NAMES.get(row["latent_dtype"])
+        one = tensors.SIZES[code] if code else -1
+        start = row["latents_offset"] - row["traj_offset"]
+        fits = row["latent_bytes"] == math.prod(row["latent_shape"]) * one and min(row["latent_shape"], default=0) >= 0
+        within = row["traj_header_bytes"] <= start <= row["traj_bytes"] - states * row["latent_bytes"]
+        if not (fits and within and len(row["latent_shape"]) <= 8 and len(row["latent_crc32"]) == states):
+            raise Damaged(f"{where}: {key} has latents that do not fit its trajectory", REPAIR)
 
 
 def schema() -> pyarrow.Schema:
@@ -162,7 +193,7 @@ def _meta_columns(key: str, meta: dict[str, Any]) -> Row:
         "prompt": meta.get("prompt"),
         "target": meta.get("target"),
         "seed": meta.get("seed"),
-        "noise_seed": meta.get("noise_seeds", {}).get("initial"),
+        "noise_seed": (meta.get("noise_seeds") or {}).get("initial"),
         "status": meta.get("status", "ok"),
         "seconds": meta.get("seconds"),
         "host": meta.get("host"),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from shards.files import read_json
+from shards.records.kinds import read_summary
 from shards.run import Run, Stage
 from shards.sidecar import specifications
 
@@ -60,8 +60,8 @@ def measured(stage: Stage, weights: Mapping[str, float]) -> Measure | None:
     """
     for name in specifications(stage):
         path = stage.summary_path(name)
-        summary = read_json(path) if path.is_file() else {}
-        if summary.get("specification", {}).get("weights") == dict(weights) and (found := measure_of(summary)):
+        summary = read_summary(path) if path.exists() else None
+        if summary and summary.weights == dict(weights) and (found := measure_of(summary.to_dict())):
             return found
     return None
 

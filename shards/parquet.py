@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shards.errors import Damaged
+from shards.records.opening import read_plain
+from shards.records.parquet_footer import (
+    BYTE_ARRAY,
+    FIXED,
+    INT96,
+    SNAPPY,
+    UNCOMPRESSED,
+    Footer,
+    check_pages,
+    read_footer,
+)
 
 if TYPE_CHECKING:
     import pyarrow
+
+MOST_BYTES = 256 * 2**20  # of a file, and of its columns when they are unpacked
+MOST_ROWS = 2**17
+MOST_COLUMNS = 1000
+MOST_VALUES = 2**23
+TEXTS = (BYTE_ARRAY, FIXED, INT96)
+FILE = "file_sha256"  # of all bytes of the file, with this value as zeros
+_ZEROS = b"0" * 64
 
 
 def encode(table: pyarrow.Table, kv: dict[str, str]) -> bytes:
@@ -23,41 +42,124 @@ def encode(table: pyarrow.Table, kv: dict[str, str]) -> bytes:
     return sink.getvalue()
 
 
+def encode_sealed(table: pyarrow.Table, kv: dict[str, str]) -> bytes:
+    """As `encode`, with the sha256 of the whole file in its metadata: footers and statistics are vouched for as well."""
+    data = encode(table, kv | {FILE: _ZEROS.decode()})
+    start = data.index(_ZEROS, data.rindex(FILE.encode()))
+    return data[:start] + hashlib.sha256(data).hexdigest().encode() + data[start + len(_ZEROS) :]
+
+
+def is_sealed(data: bytes, kv: dict[str, str]) -> bool:
+    """Whether the bytes of a file are those its own sha256 was taken of."""
+    value, key = kv.get(FILE, "").encode(), data.rfind(FILE.encode())
+    start = data.find(value, key) if len(value) == len(_ZEROS) and key >= 0 else -1
+    if start < 0:
+        return False
+    return hashlib.sha256(data[:start] + _ZEROS + data[start + len(_ZEROS) :]).hexdigest().encode() == value
+
+
 def metadata(path: str | Path, hint: str) -> dict[str, str]:
     """The metadata of a Parquet file, its rows not read. Raises Damaged as `read`."""
     import pyarrow
 
+    data = _content(path, hint)
     try:
-        with _open(path) as file:
-            return _texts(file.schema_arrow)
-    except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:
+        _check_sizes(data, None)
+        with _open(data) as file:
+            return _texts(file)
+    except (OSError, pyarrow.ArrowException, UnicodeDecodeError, ValueError) as error:
         raise Damaged(f"{path}: {_reason(error)}", hint) from error
 
 
-def read(path: str | Path, hint: str) -> tuple[pyarrow.Table, dict[str, str]]:
-    """Table and metadata of a Parquet file. Raises Damaged with `hint` when it is missing, cut or altered."""
+def read(
+    path: str | Path, hint: str, data: bytes | None = None, rows: int | None = None
+) -> tuple[pyarrow.Table, dict[str, str]]:
+    """Table and metadata of a Parquet file, whose content may be at hand as `data`.
+
+    Raises Damaged with `hint` when it is missing, cut or altered. Its footer is looked at first: a file that has
+    another number of `rows`, or would take more memory than a table of a shard does, is refused before it is unpacked.
+    """
     import pyarrow
 
+    data = _content(path, hint) if data is None else data
     try:
-        with _open(path) as file:
-            table = file.read(use_threads=False)
-        kv = _texts(table.schema)
-    except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:
+        footer = _check_sizes(data, rows)
+        with _open(data) as file:
+            table, kv = _bounded(file, data, footer), _texts(file)
+        table.validate(full=True)
+    except (OSError, pyarrow.ArrowException, UnicodeDecodeError, ValueError) as error:
         raise Damaged(f"{path}: {_reason(error)}", hint) from error
     return table.replace_schema_metadata(None), kv
 
 
-def _texts(schema: pyarrow.Schema) -> dict[str, str]:
-    return {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
+def schema_of(path: str | Path, hint: str) -> pyarrow.Schema:
+    """Names and types of the columns of a Parquet file, its rows not read. Raises Damaged as `read`."""
+    import pyarrow
+
+    data = _content(path, hint)
+    try:
+        _check_sizes(data, None)
+        with _open(data) as file:
+            return file.schema_arrow.remove_metadata()
+    except (OSError, pyarrow.ArrowException, ValueError) as error:
+        raise Damaged(f"{path}: {_reason(error)}", hint) from error
 
 
-def _open(path: str | Path) -> Any:
+def _content(path: str | Path, hint: str) -> bytes:
+    try:
+        return read_plain(path, MOST_BYTES, hint)
+    except FileNotFoundError as error:
+        raise Damaged(f"{path}: the file does not exist", hint) from error
+
+
+def _check_sizes(data: bytes, rows: int | None) -> Footer:
+    """ValueError for what would need too much memory, by what the footer and the pages say; the footer."""
+    footer = read_footer(data)
+    if rows is not None and footer.rows != rows:
+        raise ValueError(f"it has {footer.rows} rows for {rows} samples")
+    if footer.rows > MOST_ROWS or len(footer.columns) > MOST_COLUMNS:
+        raise ValueError(f"it has {footer.rows} rows in {len(footer.columns)} columns")
+    if sum(column.values for column in footer.columns) > MOST_VALUES:
+        raise ValueError(f"it has more than {MOST_VALUES} values")
+    room = MOST_BYTES
+    for column in footer.columns:
+        if column.codec not in (UNCOMPRESSED, SNAPPY):
+            raise ValueError(f"{column.path} is compressed in a way that tables of a run are not")
+        room -= check_pages(data, column, room)
+    return footer
+
+
+def _bounded(file: Any, data: bytes, footer: Footer) -> pyarrow.Table:
+    """The whole table. Texts are unpacked last: a dictionary of one long text can stand for gigabytes."""
+    import pyarrow
+    from pyarrow import compute
+
+    largest = sum(column.values * column.unpacked for column in footer.columns if column.physical in TEXTS)
+    if largest <= MOST_BYTES:
+        return file.read(use_threads=False)
+    schema = file.schema_arrow
+    texts = [field.name for field in schema if pyarrow.types.is_string(field.type)]
+    with _open(data, read_dictionary=texts) as packed:
+        table = packed.read(columns=texts, use_threads=False)
+    for name in texts:
+        for chunk in table.column(name).chunks:
+            lengths = compute.binary_length(chunk.dictionary).cast("int64")
+            if (compute.sum(lengths.take(chunk.indices)).as_py() or 0) > MOST_BYTES:
+                raise ValueError(f"the texts of {name} have more than {MOST_BYTES} bytes")
+    return file.read(use_threads=False)
+
+
+def _texts(file: Any) -> dict[str, str]:
+    """The metadata of a file; Arrow keeps its schema, and in it all of this once more, under a name of its own."""
+    found = file.metadata.metadata or {}
+    return {key.decode(): value.decode() for key, value in found.items() if key != b"ARROW:schema"}
+
+
+def _open(data: bytes, **options: Any) -> Any:
     import pyarrow.parquet
 
-    return pyarrow.parquet.ParquetFile(os.fspath(path), page_checksum_verification=True)
+    return pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data), page_checksum_verification=True, **options)
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "the file does not exist"
     return f"the table is damaged: {str(error).splitlines()[0] if str(error) else type(error).__name__}"

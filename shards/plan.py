@@ -7,15 +7,15 @@ import re
 import struct
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from shards.errors import UserError
+from shards.records.reading import first_fault, reader, short
+from shards.records.strict_json import parse_object
 
-if TYPE_CHECKING:
-    from pydantic import TypeAdapter, ValidationError
-
+LARGEST = 64 * 2**20  # bytes of plan.json that are read: a hundred thousand groups
 SCHEMA: Literal[1] = 1  # of plan, manifest, member and index; README.md has its history
 GROUP_KEY = re.compile(r"i(\d{6})-p(\d{6})")
 SAMPLE_KEY = re.compile(r"i(\d{6})-p(\d{6})-s(\d{2,3})")
@@ -202,11 +202,14 @@ class RolloutPlan:
         from pydantic import ValidationError
 
         try:
-            plan = _reader().validate_json(data)
+            plan = reader(cls).validate_json(data)
+            parse_object(data, most=LARGEST)  # a name that is given twice; fields of other types are told of above
         except ValidationError as error:
-            raise _damaged(error, where) from error
+            raise first_fault(error, where) from error
         except UserError as error:  # of the schedule, which knows no file
             raise UserError(f"{where}: {error.problem}", error.hint) from error
+        except ValueError as error:
+            raise UserError(f"{where} is damaged: {error}", _COPY) from error
         for problem in _contradictions(plan):
             raise UserError(f"{where}: {problem}", _COPY)
         return plan
@@ -250,37 +253,6 @@ class RolloutPlan:
         return self.negative_prompt if own is None else own
 
 
-@cache
-def _reader() -> TypeAdapter[RolloutPlan]:
-    from pydantic import TypeAdapter
-
-    return TypeAdapter(RolloutPlan)
-
-
-def _damaged(error: ValidationError, where: object) -> UserError:
-    """The first thing that is wrong with a file; another schema explains all the rest."""
-    faults = error.errors()
-    first = next((fault for fault in faults if fault["loc"] == ("schema",)), faults[0])
-    field, kind, found = ".".join(map(str, first["loc"])), first["type"], first["input"]
-    if field == "schema" and kind != "missing":
-        return UserError(
-            f"{where} has schema {found!r}; this version reads {SCHEMA}", "use the version of rushes that wrote it"
-        )
-    if kind == "missing":
-        return UserError(f"{where} is damaged: it has no {field}", _COPY)
-    if kind == "unexpected_keyword_argument":
-        return UserError(f"{where} is damaged: it has an unknown field {field}", _COPY)
-    message = first["msg"][0].lower() + first["msg"][1:]
-    if not field:
-        return UserError(f"{where} is damaged: {message}", f"{_COPY}; `rushes verify` lists all faults")
-    return UserError(f"{where} is damaged: {field}: {message}, but it is {_short(found)}", _COPY)
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:79]}…"
-
-
 def _contradictions(plan: RolloutPlan) -> Iterable[str]:
     """Values that cannot be in a plan whose fields are all there, and those that do not fit together."""
     for field, (value, least, most) in _ranges(plan).items():
@@ -288,7 +260,7 @@ def _contradictions(plan: RolloutPlan) -> Iterable[str]:
             yield f"{field} is {value}, not from {least} to {most}"
     for field in ("fingerprint", "base"):
         if not re.fullmatch("[0-9a-f]{64}", getattr(plan.policy, field)):
-            yield f"policy.{field} is {_short(getattr(plan.policy, field))}, not a sha256"
+            yield f"policy.{field} is {short(getattr(plan.policy, field))}, not a sha256"
     promised = [group for shard in plan.shards for group in shard]
     if len(set(promised)) != len(promised) or sorted(promised) != sorted(group.key for group in plan.groups):
         yield "its shards do not hold each of its groups once"

@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from shards import index, tensors
+from shards import index, parquet, tensors
 from shards.errors import REPAIR, Damaged, UserError
-from shards.files import read_json
-from shards.plan import SCHEMA
+from shards.records.kinds import Manifest, read_manifest_file
+from shards.records.opening import read_plain
+from shards.records.reading import short
+from shards.plan import RolloutPlan
 from shards.run import Stage
 from shards.source import open_source, open_tar
 from shards.store import mirror
@@ -44,7 +46,9 @@ class Shard:
         self.stage, self.number, self.path = stage, shard, stage.shard_path(shard)
         self.manifest = read_manifest(stage, shard)
         self._table = checked_index(stage, shard, self.manifest)
-        self._rows = {row["key"]: row for row in self._table.to_pylist()}
+        rows = self._table.to_pylist()
+        index.check_rows(rows, self.manifest.tar.bytes, str(stage.index_path(shard)))
+        self._rows = {row["key"]: row for row in rows}
         self._source = open_source(stage, shard, self.manifest)
         self._close = weakref.finalize(self, self._source.close)
         self._last_group: tuple[str, dict[str, torch.Tensor]] | None = None  # set at once, as threads share a shard
@@ -206,37 +210,31 @@ class Shard:
             raise Damaged(f"{self.path}: {name} is damaged (crc32)", REPAIR)
 
 
-def read_manifest(stage: Stage, shard: int) -> dict[str, Any]:
+def read_manifest(stage: Stage, shard: int) -> Manifest:
     """The commit record of a shard. Raises UserError when there is none, Damaged when it is not one of this shard."""
     path = stage.manifest_path(shard)
     if not stage.is_committed(shard):
         raise UserError(f"shard {shard} of {stage.path} is not there", "`rushes rollout` samples what is missing")
     try:
-        manifest = read_json(path)
+        manifest = read_manifest_file(path)
     except UserError as error:
         raise Damaged(error.problem, REPAIR) from error
-    try:
-        names = manifest["schema"], manifest["stage"], manifest["shard"]
-        sizes = [int(manifest[part]["bytes"]) for part in ("tar", "index")]
-        hashes = [str(manifest[part]["sha256"]) for part in ("tar", "index")]
-    except (KeyError, TypeError, ValueError) as error:
-        raise Damaged(f"{path}: damaged commit record: {error}", REPAIR) from error
-    if names != (SCHEMA, stage.name, shard) or min(sizes) < 0 or any(len(value) != 64 for value in hashes):
-        raise Damaged(f"{path}: this is the record of schema, stage, shard {names}", REPAIR)
+    if (manifest.stage, manifest.shard) != (stage.name, shard):
+        raise Damaged(f"{path}: this is the record of shard {manifest.shard} of {short(manifest.stage)}", REPAIR)
     return manifest
 
 
-def checked_index(stage: Stage, shard: int, manifest: dict[str, Any]) -> pyarrow.Table:
+def checked_index(stage: Stage, shard: int, manifest: Manifest) -> pyarrow.Table:
     """The index of a shard. Raises Damaged unless it is the one that `manifest` committed."""
     path = stage.index_path(shard)
     try:
-        genuine = hashlib.sha256(path.read_bytes()).hexdigest() == manifest["index"]["sha256"]
-    except OSError as error:
+        data = read_plain(path, parquet.MOST_BYTES, REPAIR)
+    except FileNotFoundError as error:
         raise Damaged(f"{path}: the index cannot be read: {error.strerror}", REPAIR) from error
-    if not genuine:
+    if hashlib.sha256(data).hexdigest() != manifest.index.sha256:
         raise Damaged(f"{path}: the index is not the one that was committed (sha256)", REPAIR)
-    table, kv = index.read(path)
-    if kv.get("shard_sha256") != manifest["tar"]["sha256"]:
+    table, kv = index.read(path, data, rows=manifest.samples)
+    if kv.get("shard_sha256") != manifest.tar.sha256:
         raise Damaged(f"{path}: the index belongs to another tar", REPAIR)
     return table
 
@@ -256,11 +254,11 @@ def webdataset_pipeline(stage: Stage, shards: Sequence[int] | None = None) -> we
         partial(_open_tars, stage, numbers),
         webdataset.tariterators.tar_file_expander,
         webdataset.tariterators.group_by_keys,
-        webdataset.map(decode_sample),
+        webdataset.map(partial(decode_sample, plan=stage.plan())),
     )
 
 
-def decode_sample(sample: dict[str, Any]) -> dict[str, Any]:
+def decode_sample(sample: dict[str, Any], plan: RolloutPlan | None = None) -> dict[str, Any]:
     """Decode the raw members of one WebDataset sample of a shard. Raises Damaged."""
     from shards.video import decode_mp4
 
@@ -271,7 +269,7 @@ def decode_sample(sample: dict[str, Any]) -> dict[str, Any]:
     return {
         "__key__": key,
         "json": index.parse_meta(memoryview(sample["json"]), key, where),
-        "mp4": decode_mp4(sample["mp4"]),
+        "mp4": decode_mp4(sample["mp4"], where, plan.video if plan else None),
         "traj.safetensors": tensors.decode(bytearray(sample["traj.safetensors"]), where),
     }
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from shards.errors import UserError
 from shards.files import publish_new, sha256_file, stamp_of, to_json
-from shards.plan import Kind, RolloutPlan
+from shards.plan import LARGEST, Kind, RolloutPlan
+from shards.records.opening import read_plain
 from shards.store import mirror
 from shards.store.urls import in_shell, shown, url_of, working_copy
 
@@ -316,8 +317,8 @@ def trainer_dir(policy_dir: Path, expert: str) -> Path:
 
 def _read_plan(path: Path) -> RolloutPlan:
     try:
-        data = path.read_bytes()
-    except OSError as error:
+        data = read_plain(path, LARGEST)
+    except FileNotFoundError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}", "restore it from a copy") from error
     return RolloutPlan.from_json(data, path)
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from shards import parquet
 from shards.errors import Damaged, UserError
 from shards.files import publish_replace, stamp_of, sweep_temporary
-from shards.plan import SCHEMA
+from shards.plan import SAMPLE_KEY, SCHEMA
 from shards.reader import checked_index, read_manifest
+from shards.records.opening import read_plain
 from shards.run import Stage
 from shards.store import mirror
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     import pyarrow
 
 IDENTITY = {"key": "string", "prompt_id": "int64", "sample": "int64"}
+LARGEST = 1e100  # of a reward: its square is still a number
+RANGES = {"reward": (-LARGEST, LARGEST), "advantage": (-1e9, 1e9), "weight": (0.0, 1e9)}  # of columns
 SCORES = IDENTITY | {"reward": "double", "status": "string"}  # then one double per component, then perhaps text
 ADVANTAGES = IDENTITY | {"advantage": "double", "weight": "double", "reward": "double", "reason": "string"}
 TEXT = "text"
@@ -99,11 +102,17 @@ def read_table(path: Path) -> tuple[pyarrow.Table, dict[str, str]]:
 
     Page checksums do not cover all of a Parquet file: a flipped bit can change values without an error.
     """
-    table, kv = parquet.read(path, SCORE_AGAIN)
+    try:
+        data = read_plain(path, parquet.MOST_BYTES, SCORE_AGAIN)
+    except FileNotFoundError as error:
+        raise Damaged(f"{path}: the file does not exist", SCORE_AGAIN) from error
+    table, kv = parquet.read(path, SCORE_AGAIN, data)
     try:
         genuine = kv.get(CONTENT) == content_sha256(table)
     except ValueError:  # bytes that are no text any more
         genuine = False
+    if parquet.FILE in kv and not parquet.is_sealed(data, kv):
+        raise Damaged(f"{path}: the table is damaged: the file is not the one written (sha256)", SCORE_AGAIN)
     if not genuine:
         raise Damaged(f"{path}: the table is damaged: its values are not those written (sha256)", SCORE_AGAIN)
     return table, kv
@@ -117,17 +126,31 @@ def content_sha256(table: pyarrow.Table) -> str:
 def check(stage: Stage, shard: int, path: Path, keys: list[str]) -> pyarrow.Table:
     """One sidecar table. Raises Damaged unless it is whole, made for this shard, and has one row per key in order."""
     table, kv = read_table(path)
-    if kv.get("shard_sha256") != read_manifest(stage, shard)["tar"]["sha256"]:
+    if kv.get("shard_sha256") != read_manifest(stage, shard).tar.sha256:
         raise Damaged(f"{path}: made for another shard {shard} (sha256)", f"delete it; {SCORE_AGAIN}")
     if "key" not in table.column_names:
         raise Damaged(f"{path}: has no column key", f"delete it; {SCORE_AGAIN}")
     _check_keys(table.column("key").to_pylist(), keys, str(path))
-    for name in ("advantage", "weight"):
-        if name in table.column_names and any(
-            value is None or value != value for value in table.column(name).to_pylist()
-        ):
-            raise Damaged(f"{path}: {name} is missing for some samples", f"delete it; {SCORE_AGAIN}")
+    _check_values(table, str(path))
     return table
+
+
+def _check_values(table: pyarrow.Table, where: str) -> None:
+    """Raise Damaged for what no scorer and no rule of advantages gives."""
+    again = f"delete it; {SCORE_AGAIN}"
+    columns = {name: table.column(name).to_pylist() for name in table.column_names}
+    numbers = [tuple(map(int, SAMPLE_KEY.fullmatch(key).groups()[1:])) for key in columns["key"]]  # type: ignore[union-attr]
+    if numbers != [*zip(columns.get("prompt_id", []), columns.get("sample", []), strict=False)]:
+        raise Damaged(f"{where}: prompt_id and sample are not those of its keys", again)
+    for name, (least, most) in RANGES.items():
+        if name not in columns:
+            continue
+        for key, value in zip(columns["key"], columns[name], strict=True):
+            if value is None or value != value:
+                if name != "reward":
+                    raise Damaged(f"{where}: {name} is missing for some samples", again)
+            elif not least <= value <= most:
+                raise Damaged(f"{where}: {name} of {key} is {value:g}, not from {least:g} to {most:g}", again)
 
 
 def _write(
@@ -142,8 +165,8 @@ def _write(
     table = table.take(sorted(range(len(keys)), key=lambda row: order[keys[row]]))
     _check_neighbours(path, table.schema)
     sweep_temporary(path.parent)
-    kv = {**kv, "schema": str(SCHEMA), "shard_sha256": manifest["tar"]["sha256"], CONTENT: content_sha256(table)}
-    publish_replace(path, parquet.encode(table, kv))
+    kv = {**kv, "schema": str(SCHEMA), "shard_sha256": manifest.tar.sha256, CONTENT: content_sha256(table)}
+    publish_replace(path, parquet.encode_sealed(table, kv))
 
 
 def _as_table(frame: pandas.DataFrame, columns: dict[str, str], where: str) -> pyarrow.Table:
@@ -176,14 +199,9 @@ def _check_keys(found: list[Any], expected: list[str], where: str) -> None:
 
 def _check_neighbours(path: Path, schema: pyarrow.Schema) -> None:
     """All files of a directory have one schema: readers of a directory take that of the first file by name."""
-    import pyarrow.parquet
-
     for other in sorted(path.parent.glob("shard-*.parquet")):
         if other != path:
-            try:
-                found = pyarrow.parquet.read_schema(other).remove_metadata()
-            except (OSError, pyarrow.ArrowException) as error:
-                raise Damaged(f"{other}: the table is damaged", f"delete it; {SCORE_AGAIN}") from error
+            found = parquet.schema_of(other, f"delete it; {SCORE_AGAIN}")
             if found != schema:
                 raise UserError(
                     f"{path.parent}: holds columns {found.names}, not {schema.names}",
@@ -212,7 +230,7 @@ def _done(stage: Stage, shard: int, path: Path) -> bool:
     if not path.exists():
         return False
     stamp = stamp_of(path)
-    return stamp is not None and _made_for(path, stamp) == read_manifest(stage, shard)["tar"]["sha256"]
+    return stamp is not None and _made_for(path, stamp) == read_manifest(stage, shard).tar.sha256
 
 
 @lru_cache(maxsize=2**14)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import mmap
 import os
-import stat
 import threading
 import weakref
 from collections import OrderedDict
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from shards import index
 from shards.errors import REPAIR, Damaged, RunFailed
 from shards.files import aside
+from shards.records.kinds import Manifest
+from shards.records.opening import open_plain
 from shards.run import Stage
 from shards.store import objects
 from shards.store.urls import cache_folder, url_of
@@ -50,7 +51,7 @@ class LocalTar:
     Raises Damaged, here and whenever it is opened, as open_tar does.
     """
 
-    def __init__(self, stage: Stage, shard: int, manifest: dict[str, Any]) -> None:
+    def __init__(self, stage: Stage, shard: int, manifest: Manifest) -> None:
         self.path = stage.shard_path(shard)
         self.open = partial(open_tar, stage, shard, manifest)
         self.closed = False
@@ -177,9 +178,9 @@ class RemoteTar:
             os.replace(temporary, path)
 
 
-def open_source(stage: Stage, shard: int, manifest: dict[str, Any]) -> Source:
+def open_source(stage: Stage, shard: int, manifest: Manifest) -> Source:
     """The tar of a shard, from this machine where it is here. Raises Damaged when it is not what was committed."""
-    path, size = stage.shard_path(shard), manifest["tar"]["bytes"]
+    path, size = stage.shard_path(shard), manifest.tar.bytes
     url = url_of(path)
     if url is None or _is_here(path, size):
         return LocalTar(stage, shard, manifest)
@@ -188,20 +189,17 @@ def open_source(stage: Stage, shard: int, manifest: dict[str, Any]) -> Source:
         raise Damaged(f"{url}: is not there, but its manifest is", REPAIR)
     if entry.size != size:
         raise Damaged(f"{url}: has {entry.size} bytes, committed were {size}", REPAIR)
-    return RemoteTar(url, manifest["tar"]["sha256"])
+    return RemoteTar(url, manifest.tar.sha256)
 
 
-def open_tar(stage: Stage, shard: int, manifest: dict[str, Any]) -> int:
+def open_tar(stage: Stage, shard: int, manifest: Manifest) -> int:
     """File descriptor of a shard's tar. Raises Damaged when it is missing, a link, or not of the committed size."""
     path = stage.shard_path(shard)
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError as error:
-        raise Damaged(f"{path}: cannot be opened as a plain file: {error.strerror}", REPAIR) from error
+    handle = _open_tar_file(path)
     found = os.fstat(handle)
-    if not stat.S_ISREG(found.st_mode) or found.st_size != manifest["tar"]["bytes"]:
+    if found.st_size != manifest.tar.bytes:
         os.close(handle)
-        raise Damaged(f"{path}: has {found.st_size} bytes, committed were {manifest['tar']['bytes']}", REPAIR)
+        raise Damaged(f"{path}: has {found.st_size} bytes, committed were {manifest.tar.bytes}", REPAIR)
     return handle
 
 
@@ -212,17 +210,23 @@ def scan_tar(path: Path) -> list[index.Row]:
 
 def map_plain(path: Path) -> memoryview:
     """The bytes of a file that is no link. Raises Damaged."""
+    handle = _open_tar_file(path)
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError as error:
-        raise Damaged(f"{path}: cannot be opened as a plain file: {error.strerror}", REPAIR) from error
-    try:
-        found = os.fstat(handle)
-        if not stat.S_ISREG(found.st_mode) or not found.st_size:
-            raise Damaged(f"{path}: is empty or no plain file", REPAIR)
+        if not os.fstat(handle).st_size:
+            raise Damaged(f"{path}: is empty", REPAIR)
         return memoryview(mmap.mmap(handle, 0, access=mmap.ACCESS_READ))
     finally:
         os.close(handle)
+
+
+def _open_tar_file(path: Path) -> int:
+    """A tar is no link, not even to another file of the run: it would be one shard under two names."""
+    if path.is_symlink():
+        raise Damaged(f"{path}: cannot be opened as a plain file: it is a link", REPAIR)
+    try:
+        return open_plain(path, REPAIR)
+    except FileNotFoundError as error:
+        raise Damaged(f"{path}: cannot be opened as a plain file: {error.strerror}", REPAIR) from error
 
 
 def _is_here(path: Path, size: int) -> bool:

@@ -13,16 +13,19 @@ from typing import TYPE_CHECKING, Any
 from shards import tensors
 from shards.errors import Damaged, UserError
 from shards.files import Buffer, publish_new, sweep_temporary, to_json
+from shards.index import LARGEST_META
 from shards.plan import GROUP_KEY, SAMPLE_KEY, SCHEMA
+from shards.records.opening import open_plain, read_plain
 from shards.run import Stage
-from shards.tar import END, EXTENSIONS, wrap
+from shards.tar import END, EXTENSIONS, LARGEST, wrap
+
+AGAIN = "delete it; `rushes rollout` samples it again"
 
 if TYPE_CHECKING:
     import torch
 
     from shards.tensors import Array
 
-LARGEST_META = 16 * 2**20  # bytes of a sample's record; a prompt of 1 MB fits many times over
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def read_group(stage: Stage, shard: int, group: str) -> dict[str, torch.Tensor] 
     """The tensors of a group from the spool, or None; a worker that continues uses the same ones. Raises Damaged."""
     path = group_path(stage, shard, group)
     try:
-        return tensors.decode(bytearray(path.read_bytes()), str(path))
+        return tensors.decode(bytearray(read_plain(path, LARGEST, AGAIN)), str(path))
     except FileNotFoundError:
         return None
 
@@ -94,7 +97,7 @@ def read_phase(stage: Stage, shard: int, key: str) -> dict[str, torch.Tensor] | 
     """The state kept by write_phase, or None. A damaged one is removed: the sample then starts afresh."""
     path = _phase_path(stage, shard, key)
     try:
-        return tensors.decode(bytearray(path.read_bytes()), str(path))
+        return tensors.decode(bytearray(read_plain(path, LARGEST, AGAIN)), str(path))
     except FileNotFoundError:
         return None
     except Damaged:
@@ -132,8 +135,8 @@ def _check_states(sample: Sample) -> None:
 
 
 def mapped(path: Path) -> memoryview:
-    """The bytes of a spooled file. Left open: the view keeps the mapping, and the mapping goes with the view."""
-    with open(path, "rb") as file:
+    """The bytes of a spooled file; raises FileNotFoundError and Damaged. Left open: the view keeps the mapping, and the mapping goes with the view."""
+    with os.fdopen(open_plain(path, AGAIN), "rb") as file:
         if os.fstat(file.fileno()).st_size == 0:
             return memoryview(b"")
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shards.errors import REPAIR, Damaged
 from shards.files import Buffer
+from shards.records.strict_json import parse_object
 
 if TYPE_CHECKING:
     import numpy
@@ -79,8 +80,8 @@ def parse(buffer: memoryview, where: str, size: int | None = None) -> tuple[dict
         (length,) = struct.unpack_from("<Q", buffer)
         if length > len(buffer) - 8:
             raise ValueError(f"its header claims {length} of {len(buffer)} bytes")
-        table = json.loads(bytes(buffer[8 : 8 + length]))
-        checksums = json.loads(table.pop("__metadata__")["crc32"])
+        table = parse_object(bytes(buffer[8 : 8 + length]))
+        checksums = parse_object(table.pop("__metadata__")["crc32"])
         entries = {name: _entry(name, item, 8 + length, checksums[name]) for name, item in table.items()}
         _check_cover(entries, 8 + length, len(buffer) if size is None else size)
     except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
@@ -152,8 +153,10 @@ def _checksums(name: str, shape: list[int], view: memoryview) -> list[int]:
 def _entry(name: str, item: dict[str, Any], base: int, checksums: list[int]) -> Entry:
     start, stop = item["data_offsets"]
     shape = tuple(item["shape"])
-    if any(type(size) is not int or size < 0 for size in (*shape, start, stop)):
-        raise ValueError(f"{name} has a shape or offset that is not a natural number")
+    if any(type(size) is not int or not 0 <= size < 2**53 for size in (*shape, start, stop)) or len(shape) > 8:
+        raise ValueError(f"{name[:80]} has a shape or offset that is not a natural number")
+    if not isinstance(checksums, list) or any(type(one) is not int for one in checksums):
+        raise ValueError(f"{name[:80]} has no list of checksums")
     if stop - start != math.prod(shape) * SIZES[item["dtype"]]:
         raise ValueError(f"{name} of shape {list(shape)} does not fit its {stop - start} bytes")
     return Entry(item["dtype"], shape, base + start, base + stop, tuple(checksums))

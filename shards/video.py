@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import io
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shards.errors import REPAIR, Damaged, UserError
+from shards.plan import VideoShape
+from shards.records.opening import open_plain
 
 if TYPE_CHECKING:
     from fractions import Fraction
@@ -20,6 +25,34 @@ if TYPE_CHECKING:
 # from run to run with one. bitexact keeps library versions and times out of the file.
 ENCODER = {"preset": "medium", "threads": "1", "x264-params": "threads=1:lookahead-threads=1:mbtree=0"}
 CONTAINER = {"fflags": "+bitexact"}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most that is decoded of a video."""
+
+    frames: int
+    pixels: int
+    """Of one frame."""
+    all_pixels: int
+    """Of all frames together; each takes 3 bytes, twice while they are put together."""
+
+    @classmethod
+    def of(cls, shape: VideoShape) -> Limits:
+        """What a plan says of its videos."""
+        return cls(shape.frames, shape.height * shape.width, shape.height * shape.width * shape.frames)
+
+    @classmethod
+    def of_foreign(cls, frames: int, megapixels: int) -> Limits:
+        """For files of which no plan says anything: `megapixels` of all frames, and no frame above a 32nd of them."""
+        return cls(frames, megapixels * 2**15, megapixels * 2**20)
+
+    def __str__(self) -> str:
+        return f"{self.frames} frames of {self.pixels} pixels, {self.all_pixels} pixels in all"
+
+
+MOST_FRAMES, MOST_MEGAPIXELS = 1000, 128  # 128 MiB pixels are 140 frames of 1280x720
+LIMITS = Limits.of_foreign(MOST_FRAMES, MOST_MEGAPIXELS)
 
 
 def encode_mp4(frames: Frames, fps: int, crf: int = 12) -> bytes:
@@ -51,44 +84,124 @@ def encode_mp4(frames: Frames, fps: int, crf: int = 12) -> bytes:
     return sink.getvalue()
 
 
-def decode_mp4(data: bytes, where: str = "video") -> Frames:
-    """uint8 RGB frames [T, H, W, 3] of an mp4 file. Raises Damaged, naming `where`, when it cannot be decoded."""
+def check_mp4(data: bytes, shape: VideoShape, where: str) -> None:
+    """Compare what the header of an mp4 file says with the plan; no frame is decoded. Raises Damaged."""
     import av
-    import numpy
-    from av.video.reformatter import Colorspace
 
     try:
-        with av.open(io.BytesIO(data)) as container:
-            container.streams.video[0].thread_count = 1
-            pictures = container.decode(video=0)
-            frames = [p.reformat(format="rgb24", src_colorspace=Colorspace.ITU709).to_ndarray() for p in pictures]
+        with _opened(data, Limits.of(shape), "mp4") as container:
+            _check_header(container, Limits.of(shape), shape)
     except (av.FFmpegError, IndexError, ValueError) as error:
-        raise Damaged(f"{where}: the video cannot be decoded: {error}", REPAIR) from error
-    if not frames:
-        raise Damaged(f"{where}: the video has no frames", REPAIR)
-    return numpy.stack(frames)
+        raise Damaged(f"{where}: the video is not one of the plan: {error}", REPAIR) from error
 
 
-def load_video(path: str | Path) -> tuple[Frames, float]:
-    """All frames [T,H,W,3] uint8 RGB of a video file, and the frames per second its container states.
+def decode_mp4(data: bytes, where: str = "video", shape: VideoShape | None = None) -> Frames:
+    """uint8 RGB frames [T, H, W, 3] of an mp4 file.
 
-    Raises UserError for a file that is missing, holds no video, cannot be decoded or states no frame rate.
+    `shape` is what the plan says of it: size, count and frames per second are compared with the header before anything
+    is decoded, and the first frame too many ends it. Without a plan LIMITS hold. Raises Damaged, naming `where`.
     """
     import av
-    import numpy
+    from av.video.reformatter import Colorspace
 
-    if not Path(path).is_file():
-        raise UserError(f"no video file at {path}", "give the path of an existing file")
+    limits = Limits.of(shape) if shape else LIMITS
     try:
-        with av.open(str(path)) as container:
+        with _opened(data, limits, "mp4") as container:
+            _check_header(container, limits, shape)
+            pictures = _decoded(container, limits)
+            frames = [p.reformat(format="rgb24", src_colorspace=Colorspace.ITU709).to_ndarray() for p in pictures]
+        if shape and len(frames) != shape.frames:
+            raise ValueError(f"it has {len(frames)} frames; the plan has {shape.frames}")
+        return _stacked(frames)
+    except (av.FFmpegError, IndexError, ValueError) as error:
+        raise Damaged(f"{where}: the video cannot be decoded: {error}", REPAIR) from error
+
+
+def load_video(path: str | Path, limits: Limits = LIMITS) -> tuple[Frames, float]:
+    """All frames [T,H,W,3] uint8 RGB of a video file, and the frames per second its container states.
+
+    Raises UserError for a file that is missing, is no plain file, holds no video, is beyond the `limits`, cannot be
+    decoded or states no frame rate. Playlists that name other files are not followed.
+    """
+    import av
+
+    try:
+        source = os.fdopen(open_plain(path, "give the path of a video file"), "rb")
+    except FileNotFoundError:
+        raise UserError(f"no video file at {path}", "give the path of an existing file") from None
+    try:
+        with source, _opened(source, limits) as container:
             if not container.streams.video:
                 raise UserError(f"{path} holds no video stream", "give a video file")
             rate: Fraction | None = container.streams.video[0].average_rate
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+            _check_header(container, limits)
+            frames = [frame.to_ndarray(format="rgb24") for frame in _decoded(container, limits)]
+        if not frames:
+            raise UserError(f"{path} holds no frames", "write the file again")
+        if not rate:
+            raise UserError(f"{path} states no frame rate", "write the video with its true frames per second")
+        return _stacked(frames), float(rate)
+    except TooLarge as error:
+        raise UserError(f"{path}: {error}", "cut or scale it; `rushes judge` takes --max-frames and --max-megapixels") from None
     except (av.error.FFmpegError, ValueError) as error:
         raise UserError(f"{path} cannot be decoded as a video: {error}", "write the file again") from None
+
+
+class TooLarge(ValueError):
+    """A video beyond what is decoded."""
+
+
+def _opened(source: Any, limits: Limits, format: str | None = None) -> Any:
+    """A container whose decoders refuse larger pictures from the first byte on, and which opens no other file."""
+    import av
+
+    return av.open(
+        io.BytesIO(source) if isinstance(source, bytes) else source,
+        format=format,
+        options={"protocol_whitelist": "none"},
+        stream_options=[{"max_pixels": _most(limits)}],
+    )
+
+
+def _most(limits: Limits) -> str:
+    """Pixels for the decoder, which counts whole macroblocks and some rows more."""
+    return str(2 * limits.pixels + 2**14)
+
+
+def _check_header(container: Any, limits: Limits, shape: VideoShape | None = None) -> None:
+    """ValueError for a video whose header does not say what the plan does, or more than is decoded."""
+    stream = container.streams.video[0]
+    width, height, rate = stream.codec_context.width, stream.codec_context.height, stream.average_rate
+    seen = f"{width}x{height}, {stream.frames} frames, {float(rate or 0):g} a second"
+    if shape and (height, width, stream.frames, rate) != (*shape.size, shape.fps):
+        planned = f"{shape.width}x{shape.height}, {shape.frames} frames, {shape.fps} a second"
+        raise TooLarge(f"it is {seen}; the plan has {planned}")
+    if stream.frames > limits.frames or width * height > limits.pixels:
+        raise TooLarge(f"it is {seen}; at most {limits} are decoded")
+    if width * height * stream.frames > limits.all_pixels:
+        raise TooLarge(f"it is {seen}; at most {limits} are decoded")
+
+
+def _decoded(container: Any, limits: Limits) -> Iterator[Any]:
+    """The pictures of a video within the limits, on one thread."""
+    stream = container.streams.video[0]
+    stream.thread_count = 1
+    stream.codec_context.options = {"max_pixels": _most(limits)}
+    pixels = 0
+    for number, picture in enumerate(container.decode(video=0), start=1):
+        size = picture.width * picture.height
+        pixels += size
+        if number > limits.frames or size > limits.pixels or pixels > limits.all_pixels:
+            raise TooLarge(f"frame {number} is {picture.width}x{picture.height}; at most {limits} are decoded")
+        yield picture
+
+
+def _stacked(frames: list[Any]) -> Frames:
+    """The frames as one array. ValueError where there are none, or several sizes."""
+    import numpy
+
     if not frames:
-        raise UserError(f"{path} holds no frames", "write the file again")
-    if not rate:
-        raise UserError(f"{path} states no frame rate", "write the video with its true frames per second")
-    return numpy.stack(frames), float(rate)
+        raise ValueError("it has no frames")
+    if any(frame.shape != frames[0].shape for frame in frames):
+        raise ValueError("its frames are of several sizes")
+    return numpy.stack(frames)

@@ -8,10 +8,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shards import index
+from shards import index, parquet
 from shards.errors import Damaged, RunFailed
-from shards.files import Buffer, publish_new, sha256_file, sweep_temporary, to_json
+from shards.files import Buffer, publish_new, sha256_file, sweep_temporary
 from shards.plan import SCHEMA
+from shards.records.opening import read_plain
+from shards.records.reading import sealed
 from shards.run import Stage
 from shards.spool import group_path, mapped, sample_path, sweep
 from shards.store.urls import url_of
@@ -51,7 +53,7 @@ def seal(stage: Stage, shard: int, info: dict[str, Any]) -> bool:
     except Damaged as error:
         raise RunFailed(error.problem, f"delete that file and {AGAIN}") from error
     _publish_index(stage, shard, assembly)
-    won = publish_new(stage.manifest_path(shard), to_json(_manifest(stage, shard, assembly, info), stage.path))
+    won = publish_new(stage.manifest_path(shard), sealed(_manifest(stage, shard, assembly, info), stage.path))
     sweep(stage, shard)
     return won
 
@@ -138,7 +140,7 @@ def _publish_index(stage: Stage, shard: int, assembly: _Assembly) -> None:
     path = stage.index_path(shard)
     kv = {"schema": str(SCHEMA), "shard_sha256": assembly.digest.hexdigest(), "plan_sha256": assembly.plan_sha256}
     data = index.to_parquet(assembly.rows, kv)
-    if publish_new(path, data) or path.read_bytes() == data:
+    if publish_new(path, data) or read_plain(path, parquet.MOST_BYTES) == data:
         return
     table, found = index.read(path)  # another version of Arrow may write the same table with other bytes
     if found != kv or table.to_pylist() != assembly.rows:

@@ -7,7 +7,6 @@ is always whole. Nothing in it is a pickle.
 
 from __future__ import annotations
 
-import json
 import warnings
 from concurrent.futures import Future
 from contextlib import suppress
@@ -26,6 +25,8 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from rollout.ranks.world import World
 from shards.errors import RunFailed, UserError
 from shards.files import sha256_file
+from shards.records.kinds import CheckpointRecord, read_checkpoint
+from shards.records.opening import COPY
 from shards.run import COMMIT
 from shards.store import mirror
 from train.checkpoint_files import Writer, found
@@ -135,13 +136,13 @@ def load(path: Path, state: TrainerState, *, weights: bool = True) -> dict[str, 
     trainer of the iteration before) the weights and the generator stay as they are. UserError when the checkpoint was
     made with other trainable weights, or is damaged; nothing has been changed then.
     """
-    commit = json.loads((path / COMMIT).read_text())
+    commit = read_checkpoint(path / COMMIT, f"{COPY}, or delete {path.name}")
     live = _tensors(state)
     _check_same(path, commit, live)
-    _check_sums(path, commit.get("sha256", {}))
+    _check_sums(path, commit.sha256)
     # read aside, so that reading can fail without having touched the live weights
-    tensors = {name: torch.empty_like(value) for name, value in live.items() if name in commit["tensors"]}
-    generators = {name: torch.get_rng_state() for name in commit["tensors"] if _is_generator(name)}
+    tensors = {name: torch.empty_like(value) for name, value in live.items() if name in commit.tensors}
+    generators = {name: torch.get_rng_state() for name in commit.tensors if _is_generator(name)}
     tensors |= generators
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=_ALONE)
@@ -194,14 +195,14 @@ def _set_generator(stored: dict[str, Tensor]) -> None:
 def _whole(path: Path) -> bool:
     """A folder that was renamed into place is whole; this also refuses one that somebody copied by half."""
     try:
-        files = json.loads((path / COMMIT).read_text())["files"]
+        files = read_checkpoint(path / COMMIT).files
         return all((path / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError):
+    except (OSError, UserError):
         return False
 
 
-def _check_same(path: Path, commit: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    stored = {name: tuple(shape) for name, shape in commit["tensors"].items() if not _is_generator(name)}
+def _check_same(path: Path, commit: CheckpointRecord, tensors: dict[str, Tensor]) -> None:
+    stored = {name: tuple(shape) for name, shape in commit.tensors.items() if not _is_generator(name)}
     wanted = {name: tuple(value.shape) for name, value in tensors.items() if not _is_generator(name)}
     different = sorted(name for name in stored.keys() | wanted.keys() if stored.get(name) != wanted.get(name))
     if different:

@@ -7,7 +7,6 @@ and renames the folder. A rank that fails in either round makes all fail, and th
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -24,6 +23,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from shards.files import sha256_file, sync
+from shards.records.reading import sealed
 from shards.run import COMMIT
 from shards.store import mirror
 
@@ -94,7 +94,7 @@ class Writer(HuggingFaceStorageWriter):
                 if isinstance(one, TensorStorageMetadata)
             },
         }
-        (self.folder / COMMIT).write_text(json.dumps(record, indent=1) + "\n")
+        (self.folder / COMMIT).write_bytes(sealed(record, self.final))
         sync(self.folder / COMMIT)
         sync(self.folder)
         shutil.rmtree(self.final, ignore_errors=True)  # if it is there, then damaged

@@ -59,7 +59,7 @@ class Rollouts:
         opened = {number: open_shard(stage, number) for number in present}
         sha256 = stage.plan_sha256()
         for number, shard in opened.items():
-            if shard.manifest.get("plan_sha256") != sha256:
+            if shard.manifest.plan_sha256 != sha256:
                 raise UserError(
                     f"{stage.plan_path} was changed after {stage.shard_path(number).name} was sampled by it",
                     "restore it from a copy; `rushes verify` lists all faults",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from shards.config import TrainConfig
 from shards.errors import UserError
-from shards.files import publish_new, read_json, to_json
+from shards.files import publish_new
 from shards.process.progress import counted
+from shards.records.kinds import read_summary, read_train_plan
+from shards.records.reading import CHECKSUM, sealed
 from shards.sidecar import advantaged, read_advantages, specifications
 from shards.store.urls import in_shell
 from train.data import Inputs, Rollouts
@@ -33,14 +36,14 @@ def freeze(run: Run, stage: Stage, advantage: str = "") -> Inputs:
     """
     rollouts = Rollouts.open(stage)
     path = stage.train_plan_path
-    frozen = read_json(path) if path.exists() else None
-    specification = advantage or (frozen["advantage"] if frozen else choose_specification(stage, run.config))
+    frozen = read_train_plan(path) if path.exists() else None
+    specification = advantage or (frozen.advantage if frozen else choose_specification(stage, run.config))
     _check_named(stage, advantage)
     _check_advantages(stage, rollouts, specification)
     selected = select_samples(_advantages(stage, specification), run.config.train)  # told before anything is written
     ours = _plan(run.config, stage, rollouts, specification)
-    publish_new(path, to_json(ours, path))
-    differing = _differences(ours, read_json(path))
+    publish_new(path, sealed(ours, path))
+    differing = _differences(ours, asdict(read_train_plan(path)))
     if differing:
         raise UserError(
             f"{path}: training began with other {', '.join(differing)}",
@@ -67,7 +70,7 @@ def choose_specification(stage: Stage, config: RunConfig) -> str:
     if len(found) == 1:
         return found[0]
     wanted = config.score.specification()
-    matching = [name for name in found if _summary(stage, name).get("specification") == wanted]
+    matching = [name for name in found if _specification(stage, name) == wanted]
     if len(matching) != 1:
         raise UserError(
             f"{stage.advantages_dir} holds {len(found)} specifications ({', '.join(found)}) and "
@@ -111,7 +114,7 @@ def _plan(config: RunConfig, stage: Stage, rollouts: Rollouts, specification: st
         "iteration": stage.iteration,
         "plan_sha256": stage.plan_sha256(),
         "policy": rollouts.plan.policy.fingerprint,
-        "shards": {str(number): shard.manifest["tar"]["sha256"] for number, shard in rollouts.shards.items()},
+        "shards": {str(number): shard.manifest.tar.sha256 for number, shard in rollouts.shards.items()},
         "advantage": specification,
         "order_seed": rollouts.plan.seed,
         "train": {name: value for name, value in config.train.model_dump(mode="json").items() if name not in FREE},
@@ -143,9 +146,10 @@ def _score_again(stage: Stage) -> str:
     return f"rushes score {in_shell(stage.run_path)} --iteration {stage.iteration}"
 
 
-def _summary(stage: Stage, specification: str) -> dict[str, Any]:
-    path = stage.summary_path(specification)
-    return read_json(path) if path.exists() else {}
+def _specification(stage: Stage, name: str) -> dict[str, Any] | None:
+    """What the advantages of that name were made by; None where their summary is not written yet."""
+    path = stage.summary_path(name)
+    return read_summary(path).specification if path.exists() else None
 
 
 def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
@@ -153,6 +157,7 @@ def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
 
     A setting of [train] that the file does not have, because it was written before there was one, had its default.
     """
+    theirs = {name: value for name, value in theirs.items() if name != CHECKSUM}
     if isinstance(theirs.get("train"), dict):
         before = {name: default for name, default in _defaults().items() if name in ours["train"]}
         theirs = {**theirs, "train": before | theirs["train"]}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shards.files import publish_replace, read_json_lines
+from shards.files import publish_replace
+from shards.records.updates import read_updates, update_line
 from shards.run import METRICS
 from shards.store import mirror
 
@@ -29,9 +29,9 @@ class MetricsLog:
         self.path = policy_dir / METRICS
         mirror.look(self.path)
         self.records = [
-            record for record in read_json_lines(self.path) if record["update"] <= kept.get(record["expert"], 0)
+            record for record in read_updates(self.path) if record["update"] <= kept.get(record["expert"], 0)
         ]
-        publish_replace(self.path, "".join(_line(record) for record in self.records).encode())
+        publish_replace(self.path, "".join(update_line(record) for record in self.records).encode())
         self._board = _board(policy_dir / "tensorboard")
         for record in self.records:
             self._show(record)
@@ -40,7 +40,7 @@ class MetricsLog:
         """Append the record of one update. It needs `expert`, `update` and `total_updates` besides the numbers."""
         self.records.append(record)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(_line(record))
+            file.write(update_line(record))
         mirror.put(self.path, self.path)
         self._show(record)
 
@@ -52,10 +52,6 @@ class MetricsLog:
         for name, value in record.items():
             if isinstance(value, float):
                 self._board.add_scalar(f"{record['expert']}/{name}", value, record["total_updates"])
-
-
-def _line(record: Record) -> str:
-    return json.dumps(record, sort_keys=True) + "\n"
 
 
 def _board(folder: Path) -> SummaryWriter:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from shards import diagnosis
-from shards.files import read_json, read_json_lines
 from shards.plan import group_of
+from shards.records.kinds import read_summary
+from shards.records.updates import read_updates
 from shards.run import EXPERT_NAMES
 from shards.sidecar import specifications
 from train.data import Inputs
@@ -48,7 +49,7 @@ def history(run: Run, iteration: int, records: Sequence[Record]) -> list[str]:
     """
     if iteration == 0:
         return []
-    before, now = read_json_lines(run.iteration(iteration - 1).metrics_path), list(records)
+    before, now = read_updates(run.iteration(iteration - 1).metrics_path), list(records)
     return diagnosis.note_drift(
         _distance(before), _distance(now), _guards(run.iteration(0)), _guards(run.iteration(iteration))
     )
@@ -56,7 +57,8 @@ def history(run: Run, iteration: int, records: Sequence[Record]) -> list[str]:
 
 def _distance(records: Sequence[Record]) -> float:
     """Mean distance to the reference after the first update, which is where an iteration begins."""
-    values = [record["kl"] for record in records if record["update"] > 1] or [record["kl"] for record in records]
+    known = [record for record in records if "kl" in record]
+    values = [record["kl"] for record in known if record["update"] > 1] or [record["kl"] for record in known]
     return sum(values) / len(values) if values else 0.0
 
 
@@ -64,7 +66,7 @@ def _guards(stage: Stage) -> dict[str, float]:
     """Mean guard measurements of the videos of a stage; empty where none were taken. All specifications share them."""
     for name in specifications(stage):
         path = stage.summary_path(name)
-        summary: dict[str, Any] = read_json(path) if path.exists() else {}
-        if summary.get("guards"):
-            return {key: value for key, value in summary["guards"].items() if value is not None}
+        guards = read_summary(path).guards if path.exists() else None
+        if guards:
+            return {key: value for key, value in guards.items() if value is not None}
     return {}

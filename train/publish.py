@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from shards.files import publish_new, to_json
+from shards.files import publish_new
+from shards.records.reading import sealed
 from shards.run import AVERAGE
 from shards.store import mirror
 
@@ -37,6 +38,6 @@ def publish(policy: Policy, stage: Stage, averages: dict[int, dict[str, Tensor]]
             if ema:
                 average = policy.fingerprint(stage.policy_dir / AVERAGE)
                 record["average"] = {name: average[name] for name in ("fingerprint", "adapters")}
-            publish_new(path, to_json(record, path))
+            publish_new(path, sealed(record, path))
             fingerprint = str(identity["fingerprint"])
     return world.broadcast(fingerprint)

@@ -19,6 +19,7 @@ from shards.process.progress import counted
 from shards.process.signals import stopped
 from shards.run import EXPERT_NAMES, Stage, trainer_dir
 from shards.store.urls import in_shell
+from shards.workers.leftovers import sweep_run
 from train import checkpoint
 from train.checkpoint import Checkpoints
 from train.data import Inputs, Rollouts
@@ -118,6 +119,8 @@ def train(
     ranks = World.joined()
     stage = run.iteration(iteration)
     with lost_ranks():
+        if ranks.is_first:
+            sweep_run(run)
         done = _published(ranks, stage)
         if done:
             return done
@@ -140,7 +143,7 @@ def train(
 def _published(ranks: World, stage: Stage) -> TrainReport | None:
     """What there is to say of an iteration whose policy is there; the same answer on all ranks."""
     record = ranks.broadcast(policy_record(stage) if ranks.is_first else None)
-    return None if record is None else TrainReport(skipped=True, fingerprint=record["fingerprint"])
+    return None if record is None else TrainReport(skipped=True, fingerprint=record.fingerprint)
 
 
 def _train(
@@ -196,7 +199,7 @@ def _ready(run: Run, rollouts: Rollouts, policy: Policy | None, start: Path | No
     settings = run.config.train
     with world.together():
         policy = policy or Policy.of(run.config.model)
-        policy.check_model(run.path / "model.json")
+        policy.check_model(run.model_path)
         policy.become(start)
         fingerprint = policy.fingerprint(start)["fingerprint"]
         lag = check_policy(rollouts, fingerprint, settings)

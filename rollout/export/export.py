@@ -30,6 +30,8 @@ from rollout.policy.plain import probe, round_adapter, save_expert, settle
 from shards.errors import RunFailed, StillBusy, UserError
 from shards.files import TEMPORARY, publish_new, read_json, sha256_file, sync, to_json
 from shards.locks import locked
+from shards.records.kinds import read_policy
+from shards.records.opening import inside
 from shards.run import EXPERT_NAMES, Run, Stage
 from shards.store import mirror
 from shards.store.urls import working_copy
@@ -87,7 +89,7 @@ def export(
     wanted = {
         "schema": SCHEMA,
         "iteration": iteration,
-        "policy": read_json(stage.policy_record_path)["fingerprint"],
+        "policy": read_policy(stage.policy_record_path).fingerprint,
         "average": source != stage.policy_dir,
         "fused": fuse or is_full(source),
         "format": format,
@@ -96,7 +98,7 @@ def export(
         if not held:
             raise StillBusy(f"{out} is being written by another process", "wait for it, or choose another folder")
         if out.exists() and _same(out, wanted):
-            return ExportReport(out, iteration, True, read_json(out / RECORD)["checked"])
+            return ExportReport(out, iteration, True, str(read_json(out / RECORD).get("checked", "")))
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"{out} exists already and is not this export", "choose another folder, or remove it")
         with _published(out) as aside:
@@ -122,8 +124,10 @@ def _same(out: Path, wanted: dict[str, Any]) -> bool:
     if not (out / RECORD).is_file():
         return False
     record = read_json(out / RECORD)
-    names = [name for name, value in record.get("files", {}).items() if _hash(out / name) != value]
-    return not names and {name: record.get(name) for name in wanted} == wanted
+    files = record.get("files")
+    if not isinstance(files, dict) or any(not inside(name) or _hash(out / name) != files[name] for name in files):
+        return False
+    return {name: record.get(name) for name in wanted} == wanted
 
 
 def _write(run: Run, stage: Stage, source: Path, aside: Path, wanted: dict[str, Any]) -> tuple[str, float]:

@@ -14,6 +14,7 @@ from rollout.policy.full import is_full
 from rollout.policy.sizes import meta_expert
 from shards.errors import UserError
 from shards.files import read_json
+from shards.records.kinds import read_model
 from shards.run import EXPERT_NAMES
 
 if TYPE_CHECKING:
@@ -88,16 +89,16 @@ def check_records(policy: ExpertWeights) -> None:
 
 def check_model(policy: ExpertWeights, path: Path) -> None:
     """UserError where the base model, or the LoRA merged into it, is not the one in model.json, if that is there."""
-    known = read_json(path) if path.is_file() else {}
-    if known.get("base", policy.base_fingerprint) == policy.base_fingerprint:
+    known = read_model(path) if path.exists() else None
+    if known is None or known.base == policy.base_fingerprint:
         return
-    if known.get("model", known["base"]) != policy.model_fingerprint:
+    if (known.model or known.base) != policy.model_fingerprint:
         raise UserError(
-            f"{policy.layout.folder} is not the model this run began with ({known.get('path')})",
+            f"{policy.layout.folder} is not the model this run began with ({known.path})",
             f"{path} has its fingerprint; restore the model, or start a new run",
         )
     problem = "is not what this run began with" if policy.base_lora else "is empty, but this run began with one"
-    if "base_lora" not in known:
+    if known.base_lora is None:
         problem = "is set, but this run began without one"
     hint = f"{path} has the sha256 of its files and its strength; restore them, or start a new run"
     raise UserError(f"{BASE_LORA} {problem}", hint)

@@ -14,6 +14,7 @@ from shards.inspect import table
 from shards.locate import locate
 from shards.plan import SAMPLE_KEY, group_of
 from shards.reader import open_shard
+from shards.records.strict_json import parse
 from shards.run import EXPERT_NAMES, Stage
 from shards.store.urls import shown
 from shards.video import decode_mp4
@@ -63,7 +64,7 @@ def describe(path: str | Path, key: str, evaluation: bool = False) -> dict[str, 
     for name, value in scored.items():
         scorer, _, component = name.rpartition(".")
         if component == "text":
-            text[scorer] = json.loads(value) if isinstance(value, str) else []
+            text[scorer] = read_texts(value)
         else:
             scores.setdefault(scorer, {})[component] = _number(value)
     judgement: dict[str, Any] = {name: _number(values.get(name)) for name in ("reward", "advantage", "weight")}
@@ -90,7 +91,8 @@ def write_frames(path: str | Path, key: str, folder: Path | None = None, evaluat
     if folder is None:
         folder = stage.run_path / "frames" / ("eval" if stage.kind == "eval" else "") / key
     with open_shard(stage, shard) as opened:
-        frames = decode_mp4(opened.video(key), f"{opened.path}: {key}.mp4")
+        plan = stage.plan()
+        frames = decode_mp4(opened.video(key), f"{opened.path}: {key}.mp4", plan.video if plan else None)
     written = []
     for number, frame in enumerate(frames):
         sink = io.BytesIO()
@@ -131,11 +133,24 @@ def to_text(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def read_texts(value: Any) -> list[Any]:
+    """What a reward has read, as its column `text` keeps it: a list with one item per frame looked at.
+
+    A text that is no such list is shown as it stands; what is no text is nothing that was read.
+    """
+    try:
+        found = parse(value, nan=True) if isinstance(value, str) else []
+    except ValueError:
+        return [value]
+    return found if isinstance(found, list) else [value]
+
+
 def _reading(number: int, reading: Any) -> str:
     """A line with what was read: frame, text, confidence; a reward may also have kept the bare text."""
     if not isinstance(reading, dict):
         return f"  {number:<14} {_plain(reading)}"
-    sure = f"   confidence {reading['confidence']:.2f}" if reading.get("text") and "confidence" in reading else ""
+    confidence = reading.get("confidence")
+    sure = f"   confidence {confidence:.2f}" if reading.get("text") and isinstance(confidence, int | float) else ""
     return f"  frame {reading.get('frame', number):<8} {reading.get('text') or '(nothing)'}{sure}"
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from shards import index
 from shards.errors import UserError
-from shards.files import read_json
 from shards.locate import Place, locate
+from shards.records.kinds import read_summary, read_train_plan
 from shards.run import Run, Stage
 from shards.sidecar import read_table, scorers, specifications
 
@@ -172,8 +172,8 @@ def _meant(stage: Stage) -> str | None:
     if len(found) < 2:
         return found[0] if found else None
     frozen = stage.train_plan_path
-    if frozen.exists() and (trained := read_json(frozen).get("advantage")) in found:
-        return str(trained)
+    if frozen.exists() and (trained := read_train_plan(frozen).advantage) in found:
+        return trained
     meant = [name for name in found if stage.kind == "eval" and _is_of_run(stage, name)]
     return max(meant or found, key=lambda name: stage.advantage_dir(name).stat().st_mtime_ns)
 
@@ -183,7 +183,7 @@ def _is_of_run(stage: Stage, specification: str) -> bool:
     run, summary = Run(stage.run_path), stage.summary_path(specification)
     if not run.config_path.exists() or not summary.exists():
         return False
-    return bool(read_json(summary).get("specification") == run.config.score.specification())
+    return read_summary(summary).specification == run.config.score.specification()
 
 
 def _scorer_names(folders: list[str]) -> dict[str, str]:

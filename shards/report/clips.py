@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 from shards.diagnosis import number
+from shards.inspect.sample import read_texts
 from shards.reader import Shard, open_shard
 from shards.report.facts import Facts
 
@@ -80,7 +80,7 @@ def readings(row: Row) -> list[str]:
     lines = []
     for name, value in row.items():
         if name.endswith(".text") and isinstance(value, str):
-            items = json.loads(value)
+            items = read_texts(value)
             texts = [str(item.get("text", "")) if isinstance(item, dict) else str(item) for item in items]
             lines.append(" · ".join(text or "∅" for text in texts))
     return lines

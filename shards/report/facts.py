@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from shards import diagnosis, sidecar
 from shards.config import TrainConfig
 from shards.diagnosis import Limits, Move
-from shards.errors import Damaged
-from shards.files import read_json, read_json_lines
 from shards.inspect import table
 from shards.reader import read_manifest
+from shards.records.kinds import read_train_plan
+from shards.records.updates import read_updates
 from shards.report.points import Point
 from shards.run import Run, Stage
 from shards.run_toml import parse_config
@@ -80,7 +80,7 @@ def gather(run: Run) -> Facts:
 
 def read_metrics(stage: Stage) -> list[dict[str, Any]]:
     """The updates of an iteration, as training wrote them down."""
-    return read_json_lines(stage.metrics_path)
+    return read_updates(stage.metrics_path, stage.iteration)
 
 
 def components(samples: pandas.DataFrame) -> list[str]:
@@ -220,9 +220,7 @@ def frozen_settings(stage: Stage) -> TrainConfig | None:
     path = stage.train_plan_path
     if not path.exists():
         return None
-    values = read_json(path).get("train")
-    if not isinstance(values, dict):
-        raise Damaged(f"{path} is damaged: it has no train", "restore it from a copy")
+    values = read_train_plan(path).train
     known = {name: value for name, value in values.items() if name in TrainConfig.model_fields}
     return parse_config({"train": known}, str(path)).train
 
@@ -230,11 +228,12 @@ def frozen_settings(stage: Stage) -> TrainConfig | None:
 def _costs(stage: Stage, samples: pandas.DataFrame) -> list[Cost]:
     manifests = [read_manifest(stage, shard) for shard in stage.shards()]
     mine = samples[(samples["kind"] == stage.kind) & (samples["iteration"] == stage.iteration)]
-    infos = [manifest.get("info", {}) for manifest in manifests]
+    infos = [manifest.info for manifest in manifests]
     seconds = [info.get("seconds") for info in infos]
-    took = sum(seconds) if all(isinstance(one, int | float) for one in seconds) else float(mine["seconds"].sum())
+    told = [float(one) for one in seconds if isinstance(one, int | float)]
+    took = sum(told) if len(told) == len(seconds) else float(mine["seconds"].sum())
     work = "eval" if stage.kind == "eval" else "rollout"
-    size = sum(manifest["tar"]["bytes"] for manifest in manifests)
+    size = sum(manifest.tar.bytes for manifest in manifests)
     costs = [Cost(stage.name, work, len(mine), took, size, _peak(infos))]
     costs += [_scoring_cost(stage, scorer) for scorer in sidecar.scorers(stage)]
     records = read_metrics(stage)
@@ -248,12 +247,21 @@ def _scoring_cost(stage: Stage, scorer: str) -> Cost:
     """Time and memory of one reward; tables that do not say what they took leave a gap."""
     shards = [shard for shard in stage.shards() if stage.score_path(scorer, shard).exists()]
     records = [sidecar.score_metadata(stage, shard, scorer) for shard in shards]
-    known = all("seconds" in record for record in records)
-    seconds = sum(float(record["seconds"]) for record in records) if known else None
+    times = [found for record in records if (found := _finite(record.get("seconds"))) is not None]
+    seconds = sum(times) if len(times) == len(records) else None
     videos = sum(len(stage.keys(shard)) for shard in shards)
     return Cost(stage.name, f"score {scorer.rpartition('-')[0]}", videos, seconds, None, _peak(records))
 
 
 def _peak(records: Sequence[dict[str, Any]]) -> int | None:
-    found = [float(record["peak_memory_bytes"]) for record in records if "peak_memory_bytes" in record]
+    found = [value for record in records if (value := _finite(record.get("peak_memory_bytes"))) is not None]
     return int(max(found)) if found else None
+
+
+def _finite(value: object) -> float | None:
+    """A number, or the text of one in a table's metadata; None for anything else."""
+    try:
+        number = float(value) if isinstance(value, int | float | str) else math.nan
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shards.files import read_json
 from shards.measures import measure_of
+from shards.records.kinds import read_summary
 from shards.report.facts import standard_error
 from shards.run import Stage, differences
 from shards.sidecar import read_advantages
@@ -62,7 +62,7 @@ def evaluated(stages: Sequence[Stage], specification: str) -> list[Evaluated]:
     """
     found = []
     for stage in stages:
-        now = measure_of(read_json(stage.summary_path(specification)))
+        now = measure_of(read_summary(stage.summary_path(specification)).to_dict())
         names = unlike(stages[0], stage)
         pair = None if stage is stages[0] or names else paired(stages[0], stage, specification)
         mean, error = (now.mean, now.error) if now else (None, None)

@@ -2,38 +2,41 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from shards.errors import ANEW, Damaged, UserError
-from shards.files import read_json, sha256_file
-from shards.run import AVERAGE, COMMIT, POLICY_RECORD, Stage
+from shards.files import canonical_sha256, sha256_file
+from shards.records.kinds import PolicyRecord, read_checkpoint, read_policy
+from shards.records.updates import update_faults
+from shards.run import AVERAGE, COMMIT, Stage
 
 
 def policy_faults(stage: Stage) -> Iterator[Damaged]:
     """All that is not as training wrote it; what an unfinished training has left so far is looked at too."""
     for commit in sorted(stage.policy_dir.glob(f"trainer/*/update-*/{COMMIT}")):
         yield from _checkpoint_faults(commit, stage.trained())
-    yield from _log_faults(stage.metrics_path)
-    if stage.trained():
-        yield from _weight_faults(stage.fetched_policy())
-
-
-def _weight_faults(folder: Path) -> Iterator[Damaged]:
-    """Every file of weights that policy.json names, those of the average in ema/ included."""
-    path = folder / POLICY_RECORD
     try:
-        record = read_json(path)
-        named = {**record.get("adapters", {}), **_below(AVERAGE, record.get("average", {}).get("adapters", {}))}
+        yield from update_faults(stage.metrics_path, stage.iteration, ended=stage.trained())
+    except Damaged as error:
+        yield error
+    if stage.trained():
+        yield from _weight_faults(stage, stage.fetched_policy())
+
+
+def _weight_faults(stage: Stage, folder: Path) -> Iterator[Damaged]:
+    """What policy.json contradicts, and every file of weights that it names, those of the average in ema/ included."""
+    path = stage.policy_record_path
+    try:
+        record = read_policy(path)
     except UserError as error:
-        yield Damaged(error.problem, ANEW)
+        yield Damaged(error.problem, error.hint)
         return
-    except (AttributeError, TypeError):
-        yield Damaged(f"{path} is damaged: it does not name the files of the policy", ANEW)
-        return
+    for problem in _contradictions(record, stage):
+        yield Damaged(f"{path}: {problem}", ANEW)
+    averages = record.average.adapters if record.average else {}
+    named = {**record.adapters, **{f"{AVERAGE}/{name}": sha256 for name, sha256 in averages.items()}}
     for name, sha256 in named.items():
         found = _sha256(folder / name)
         if found is None:
@@ -42,42 +45,49 @@ def _weight_faults(folder: Path) -> Iterator[Damaged]:
             yield Damaged(f"{folder / name} is not what {path} committed (sha256)", ANEW)
 
 
+def _contradictions(record: PolicyRecord, stage: Stage) -> Iterator[str]:
+    """Facts of policy.json that follow from others: fingerprints are hashes of the base and of the weights."""
+    if record.iteration != stage.iteration:
+        yield f"it is of iteration {record.iteration}"
+    for what, one in (("fingerprint", record), ("average.fingerprint", record.average)):
+        if one and one.fingerprint != canonical_sha256({"base": record.base, "adapters": one.adapters}):
+            yield f"{what} is not that of its base and its adapters"
+    with suppress(UserError):  # a damaged plan is told of elsewhere
+        plan = stage.plan()
+        if plan is not None and plan.policy.base != record.base:
+            yield f"its base is not that of {stage.plan_path}"
+
+
 def _checkpoint_faults(commit: Path, trained: bool) -> Iterator[Damaged]:
     folder = commit.parent
     hint = f"restore it from a copy, or delete {folder.name}: training then goes on from the checkpoint before"
     if trained:
         hint = f"restore it from a copy, or delete {folder.parent.parent}: the next iteration makes a new optimizer"
     try:
-        sums = dict(read_json(commit)["sha256"])
+        record = read_checkpoint(commit, hint)
     except UserError as error:
         if commit.exists():  # a training drops its old checkpoints while we look
             yield Damaged(error.problem, hint)
         return
-    except (KeyError, TypeError, ValueError):
-        yield Damaged(f"{commit} is damaged: it does not name the files of the checkpoint", hint)
-        return
-    changed = [name for name, sha256 in sorted(sums.items()) if _sha256(folder / name) != sha256]
+    if folder.name != f"update-{record.update:06d}" or (record.sha256 and record.sha256.keys() != record.files.keys()):
+        yield Damaged(f"{commit} is damaged: it is not that of this checkpoint", hint)
+    changed = [name for name, sha256 in sorted(record.sha256.items()) if _sha256(folder / name) != sha256]
     if changed and commit.exists():
         yield Damaged(f"{folder / changed[0]} is damaged: its sha256 is not that in {COMMIT}", hint)
+        return
+    sizes = [name for name, size in sorted(record.files.items()) if _size(folder / name) != size]
+    if sizes and commit.exists():
+        yield Damaged(f"{folder / sizes[0]} is damaged: its size is not that in {COMMIT}", hint)
 
 
-def _log_faults(path: Path) -> Iterator[Damaged]:
-    """A line that is no JSON; the last one may have been cut by a kill, and the next update mends that."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    for number, line in enumerate(lines[:-1], start=1):
-        try:
-            json.loads(line)
-        except ValueError:
-            yield Damaged(f"{path}: line {number} is no JSON, so the rest is not read either", "delete that line")
-            return
-
-
-def _below(folder: str, names: dict[str, Any]) -> dict[str, Any]:
-    return {f"{folder}/{name}": value for name, value in names.items()}
+def _size(path: Path) -> int | None:
+    with suppress(OSError):
+        return path.stat().st_size
+    return None
 
 
 def _sha256(path: Path) -> str | None:
     """The hash of a plain file; None when there is none."""
-    with suppress(OSError):
-        return sha256_file(path) if path.is_file() else None
+    with suppress(OSError, Damaged):
+        return sha256_file(path)
     return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import re
 import socket
@@ -12,14 +11,20 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
+from annotated_types import Ge, Le
+
+from shards.errors import Damaged
+from shards.records.opening import read_plain
+from shards.records.reading import parse_record
 from shards.workers import remote_claims
 
 if TYPE_CHECKING:
     from shards.run import Stage
 
 SECONDS = 60.0  # without a sign of life, after which a claim is void
+MOST_BYTES = 2**16  # of a claim
 NAME = re.compile(r"shard-(\d{6})\.([a-z]+)\.claim-(\d{4,})")
 
 Life = Literal["alive", "silent", "dead", "gone"]
@@ -29,6 +34,8 @@ Life = Literal["alive", "silent", "dead", "gone"]
 class Owner:
     """Who holds a claim: the first line of its file. The second line is the counter."""
 
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"strict": True, "extra": "forbid", "allow_inf_nan": False}
+
     owner: str
     """Random, one for each claim."""
     host: str
@@ -37,7 +44,7 @@ class Owner:
     pid: int
     worker: str
     """Its part of the work, like 1/4."""
-    every: float
+    every: Annotated[float, Ge(0), Le(86400)]
     """Seconds between two signs of life."""
     locked: bool
     """Whether the owner could lock the file, so that the kernel tells of its death."""
@@ -123,13 +130,14 @@ def generation(stage: Stage, shard: int, what: str) -> int:
 def read(path: Path, shard: int, what: str) -> Found | None:
     """The claim in a file; None when it is gone."""
     try:
-        content = path.read_bytes()
-    except OSError:
+        content = read_plain(path, MOST_BYTES)
+    except FileNotFoundError:
         return None
-    head, _, _ = content.partition(b"\n")
+    except Damaged:  # nobody counts in it, so that it is void in a while
+        return Found(path, shard, what, None, b"")
     try:
-        owner = Owner(**json.loads(head))
-    except (ValueError, TypeError):  # its owner is writing it
+        owner = parse_record(Owner, content.partition(b"\n")[0], path)
+    except Damaged:  # its owner is writing it
         owner = None
     return Found(path, shard, what, owner, content)
 

@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shards.files import read_json_lines
 from shards.measures import StageReward, stage_reward
 from shards.plan import RolloutPlan
+from shards.records.updates import read_updates
 from shards.run import Run, Stage
 from shards.sidecar import scorers, specifications
 from shards.spool import spooled
@@ -219,7 +219,7 @@ def _parts(run: Run, stage: Stage, held: set[tuple[str, str, int]]) -> list[Part
 def _training(run: Run, stage: Stage, plan: RolloutPlan, counter: _Counter) -> Part:
     """Updates of all experts, as the log of metrics tells them."""
     log = stage.metrics_path
-    done = len({(row.get("expert"), row.get("update")) for row in read_json_lines(log)})
+    done = len({(row["expert"], row["update"]) for row in read_updates(log, stage.iteration)})
     experts = len(set(plan.schedule.experts))
     total = done if stage.trained() else max(done, run.config.train.updates_per_rollout * experts)
     began, last = (_written(path) for path in (stage.train_plan_path, log))

@@ -98,14 +98,15 @@ def test_shard_round_trips(
 ) -> None:
     stage = planned_stage(tmp_path_factory.mktemp("run"), groups=1, group_size=2, prompt=prompt)
     (group,) = stage.groups(0)
-    wanted = [make_sample(stage, group, number, dtype=dtype, video=b"video") for number in range(2)]
+    wanted = [make_sample(stage, group, number, dtype=dtype) for number in range(2)]
     wanted[1].tensors["latents"].view(-1)[3] = special
     texts = {name: value.to(dtype) for name, value in make_group(group, dtype=dtype).items()}
     write_group(stage, 0, group, texts)
     for sample in wanted:
         assert write_sample(stage, 0, sample)
     assert seal(stage, 0, {})
-    assert not verify(stage.path)
+    finite = bool(wanted[1].tensors["latents"].isfinite().all())
+    assert bool(verify(stage.path)) != finite  # the record says that all is well
     with open_shard(stage, 0) as shard:
         assert shard.keys == [sample.key for sample in wanted]
         assert shard.index["prompt"].tolist() == [f"{prompt} 0"] * 2

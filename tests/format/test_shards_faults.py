@@ -13,14 +13,17 @@ import tarfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from shards import index
 from shards.errors import REPAIR, Damaged, RunFailed, UserError
-from shards.files import read_json_lines, sha256_file
+from shards.files import canonical_sha256, sha256_file
 from shards.reader import open_shard, webdataset_pipeline
+from shards.records.reading import CHECKSUM, sealed
+from shards.records.updates import read_updates, update_line
 from shards.run import Stage
 from shards.sidecar import (
     CONTENT,
@@ -65,20 +68,40 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     average = stage.policy_dir / "ema" / WEIGHTS
     average.parent.mkdir(parents=True)
     average.write_bytes(b"averaged weights")
-    record = {"schema": 1, "adapters": {WEIGHTS: sha256_file(adapter)}}
-    record["average"] = {"adapters": {WEIGHTS: sha256_file(average)}}
-    (stage.policy_dir / "policy.json").write_text(json.dumps(record))
+    plan = stage.plan()
+    assert plan is not None
+    identities = [{"base": plan.policy.base, "adapters": {WEIGHTS: sha256_file(one)}} for one in (adapter, average)]
+    trained, averaged = ({"fingerprint": canonical_sha256(one), **one} for one in identities)
+    del averaged["base"]
+    record = {"schema": 1, "iteration": 0, **trained, "average": averaged}
+    stage.policy_record_path.write_bytes(sealed(record, "policy.json"))
     checkpoint = stage.policy_dir / CHECKPOINT
     checkpoint.mkdir(parents=True)
     (checkpoint / "part.safetensors").write_bytes(b"state of the trainer")
-    sums = {"part.safetensors": sha256_file(checkpoint / "part.safetensors")}
-    (checkpoint / "commit.json").write_text(json.dumps({"sha256": sums}))
-    (stage.policy_dir / "metrics.jsonl").write_text('{"update": 1}\n{"update": 2}\n{"upd')
+    part = checkpoint / "part.safetensors"
+    commit = {"schema": 1, "update": 2, "ranks": 1, "tensors": {}, "files": {part.name: part.stat().st_size}}
+    (checkpoint / "commit.json").write_bytes(sealed(commit | {"sha256": {part.name: sha256_file(part)}}, "commit.json"))
+    stage.metrics_path.write_text(update_line(update(1)) + update_line(update(2)))
     rewards = read_advantages(stage, SPEC)["reward"]
-    summary = {"samples": len(rewards), "mean_reward": rewards.mean()}
-    stage.summary_path(SPEC).write_text(json.dumps(summary))
+    summary = {"schema": 1, "specification": {}, "samples": len(rewards), "mean_reward": rewards.mean()}
+    stage.summary_path(SPEC).write_bytes(sealed(summary, "_summary.json"))
     assert verify(run) == []
     return run
+
+
+def update(number: int, iteration: int = 0) -> dict[str, Any]:
+    """The metrics of one update."""
+    return {"iteration": iteration, "expert": "high_noise", "update": number, "total_updates": number, "loss": 0.5}
+
+
+def rewrite(path: Path, **changes: Any) -> None:
+    """Change a record as a forger would: its checksum is made anew."""
+    rewrite_with(path, json.loads(path.read_text()) | changes)
+
+
+def rewrite_with(path: Path, record: dict[str, Any]) -> None:
+    """A record with the checksum of its content."""
+    path.write_bytes(sealed({name: value for name, value in record.items() if name != CHECKSUM}, path))
 
 
 @pytest.fixture
@@ -118,13 +141,12 @@ def vouch(stage: Stage, shard: int = 0) -> None:
     sha256 = sha256_file(stage.shard_path(shard))
     table, kv = index.read(stage.index_path(shard))
     stage.index_path(shard).write_bytes(index.to_parquet(table.to_pylist(), kv | {"shard_sha256": sha256}))
-    manifest = json.loads(stage.manifest_path(shard).read_text())
-    manifest["tar"] = {"bytes": stage.shard_path(shard).stat().st_size, "sha256": sha256}
-    manifest["index"] = {
-        "bytes": stage.index_path(shard).stat().st_size,
-        "sha256": sha256_file(stage.index_path(shard)),
-    }
-    stage.manifest_path(shard).write_text(json.dumps(manifest))
+    index_path = stage.index_path(shard)
+    rewrite(
+        stage.manifest_path(shard),
+        tar={"bytes": stage.shard_path(shard).stat().st_size, "sha256": sha256},
+        index={"bytes": index_path.stat().st_size, "sha256": sha256_file(index_path)},
+    )
 
 
 # --- the tar is cut -------------------------------------------------------------------------------------------------
@@ -324,11 +346,10 @@ def test_shard_that_is_a_link(stage: Stage) -> None:
 def test_same_shard_under_another_number(stage: Stage) -> None:
     for path in (stage.shard_path, stage.index_path, stage.manifest_path):
         shutil.copy(path(0), path(1))
-    with pytest.raises(Damaged, match="record of schema, stage, shard"):
+    with pytest.raises(Damaged, match="record of shard 0 of"):
         open_shard(stage, 1)
     assert "manifest/shard-000001.json: this is the record of" in faults(stage)
-    manifest = json.loads(stage.manifest_path(1).read_text())
-    stage.manifest_path(1).write_text(json.dumps(manifest | {"shard": 1}))
+    rewrite(stage.manifest_path(1), shard=1)
     assert "shard-000001.tar: its samples are not those of plan.json" in faults(stage)
 
 
@@ -338,9 +359,8 @@ def test_index_of_another_run(stage: Stage, tmp_path: Path) -> None:
     with pytest.raises(Damaged, match="not the one that was committed"):
         open_shard(stage, 0)
     assert "shard-000000.parquet: the index is not the one that was committed" in faults(stage)
-    manifest = json.loads(stage.manifest_path(0).read_text())
-    manifest["index"]["sha256"] = sha256_file(stage.index_path(0))
-    stage.manifest_path(0).write_text(json.dumps(manifest))
+    size = stage.index_path(0).stat().st_size
+    rewrite(stage.manifest_path(0), index={"bytes": size, "sha256": sha256_file(stage.index_path(0))})
     with pytest.raises(Damaged, match="belongs to another tar"):
         open_shard(stage, 0)
     assert "belongs to another tar" in faults(stage)
@@ -398,11 +418,10 @@ def test_plan_that_was_edited(stage: Stage) -> None:
 
 
 def test_mixed_policies(stage: Stage) -> None:
-    manifest = json.loads(stage.manifest_path(1).read_text())
-    manifest["policy"]["fingerprint"] = "0" * 64
-    stage.manifest_path(1).write_text(json.dumps(manifest))
+    policy = json.loads(stage.manifest_path(1).read_text())["policy"]
+    rewrite(stage.manifest_path(1), policy=policy | {"fingerprint": "0" * 64})
     assert "shards 0, 1 were sampled by different policies" in faults(stage)
-    assert "was sampled with another policy" in faults(stage)
+    assert "shard-000001.json: policy is not as in plan.json" in faults(stage)
 
 
 @pytest.mark.parametrize("folder", ["", "ema/"])
@@ -439,24 +458,26 @@ def test_a_damaged_checkpoint(stage: Stage) -> None:
 
 @pytest.mark.parametrize("line", [b"{", b'{"a": "\xff"'])
 def test_a_line_of_the_log_that_is_no_json(stage: Stage, line: bytes) -> None:
-    path = stage.policy_dir / "metrics.jsonl"
-    path.write_bytes(b'{"update": 1}\n' + line + b'\n{"update": 2}\n')
-    assert "metrics.jsonl: line 2 is no JSON" in faults(stage)
-    assert read_json_lines(path) == [{"update": 1}]
+    first, second = (update_line(update(number)).encode() for number in (1, 2))
+    stage.metrics_path.write_bytes(first + line + b"\n" + second)
+    assert "metrics.jsonl: line 2 is damaged" in faults(stage)
+    assert read_updates(stage.metrics_path) == [update(1)]
 
 
 def test_a_summary_that_is_not_of_its_tables(stage: Stage) -> None:
     path = stage.summary_path(SPEC)
     genuine = json.loads(path.read_text())
     for name, value in (("samples", genuine["samples"] + 1), ("mean_reward", None), ("mean_reward", 0.125)):
-        path.write_text(json.dumps(genuine | {name: value}))
+        rewrite(path, **{name: value})
         assert f"summary.json: {name} is not that of the tables" in faults(stage)
-    path.write_text("{}")
+    rewrite(path, samples=0)
     assert "summary.json: samples and mean_reward are not those of the tables" in faults(stage)
+    path.write_text(json.dumps(genuine | {"samples": 0}))
+    assert "summary.json is damaged: its content is not what was written" in faults(stage)
     path.write_text("{")
     assert "summary.json is damaged" in faults(stage)
     flip(stage.advantage_path(SPEC, 0), 40)  # a table that cannot be read is told as such
-    path.write_text(json.dumps(genuine))
+    rewrite_with(path, genuine)
     assert "summary.json" not in faults(stage)
     assert "shard-000000.parquet: the table is damaged" in faults(stage)
 
@@ -465,9 +486,9 @@ def test_a_record_of_another_base_model(stage: Stage) -> None:
     plan = stage.plan()
     assert plan is not None
     path = stage.run_path / "model.json"
-    path.write_text(json.dumps({"base": plan.policy.base}))
+    path.write_bytes(sealed({"schema": 1, "base": plan.policy.base, "path": "wan"}, path))
     assert "model.json" not in faults(stage)
-    path.write_text(json.dumps({"base": "0" * 64}))
+    rewrite(path, base="0" * 64)
     assert "model.json: its model is not that of" in faults(stage)
     path.write_text("{")
     assert "model.json is damaged" in faults(stage)
@@ -482,12 +503,17 @@ def test_training_input_that_changed(stage: Stage) -> None:
     plan = stage.train_plan_path
     plan.parent.mkdir()
     sha256 = sha256_file(stage.shard_path(1))
-    plan.write_text(json.dumps({"shards": {"1": sha256}}))
+    frozen = {"schema": 1, "iteration": 0, "plan_sha256": stage.plan_sha256(), "policy": "f" * 64}
+    frozen |= {"shards": {"1": sha256}, "advantage": SPEC, "order_seed": 0, "train": {}}
+    rewrite_with(plan, frozen)
     assert faults(stage) == ""
-    plan.write_text(json.dumps({"shards": {"0": sha256}}))
+    rewrite(plan, shards={"0": sha256})
     assert "train/plan.json: shard 0 is not the one that was frozen" in faults(stage)
-    plan.write_text(json.dumps({"shards": {"9": sha256}}))
+    rewrite(plan, shards={"9": sha256})
     assert "shard 9 of" in faults(stage)
+    for name, value in {"iteration": 1, "order_seed": 5, "policy": "0" * 64, "plan_sha256": "0" * 64}.items():
+        rewrite_with(plan, frozen | {name: value})
+        assert f"train/plan.json: {name} is not that of" in faults(stage)
 
 
 # --- tables beside the shards -----------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def test_scores_round_trip_with_missing_rewards(stage: Stage) -> None:
     pd.testing.assert_frame_equal(found, frame, check_exact=True, check_dtype=False)
     assert found["reward"].dtype == found["accuracy"].dtype == "float64"
     _, kv = read_table(stage.score_path(SCORER, 1))
-    assert kv["shard_sha256"] == read_manifest(stage, 1)["tar"]["sha256"]
+    assert kv["shard_sha256"] == read_manifest(stage, 1).tar.sha256
     assert kv["version"] == "1"
 
 
