@@ -267,10 +267,10 @@ def judge(
     """Score video files outside a run: one JSON line a video on stdout, with all a reward says of it."""
     from score.judge import json_line
     from score.judge import judge as judge_files
-    from shards.video import Limits
+    from shards.video import VideoLimits
 
     missing = 0
-    for record in judge_files(videos, prompt, reward, target, Limits.of_foreign(max_frames, max_megapixels)):
+    for record in judge_files(videos, prompt, reward, target, VideoLimits.of_foreign(max_frames, max_megapixels)):
         print(json_line(record, sys.stdout.encoding), flush=True)
         missing += sum(verdict["status"] != "ok" for verdict in record["rewards"])
     if missing:

@@ -13,14 +13,17 @@ from score.ocr.text import NoTarget, target_of
 from score.reward import Chosen, Reward, Scored, Video, choose
 from shards.errors import UserError
 from shards.text.cleaning import clean
-from shards.video import LIMITS, Limits, load_video
+from shards.video import LIMITS, VideoLimits, load_video
 
 ONE_FOR_ALL = "give it once for all videos, or as often as there are videos"
 
 
 def judge(
-    videos: Sequence[str | Path], prompts: Sequence[str], rewards: Sequence[str], targets: Sequence[str] = (),
-    limits: Limits = LIMITS,
+    videos: Sequence[str | Path],
+    prompts: Sequence[str],
+    rewards: Sequence[str],
+    targets: Sequence[str] = (),
+    limits: VideoLimits = LIMITS,
 ) -> Iterator[dict[str, Any]]:
     """One record a video, in order, as soon as it is scored: plain JSON values.
 
@@ -30,8 +33,8 @@ def judge(
     score), `value` (its first component),
     `components` (all, raw and normalised), `frames_used` (numbers of the frames looked at), and `text` (frame, text,
     confidence) when it reads. Every video is judged alone: what a reward makes of a group is not in it. `prompts` and
-    `targets` hold one for all or one for each. A video beyond `limits` is refused before it is decoded. Raises UserError, for wrong names, options and counts and for missing
-    files before anything is loaded.
+    `targets` hold one for all or one for each. A video beyond `limits` is refused before it is decoded.
+    Raises UserError, for wrong names, options and counts and for missing files before anything is loaded.
     """
     chosen = [parse_reward(reward) for reward in rewards]
     if not chosen:
@@ -45,7 +48,11 @@ def judge(
 
 
 def _records(
-    videos: Sequence[Path], prompts: Sequence[str], targets: Sequence[str], chosen: Sequence[Chosen], limits: Limits
+    videos: Sequence[Path],
+    prompts: Sequence[str],
+    targets: Sequence[str],
+    chosen: Sequence[Chosen],
+    limits: VideoLimits,
 ) -> Iterator[dict[str, Any]]:
     built: list[tuple[Chosen, Reward]] | None = None
     for path, prompt, target in zip(videos, prompts, targets, strict=True):

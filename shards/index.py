@@ -133,9 +133,7 @@ def to_parquet(rows: list[Row], kv: dict[str, str]) -> bytes:
     return parquet.encode(pyarrow.Table.from_pylist(rows, schema=schema()), kv)
 
 
-def read(
-    path: str | Path, data: bytes | None = None, rows: int | None = None
-) -> tuple[pyarrow.Table, dict[str, str]]:
+def read(path: str | Path, data: bytes | None = None, rows: int | None = None) -> tuple[pyarrow.Table, dict[str, str]]:
     """An index and its metadata; `data` and `rows` as for `parquet.read`. Raises Damaged."""
     table, kv = parquet.read(path, REPAIR, data, rows)
     if table.schema != schema() or kv.get("schema") != str(SCHEMA) or "shard_sha256" not in kv:
@@ -148,7 +146,7 @@ def read(
 
 
 def check_rows(rows: Sequence[Row], size: int, where: str) -> None:
-    """Raise Damaged unless every member and every state of an index lies in its tar of `size` bytes, as long as it says.
+    """Raise Damaged unless every member and state of an index lies in its tar of `size` bytes, as long as it says.
 
     What is checked here is allocated by readers before they see a byte of the tar.
     """

@@ -43,7 +43,7 @@ def encode(table: pyarrow.Table, kv: dict[str, str]) -> bytes:
 
 
 def encode_sealed(table: pyarrow.Table, kv: dict[str, str]) -> bytes:
-    """As `encode`, with the sha256 of the whole file in its metadata: footers and statistics are vouched for as well."""
+    """As `encode`, with the sha256 of the whole file in its metadata, which vouches for footers and statistics too."""
     data = encode(table, kv | {FILE: _ZEROS.decode()})
     start = data.index(_ZEROS, data.rindex(FILE.encode()))
     return data[:start] + hashlib.sha256(data).hexdigest().encode() + data[start + len(_ZEROS) :]

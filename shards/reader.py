@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from shards import index, parquet, tensors
 from shards.errors import REPAIR, Damaged, UserError
+from shards.plan import RolloutPlan
 from shards.records.kinds import Manifest, read_manifest_file
 from shards.records.opening import read_plain
 from shards.records.reading import short
-from shards.plan import RolloutPlan
 from shards.run import Stage
 from shards.source import open_source, open_tar
 from shards.store import mirror

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from shards.tensors import Array
 
 
-
 @dataclass(frozen=True)
 class Sample:
     """One finished video with all that training and scoring need."""
@@ -135,7 +134,10 @@ def _check_states(sample: Sample) -> None:
 
 
 def mapped(path: Path) -> memoryview:
-    """The bytes of a spooled file; raises FileNotFoundError and Damaged. Left open: the view keeps the mapping, and the mapping goes with the view."""
+    """The bytes of a spooled file. Raises FileNotFoundError and Damaged.
+
+    Left open: the view keeps the mapping, and the mapping goes with the view.
+    """
     with os.fdopen(open_plain(path, AGAIN), "rb") as file:
         if os.fstat(file.fileno()).st_size == 0:
             return memoryview(b"")

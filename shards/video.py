@@ -28,7 +28,7 @@ CONTAINER = {"fflags": "+bitexact"}
 
 
 @dataclass(frozen=True)
-class Limits:
+class VideoLimits:
     """The most that is decoded of a video."""
 
     frames: int
@@ -38,12 +38,12 @@ class Limits:
     """Of all frames together; each takes 3 bytes, twice while they are put together."""
 
     @classmethod
-    def of(cls, shape: VideoShape) -> Limits:
+    def of(cls, shape: VideoShape) -> VideoLimits:
         """What a plan says of its videos."""
         return cls(shape.frames, shape.height * shape.width, shape.height * shape.width * shape.frames)
 
     @classmethod
-    def of_foreign(cls, frames: int, megapixels: int) -> Limits:
+    def of_foreign(cls, frames: int, megapixels: int) -> VideoLimits:
         """For files of which no plan says anything: `megapixels` of all frames, and no frame above a 32nd of them."""
         return cls(frames, megapixels * 2**15, megapixels * 2**20)
 
@@ -52,7 +52,7 @@ class Limits:
 
 
 MOST_FRAMES, MOST_MEGAPIXELS = 1000, 128  # 128 MiB pixels are 140 frames of 1280x720
-LIMITS = Limits.of_foreign(MOST_FRAMES, MOST_MEGAPIXELS)
+LIMITS = VideoLimits.of_foreign(MOST_FRAMES, MOST_MEGAPIXELS)
 
 
 def encode_mp4(frames: Frames, fps: int, crf: int = 12) -> bytes:
@@ -89,8 +89,8 @@ def check_mp4(data: bytes, shape: VideoShape, where: str) -> None:
     import av
 
     try:
-        with _opened(data, Limits.of(shape), "mp4") as container:
-            _check_header(container, Limits.of(shape), shape)
+        with _opened(data, VideoLimits.of(shape), "mp4") as container:
+            _check_header(container, VideoLimits.of(shape), shape)
     except (av.FFmpegError, IndexError, ValueError) as error:
         raise Damaged(f"{where}: the video is not one of the plan: {error}", REPAIR) from error
 
@@ -104,7 +104,7 @@ def decode_mp4(data: bytes, where: str = "video", shape: VideoShape | None = Non
     import av
     from av.video.reformatter import Colorspace
 
-    limits = Limits.of(shape) if shape else LIMITS
+    limits = VideoLimits.of(shape) if shape else LIMITS
     try:
         with _opened(data, limits, "mp4") as container:
             _check_header(container, limits, shape)
@@ -117,7 +117,7 @@ def decode_mp4(data: bytes, where: str = "video", shape: VideoShape | None = Non
         raise Damaged(f"{where}: the video cannot be decoded: {error}", REPAIR) from error
 
 
-def load_video(path: str | Path, limits: Limits = LIMITS) -> tuple[Frames, float]:
+def load_video(path: str | Path, limits: VideoLimits = LIMITS) -> tuple[Frames, float]:
     """All frames [T,H,W,3] uint8 RGB of a video file, and the frames per second its container states.
 
     Raises UserError for a file that is missing, is no plain file, holds no video, is beyond the `limits`, cannot be
@@ -142,7 +142,9 @@ def load_video(path: str | Path, limits: Limits = LIMITS) -> tuple[Frames, float
             raise UserError(f"{path} states no frame rate", "write the video with its true frames per second")
         return _stacked(frames), float(rate)
     except TooLarge as error:
-        raise UserError(f"{path}: {error}", "cut or scale it; `rushes judge` takes --max-frames and --max-megapixels") from None
+        raise UserError(
+            f"{path}: {error}", "cut or scale it; `rushes judge` takes --max-frames and --max-megapixels"
+        ) from None
     except (av.error.FFmpegError, ValueError) as error:
         raise UserError(f"{path} cannot be decoded as a video: {error}", "write the file again") from None
 
@@ -151,7 +153,7 @@ class TooLarge(ValueError):
     """A video beyond what is decoded."""
 
 
-def _opened(source: Any, limits: Limits, format: str | None = None) -> Any:
+def _opened(source: Any, limits: VideoLimits, format: str | None = None) -> Any:
     """A container whose decoders refuse larger pictures from the first byte on, and which opens no other file."""
     import av
 
@@ -163,12 +165,12 @@ def _opened(source: Any, limits: Limits, format: str | None = None) -> Any:
     )
 
 
-def _most(limits: Limits) -> str:
+def _most(limits: VideoLimits) -> str:
     """Pixels for the decoder, which counts whole macroblocks and some rows more."""
     return str(2 * limits.pixels + 2**14)
 
 
-def _check_header(container: Any, limits: Limits, shape: VideoShape | None = None) -> None:
+def _check_header(container: Any, limits: VideoLimits, shape: VideoShape | None = None) -> None:
     """ValueError for a video whose header does not say what the plan does, or more than is decoded."""
     stream = container.streams.video[0]
     width, height, rate = stream.codec_context.width, stream.codec_context.height, stream.average_rate
@@ -182,7 +184,7 @@ def _check_header(container: Any, limits: Limits, shape: VideoShape | None = Non
         raise TooLarge(f"it is {seen}; at most {limits} are decoded")
 
 
-def _decoded(container: Any, limits: Limits) -> Iterator[Any]:
+def _decoded(container: Any, limits: VideoLimits) -> Iterator[Any]:
     """The pictures of a video within the limits, on one thread."""
     stream = container.streams.video[0]
     stream.thread_count = 1

@@ -14,7 +14,7 @@ from shards.inspect import table
 from shards.locate import locate
 from shards.plan import SAMPLE_KEY, group_of
 from shards.reader import open_shard
-from shards.records.strict_json import parse
+from shards.records.strict_json import parse_value
 from shards.run import EXPERT_NAMES, Stage
 from shards.store.urls import shown
 from shards.video import decode_mp4
@@ -139,7 +139,7 @@ def read_texts(value: Any) -> list[Any]:
     A text that is no such list is shown as it stands; what is no text is nothing that was read.
     """
     try:
-        found = parse(value, nan=True) if isinstance(value, str) else []
+        found = parse_value(value, nan=True) if isinstance(value, str) else []
     except ValueError:
         return [value]
     return found if isinstance(found, list) else [value]

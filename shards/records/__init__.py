@@ -1,1 +1,1 @@
-"""How files of others are read: opened safely, within limits, each kind of record by one reader that checks it whole."""
+"""How files of others are read: opened safely, within limits, each kind of record by one reader that checks it."""

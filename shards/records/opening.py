@@ -1,4 +1,4 @@
-"""The one way in which files of a run are opened: plain files alone, never waiting, within a size, not out of the run."""
+"""The one way in which files of a run are opened: plain files alone, never waiting, within a size and the run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _KINDS = {
 
 
 def open_plain(path: str | Path, hint: str = COPY, root: Path | None = None) -> int:
-    """Descriptor of a plain file, to be read. Nothing is opened that is of another kind: a device might act, a pipe wait.
+    """Descriptor of a plain file, to be read. Nothing of another kind is opened: a device might act, a pipe wait.
 
     A link is followed only within `root`, the run, which is found by the path where it is not given. Raises
     FileNotFoundError when there is no file, and Damaged with `hint` when it is no plain file or cannot be opened.

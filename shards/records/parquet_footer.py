@@ -21,7 +21,7 @@ Struct = dict[int, Any]
 
 
 @dataclass(frozen=True)
-class Column:
+class ColumnSize:
     """A column of one group of rows."""
 
     path: str
@@ -42,7 +42,7 @@ class Footer:
     """Sizes of a Parquet file as its footer states them."""
 
     rows: int
-    columns: tuple[Column, ...]
+    columns: tuple[ColumnSize, ...]
 
 
 def read_footer(data: bytes) -> Footer:
@@ -61,7 +61,7 @@ def read_footer(data: bytes) -> Footer:
         raise ValueError(f"its footer is damaged: {error!r}") from error
 
 
-def check_pages(data: bytes, column: Column, most: int) -> int:
+def check_pages(data: bytes, column: ColumnSize, most: int) -> int:
     """Bytes that the pages of a column unpack to. Raises ValueError where that is more than `most`, and where they hold
     another number of values than the footer says."""
     at, end, unpacked, values = column.start, column.start + column.packed, 0, 0
@@ -84,12 +84,12 @@ def check_pages(data: bytes, column: Column, most: int) -> int:
     return unpacked
 
 
-def _column(meta: Struct, rows: int) -> Column:
+def _column(meta: Struct, rows: int) -> ColumnSize:
     first = meta.get(11)
     start = meta[9] if first is None or first <= 0 else min(first, meta[9])
     path = ".".join(part.decode() for part in meta[3])
     sizes = _count(meta[5]), _count(meta[6]), _count(meta[7]), _count(start)
-    return Column(path[:80], meta[1], meta[4], _count(rows), *sizes)
+    return ColumnSize(path[:80], meta[1], meta[4], _count(rows), *sizes)
 
 
 def _count(value: Any) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from typing import Any
 
 MOST_BYTES = 16 * 2**20  # of one record; values take up to thirty times as much memory
@@ -12,7 +13,7 @@ LARGEST_INT = 2**64  # what a column or a seed could hold
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
-def parse(data: bytes | str, *, most: int = MOST_BYTES, nan: bool = False) -> Any:
+def parse_value(data: bytes | str, *, most: int = MOST_BYTES, nan: bool = False) -> Any:
     """The value of a JSON text. Raises ValueError, in words that follow a file's name, for anything else.
 
     `nan` admits the three words that Python writes for numbers that are not finite.
@@ -35,8 +36,8 @@ def parse(data: bytes | str, *, most: int = MOST_BYTES, nan: bool = False) -> An
 
 
 def parse_object(data: bytes | str, *, most: int = MOST_BYTES, nan: bool = False) -> dict[str, Any]:
-    """The object of a JSON text. Raises ValueError as `parse`, and for any other value."""
-    value = parse(data, most=most, nan=nan)
+    """The object of a JSON text. Raises ValueError as `parse_value`, and for any other value."""
+    value = parse_value(data, most=most, nan=nan)
     if not isinstance(value, dict):
         raise ValueError("it holds no JSON object")
     return value
@@ -45,15 +46,14 @@ def parse_object(data: bytes | str, *, most: int = MOST_BYTES, nan: bool = False
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"{twice[:80]!r} is given twice")
     return found
 
 
 def _integer(text: str) -> int:
     if len(text) > 21 or abs(int(text)) > LARGEST_INT:
-        raise ValueError(f"{text[:24]}… is a number of {len(text)} digits" if len(text) > 24 else f"{text} is too large")
+        raise ValueError(f"{text[:24]} is too large, with {len(text)} digits")
     return int(text)
 
 

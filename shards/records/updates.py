@@ -48,7 +48,7 @@ def read_updates(path: Path, iteration: int | None = None) -> list[Update]:
 def update_faults(path: Path, iteration: int, *, ended: bool) -> Iterator[Damaged]:
     """The first damaged line of a metrics.jsonl, and updates that are not there.
 
-    Until the training has `ended`, a last line without its end may have been cut by a kill, which the next update mends.
+    Until the training has `ended`, a last line without its end may have been cut by a kill; the next update mends that.
     """
     lines, cut = _lines(path), not ended and not _ends_whole(path)
     seen: dict[str, int] = {}

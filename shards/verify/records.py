@@ -34,7 +34,8 @@ def frozen_problems(stage: Stage) -> Iterator[Problem]:
     if plan is not None:
         facts = {
             "iteration": (frozen.iteration, stage.iteration), "order_seed": (frozen.order_seed, plan.seed),
-            "policy": (frozen.policy, plan.policy.fingerprint), "plan_sha256": (frozen.plan_sha256, stage.plan_sha256()),
+            "policy": (frozen.policy, plan.policy.fingerprint),
+            "plan_sha256": (frozen.plan_sha256, stage.plan_sha256()),
         }  # fmt: skip
         for name in (name for name, (found, planned) in facts.items() if found != planned):
             yield Problem("damaged", f"{path}: {name} is not that of {stage.plan_path}", ANEW)

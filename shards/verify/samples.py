@@ -57,7 +57,9 @@ def _trajectory_faults(payload: memoryview, record: SampleRecord, where: str) ->
     if names:
         yield Damaged(f"{where}: is not that of its record: {', '.join(names)}", REPAIR)
     if record.status == "ok":
-        broken = [name for name, entry in entries.items() if not _finite(payload[entry.start : entry.stop], entry.dtype)]
+        broken = [
+            name for name, entry in entries.items() if not _finite(payload[entry.start : entry.stop], entry.dtype)
+        ]
         if broken:
             yield Damaged(f"{where}: {', '.join(sorted(broken))} is not finite, but the status is ok", REPAIR)
 
@@ -72,9 +74,7 @@ def _finite(data: memoryview, dtype: str) -> bool:
     bits = numpy.frombuffer(data, dtype=f"<{kind}")
     step = AT_ONCE // bits.itemsize
     limit = numpy.array(mask, bits.dtype)
-    return not any(
-        bool(((bits[at : at + step] & limit) == limit).any()) for at in range(0, len(bits), step)
-    )
+    return not any(bool(((bits[at : at + step] & limit) == limit).any()) for at in range(0, len(bits), step))
 
 
 def _piece(buffer: memoryview, row: dict[str, Any], name: str) -> memoryview:

@@ -206,5 +206,3 @@ def _leftovers(folder: Path) -> list[Problem]:
     """Private files of dead writers right below a run."""
     paths = [path for path in sorted(folder.glob(f"{TEMPORARY}*")) if is_abandoned(path)]
     return [Problem("leftover", f"{path}: left by a killed writer", LEFTOVER) for path in paths]
-
-

@@ -381,11 +381,12 @@ def test_index_that_lies(stage: Stage) -> None:
     stage.index_path(0).write_bytes(index.to_parquet(rows, kv))
     vouch(stage)
     assert f"{KEY} differs from the tar in log_prob" in faults(stage)
-    rows[1]["traj_offset"] += 512
-    stage.index_path(0).write_bytes(index.to_parquet(rows, kv))
-    vouch(stage)
-    with pytest.raises(Damaged, match="is not where the index says"):
-        open_shard(stage, 0).trajectory(KEY)
+    for name, told in (("traj_offset", "latents that do not fit"), ("mp4_offset", "is not where the index says")):
+        other = [rows[0], rows[1] | {name: rows[1][name] + 512}, *rows[2:]]
+        stage.index_path(0).write_bytes(index.to_parquet(other, kv))
+        vouch(stage)
+        with pytest.raises(Damaged, match=told):
+            open_shard(stage, 0).video(KEY)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 1}', "\xff"])
@@ -468,7 +469,7 @@ def test_a_summary_that_is_not_of_its_tables(stage: Stage) -> None:
     path = stage.summary_path(SPEC)
     genuine = json.loads(path.read_text())
     for name, value in (("samples", genuine["samples"] + 1), ("mean_reward", None), ("mean_reward", 0.125)):
-        rewrite(path, **{name: value})
+        rewrite_with(path, genuine | {name: value})
         assert f"summary.json: {name} is not that of the tables" in faults(stage)
     rewrite(path, samples=0)
     assert "summary.json: samples and mean_reward are not those of the tables" in faults(stage)
@@ -546,7 +547,7 @@ def forged(stage: Stage, path: Path, edit: Callable[[list[dict]], list[dict]]) -
 
     table, kv = parquet.read(path, "")
     table = pyarrow.Table.from_pylist(edit(table.to_pylist()), schema=table.schema)
-    path.write_bytes(parquet.encode(table, kv | {CONTENT: content_sha256(table)}))
+    path.write_bytes(parquet.encode_sealed(table, kv | {CONTENT: content_sha256(table)}))
 
 
 ROWS = {
@@ -607,7 +608,7 @@ def test_columns_that_differ_in_one_folder(stage: Stage) -> None:
 
     table, kv = parquet.read(stage.score_path(SCORER, 1), "")
     table = table.append_column("more", pyarrow.array([1.0] * len(table)))
-    stage.score_path(SCORER, 1).write_bytes(parquet.encode(table, kv | {CONTENT: content_sha256(table)}))
+    stage.score_path(SCORER, 1).write_bytes(parquet.encode_sealed(table, kv | {CONTENT: content_sha256(table)}))
     assert "shard-000001.parquet: its columns differ" in faults(stage)
     with pytest.raises(Damaged, match=r"its columns are not those of shard-000000\.parquet"):
         read_scores(stage, SCORER)
@@ -683,7 +684,7 @@ def big_sample(stage: Stage, number: int) -> Sample:
     """A sample of about 400 kB."""
     sample = make_sample(stage, stage.groups(0)[0], number)
     return Sample(
-        sample.key, sample.meta, bytes(200_000), dict(sample.tensors) | {"x0_prev": np.zeros(50_000, np.float32)}
+        sample.key, sample.meta, sample.video, dict(sample.tensors) | {"x0_prev": np.zeros(100_000, np.float32)}
     )
 
 
