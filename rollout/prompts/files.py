@@ -18,8 +18,12 @@ from shards.absolute_paths import nearest_file
 from shards.errors import UserError
 from shards.pointers import refuse_pointer
 from shards.process.progress import counted
+from shards.records.opening import read_plain
+from shards.records.parquet_footer import read_footer
 from shards.run_toml import set_option
 
+MOST_BYTES = 256 * 2**20  # of a prompts file, and of its columns when they are unpacked
+SPLIT = "split it into several files"
 FIELDS = ("target", "image", "negative", "tags", "tag")  # beside the column of the prompts
 
 _MARKS = (  # a byte-order mark at the beginning of a file, and what follows it; the longer ones first
@@ -84,7 +88,7 @@ def has_columns(file: Path) -> bool:
 
 def _decode(file: Path) -> str:
     """The text of a file: UTF-8, or what its byte-order mark says. UserError names the line where it is not."""
-    data = file.read_bytes()
+    data = read_plain(file, MOST_BYTES, SPLIT)
     encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8")
     try:
         return data.decode(encoding)
@@ -175,8 +179,12 @@ def _read_parquet(file: Path, column: Column) -> Iterator[Row]:
     import pyarrow
     from pyarrow import parquet
 
+    data, packed = read_plain(file, MOST_BYTES, SPLIT), [column.name, *FIELDS]
     try:
-        with parquet.ParquetFile(file) as opened:  # read_table would take columns from names of folders, too
+        if sum(one.unpacked for one in read_footer(data).columns) > MOST_BYTES:
+            raise UserError(f"{file}: its columns have more than {MOST_BYTES} bytes", SPLIT)
+        # read_table would take columns from names of folders, too; a text that is often there is kept once
+        with parquet.ParquetFile(pyarrow.BufferReader(data), read_dictionary=packed) as opened:
             names = opened.schema_arrow.names
             check_columns(file, names, column)
             wanted = [name for name in dict.fromkeys((column.name, *FIELDS)) if name in names]
@@ -186,9 +194,14 @@ def _read_parquet(file: Path, column: Column) -> Iterator[Row]:
         raise UserError(f"{file}: not readable as Parquet: {line}", "write it again") from None
     for name in wanted:
         _check_type(file, name, table.column(name).type, prompts=name == column.name)
+    size = 0
     for number in range(table.num_rows):
         where = f"{file}, row {number}"
-        yield Row(number, where, {name: _value(table.column(name)[number], name, where) for name in wanted})
+        fields = {name: _value(table.column(name)[number], name, where) for name in wanted}
+        size += sum(len(text) for text in fields.values() if isinstance(text, str))
+        if size > MOST_BYTES:
+            raise UserError(f"{where}: more than {MOST_BYTES} characters up to here", SPLIT)
+        yield Row(number, where, fields)
 
 
 def _check_type(file: Path, name: str, kind: Any, prompts: bool) -> None:

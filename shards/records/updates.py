@@ -65,6 +65,8 @@ def update_faults(path: Path, iteration: int, *, ended: bool) -> Iterator[Damage
         if update != seen.get(expert, 0) + 1:
             yield Damaged(f"{path}: line {number} is update {update} of {expert} after {seen.get(expert, 0)}", MEND)
         seen[expert] = update
+    if ended and not _ends_whole(path):
+        yield Damaged(f"{path}: its last line is cut off", MEND)
 
 
 def unsealed(path: Path) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from shards.errors import ANEW, Damaged, UserError
 from shards.files import canonical_sha256, sha256_file
 from shards.records.kinds import PolicyRecord, read_checkpoint, read_policy
-from shards.records.updates import update_faults
+from shards.records.updates import read_updates, update_faults
 from shards.run import AVERAGE, COMMIT, Stage
 
 
@@ -22,7 +22,19 @@ def policy_faults(stage: Stage) -> Iterator[Damaged]:
     except Damaged as error:
         yield error
     if stage.trained():
+        yield from _log_gaps(stage)
         yield from _weight_faults(stage, stage.fetched_policy())
+
+
+def _log_gaps(stage: Stage) -> Iterator[Damaged]:
+    """Updates that a checkpoint covers and that the log does not have."""
+    with suppress(Damaged):  # a log that cannot be read is told of as such
+        known = {(one["expert"], one["update"]) for one in read_updates(stage.metrics_path)}
+        for folder in sorted(stage.policy_dir.glob("trainer/*/update-*")):
+            expert, update = folder.parent.name, folder.name.removeprefix("update-")
+            if update.isdigit() and int(update) and (expert, int(update)) not in known:
+                problem = f"{stage.metrics_path}: update {int(update)} of {expert} is missing, but its checkpoint is not"
+                yield Damaged(problem, "restore it from a copy; only what is shown of this training depends on it")
 
 
 def _weight_faults(stage: Stage, folder: Path) -> Iterator[Damaged]:
@@ -77,7 +89,7 @@ def _checkpoint_faults(commit: Path, trained: bool) -> Iterator[Damaged]:
         return
     sizes = [name for name, size in sorted(record.files.items()) if _size(folder / name) != size]
     if sizes and commit.exists():
-        yield Damaged(f"{folder / sizes[0]} is damaged: its size is not that in {COMMIT}", hint)
+        yield Damaged(f"{folder / sizes[0]} is damaged: its size is not that in {commit}", hint)
 
 
 def _size(path: Path) -> int | None:

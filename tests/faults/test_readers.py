@@ -1,0 +1,198 @@
+"""Mutated files go into every reader: it takes them whole, or refuses them by file and place, and nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shards import index, sidecar, tensors
+from shards.errors import UserError
+from shards.files import read_json
+from shards.plan import RolloutPlan
+from shards.records import kinds
+from shards.records.reading import CHECKSUM
+from shards.records.updates import read_updates, update_faults
+from shards.spool import read_group
+from shards.verify.shards import verify
+from shards.workers import owners
+from tests.faults import small_run
+from tests.support.shard_fixtures import make_group, planned_stage
+from tests.support.shard_fixtures import make_sample as sample_of
+
+FEW = settings(max_examples=40)
+ODD: list[Any] = [
+    None, True, -1, 2**31, 2**63, 0.5, 1e308, "", "x", "../x", "\0", [], [[]], {}, {"a": 1}, [None], "9" * 400,
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run whose files are read and never changed."""
+    return small_run.make(tmp_path_factory.mktemp("whole") / "run").run_path
+
+
+def _plan(path: Path) -> object:
+    return RolloutPlan.from_json(path.read_bytes(), path)
+
+
+def _updates(path: Path) -> object:
+    return [*update_faults(path, 0, ended=True), *read_updates(path)]
+
+
+def _claim(path: Path) -> object:
+    return owners.read(path, 0, "rollout")
+
+
+READERS: dict[str, Callable[[Path], object]] = {
+    "manifest": kinds.read_manifest_file, "plan": _plan, "frozen": kinds.read_train_plan, "policy": kinds.read_policy,
+    "summary": kinds.read_summary, "commit": kinds.read_checkpoint, "model": kinds.read_model, "metrics": _updates,
+}  # fmt: skip
+
+
+def refused_or_whole(read: Callable[[Path], object], path: Path) -> None:
+    """A reader returns, or raises a UserError that names the file in one line and says what to do."""
+    try:
+        read(path)
+    except UserError as error:
+        assert str(path) in error.problem
+        assert "\n" not in str(error)
+        assert error.hint
+
+
+def places(value: Any, way: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The ways to all values in a value of JSON."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [way, *(found for name, one in inner for found in places(one, (*way, name)))]
+
+
+def changed(value: Any, way: tuple[Any, ...], new: Any) -> Any:
+    """A copy of a value with another one at a place; `...` removes what is there."""
+    if not way:
+        return None if new is ... else new
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    if len(way) == 1 and new is ...:
+        del copy[way[0]]
+    else:
+        copy[way[0]] = changed(value[way[0]], way[1:], new)
+    return copy
+
+
+def mangled(draw: Callable[..., Any], data: bytes) -> bytes:
+    """Bytes with some replaced, cut out or put in."""
+    found = bytearray(data)
+    for _ in range(draw(st.integers(1, 3))):
+        at, size = draw(st.integers(0, len(found))), draw(st.integers(0, 4))
+        found[at : at + size] = draw(st.binary(max_size=4))
+    return bytes(found)
+
+
+@pytest.mark.parametrize("kind", READERS)
+@FEW
+@given(data=st.data())
+def test_a_record_with_another_value_somewhere(kind: str, run: Path, tmp_path_factory: Any, data: Any) -> None:
+    """The checksum is left out, so that the reader itself has to know what is wrong."""
+    path = small_run.records(stage_of(run))[kind]
+    record = json.loads(path.read_bytes())
+    record.pop(CHECKSUM, None)
+    where = data.draw(st.sampled_from(places(record)))
+    new = data.draw(st.sampled_from([*ODD, ...]))
+    other = tmp_path_factory.getbasetemp() / f"{kind}.json"
+    other.write_text(json.dumps(changed(record, where, new)) + "\n")
+    refused_or_whole(READERS[kind], other)
+
+
+@pytest.mark.parametrize("kind", READERS)
+@FEW
+@given(data=st.data())
+def test_a_record_with_other_bytes(kind: str, run: Path, tmp_path_factory: Any, data: Any) -> None:
+    path = small_run.records(stage_of(run))[kind]
+    other = tmp_path_factory.getbasetemp() / f"{kind}.json"
+    other.write_bytes(mangled(data.draw, path.read_bytes()))
+    refused_or_whole(READERS[kind], other)
+    refused_or_whole(read_json, other)
+
+
+@FEW
+@given(data=st.data())
+def test_a_claim_with_other_bytes(tmp_path_factory: Any, data: Any) -> None:
+    other = tmp_path_factory.getbasetemp() / "claim"
+    whole = json.dumps(small_run.OWNER).encode() + b"\n000000000001\n"
+    other.write_bytes(mangled(data.draw, whole))
+    assert _claim(other) is not None
+
+
+@pytest.mark.parametrize("kind", ["index", "scores", "advantages"])
+@FEW
+@given(data=st.data())
+def test_a_table_with_other_bytes(kind: str, run: Path, tmp_path_factory: Any, data: Any) -> None:
+    path = small_run.others(stage_of(run))[kind]
+    other = tmp_path_factory.getbasetemp() / f"{kind}.parquet"
+    other.write_bytes(mangled(data.draw, path.read_bytes()))
+    refused_or_whole(index.read if kind == "index" else sidecar.read_table, other)
+
+
+@FEW
+@given(data=st.data())
+def test_tensors_with_other_bytes(data: Any) -> None:
+    payload = b"".join(bytes(part) for part in tensors.encode(make_group("i000000-p000000")))
+    changed_bytes = memoryview(bytearray(mangled(data.draw, payload)))
+    try:
+        entries, _ = tensors.parse(changed_bytes, "here")
+        tensors.check(changed_bytes, entries, "here")
+    except UserError as error:
+        assert error.problem.startswith("here: ")
+
+
+@FEW
+@given(data=st.data())
+def test_a_record_of_a_sample_with_another_value(tmp_path_factory: Any, data: Any) -> None:
+    stage = planned_stage(tmp_path_factory.mktemp("plan"), groups=1, group_size=1)
+    sample = sample_of(stage, "i000000-p000000", 0)
+    record = json.loads(json.dumps(sample.meta))
+    where = data.draw(st.sampled_from(places(record)))
+    new = data.draw(st.sampled_from([*ODD, ...]))
+    payload = json.dumps(changed(record, where, new)).encode()
+    for one in (payload, mangled(data.draw, payload)):
+        try:
+            index.parse_meta(memoryview(one), sample.key, "here")
+        except UserError as error:
+            assert error.problem.startswith("here: ")
+
+
+@FEW
+@given(data=st.data())
+def test_a_spooled_file_with_other_bytes(tmp_path_factory: Any, data: Any) -> None:
+    stage = planned_stage(tmp_path_factory.mktemp("plan"), groups=1, group_size=1)
+    payload = b"".join(bytes(part) for part in tensors.encode(make_group("i000000-p000000")))
+    path = stage.work_path(0) / "i000000-p000000.text.safetensors"
+    small_run.put(path, mangled(data.draw, payload))
+    refused_or_whole(lambda _: read_group(stage, 0, "i000000-p000000"), path)
+
+
+@settings(max_examples=25)
+@given(data=st.data())
+def test_verify_goes_on_past_any_of_them(tmp_path_factory: Any, data: Any) -> None:
+    """Two files are mutated; whatever becomes of the one, the other is told of as well."""
+    stage = small_run.make(tmp_path_factory.mktemp("both") / "run")
+    files = small_run.records(stage) | small_run.others(stage)
+    names = data.draw(st.lists(st.sampled_from(sorted(files.keys() - {"plan"})), min_size=2, max_size=2, unique=True))
+    for name in names:
+        whole = files[name].read_bytes()
+        small_run.put(files[name], mangled(data.draw, whole))
+        if files[name].read_bytes() == whole:
+            files[name].write_bytes(whole + b"x")
+    told = "\n".join(problem.problem for problem in verify(stage.run_path))
+    assert all(files[name].name in told for name in names)
+
+
+def stage_of(run: Path) -> Any:
+    """Iteration 0 of a run."""
+    from shards.run import Run
+
+    return Run(run).iteration(0)
