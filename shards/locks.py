@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from shards.records.opening import refuse_escape
+
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}  # what such file systems answer
 AT_FDCWD, RENAME_NOREPLACE = -100, 1  # of Linux' renameat2
 
@@ -87,7 +89,11 @@ def _lock_handle(path: Path, *, wait: bool = False) -> int | None:
 
 
 def open_creating(path: Path, flags: int) -> int:
-    """Open a file, making its directory; another worker may remove that directory while it is empty."""
+    """Open a file, making its directory; another worker may remove that directory while it is empty.
+
+    Raises Damaged where a link leads out of the run.
+    """
+    refuse_escape(path)
     for _ in range(100):
         os.makedirs(path.parent, exist_ok=True)
         with suppress(FileNotFoundError):

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from shards.files import sha256_file, sync
+from shards.records.opening import refuse_escape
 from shards.records.reading import sealed
 from shards.run import COMMIT
 from shards.store import mirror
@@ -55,6 +56,7 @@ class Writer(HuggingFaceStorageWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """On the first rank: make the folder and tell every rank its name and how tensors go into files."""
+        refuse_escape(self.final)
         self.final.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.final.parent)
         self.folder = self.final.parent / f".writing-{uuid.uuid4().hex}"

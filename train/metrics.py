@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shards.files import publish_replace
+from shards.records.opening import refuse_escape
 from shards.records.updates import read_updates, update_line
 from shards.run import METRICS
 from shards.store import mirror
@@ -57,5 +58,6 @@ class MetricsLog:
 def _board(folder: Path) -> SummaryWriter:
     from torch.utils.tensorboard import SummaryWriter
 
+    refuse_escape(folder)
     shutil.rmtree(folder, ignore_errors=True)
     return SummaryWriter(str(folder))

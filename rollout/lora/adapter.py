@@ -20,6 +20,7 @@ from rollout.lora.find import WEIGHTS, LoraFile
 from rollout.lora.read import Lora, read_lora
 from shards.errors import UserError
 from shards.files import publish_replace
+from shards.records.opening import refuse_escape
 
 ADAPTER = "policy"
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
@@ -70,6 +71,7 @@ def save_adapter(module: nn.Module, folder: Path, state: Mapping[str, Tensor] | 
     config = module.peft_config[ADAPTER].to_dict()  # type: ignore[index, union-attr]
     # sets have no order of their own: sorted, so that equal adapters are equal files
     metadata = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    refuse_escape(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".tmp-") as aside:
         WanPipeline.save_lora_weights(aside, transformer_lora_layers=layers, transformer_lora_adapter_metadata=metadata)

@@ -16,6 +16,7 @@ from rollout.policy.folder import EXPERT_FOLDERS, Layout, load_transformer
 from rollout.policy.sharding import plain_copy
 from shards.errors import RunFailed, UserError
 from shards.files import sha256_file, sync
+from shards.records.opening import refuse_escape
 from shards.run import EXPERT_NAMES
 
 CONFIG = "config.json"
@@ -33,6 +34,7 @@ def save_full(module: nn.Module, folder: Path, base: Path, state: Mapping[str, T
     are equal files wherever they were trained. `state` are weights to be written instead of the module's own, all of
     them. RunFailed when the disk is full.
     """
+    refuse_escape(folder)
     aside = folder.parent / f".writing-{uuid.uuid4().hex}"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

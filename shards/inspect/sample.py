@@ -14,6 +14,7 @@ from shards.inspect import table
 from shards.locate import locate
 from shards.plan import SAMPLE_KEY, group_of
 from shards.reader import open_shard
+from shards.records.opening import refuse_escape
 from shards.records.strict_json import parse_value
 from shards.run import EXPERT_NAMES, Stage
 from shards.store.urls import shown
@@ -90,6 +91,7 @@ def write_frames(path: str | Path, key: str, folder: Path | None = None, evaluat
     stage, shard = find(path, key, evaluation)
     if folder is None:
         folder = stage.run_path / "frames" / ("eval" if stage.kind == "eval" else "") / key
+        refuse_escape(folder, root=stage.run_path)
     with open_shard(stage, shard) as opened:
         plan = stage.plan()
         frames = decode_mp4(opened.video(key), f"{opened.path}: {key}.mp4", plan.video if plan else None)

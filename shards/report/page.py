@@ -12,6 +12,7 @@ from shards import diagnosis
 from shards.diagnosis import Move, number
 from shards.errors import UserError
 from shards.files import publish_replace
+from shards.records.opening import refuse_escape
 from shards.report import clips as report_clips
 from shards.report import facts as report_facts
 from shards.report.facts import Cost, Facts
@@ -60,6 +61,7 @@ def write_report(run: Run, megabytes: float = MEGABYTES) -> Path:
     if not megabytes >= 0:
         raise UserError(f"a limit of {megabytes} MB for clips", "give a number from 0")
     path = run.report_path
+    refuse_escape(path, root=run.path)
     publish_replace(path, page(report_facts.gather(run), megabytes).encode())
     return path
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from shards.errors import RunFailed, UserError
 from shards.files import publish_replace
+from shards.records.opening import refuse_escape
 from shards.report import facts as report_facts
 from shards.report import tracked_clips
 from shards.report.facts import Facts
@@ -39,6 +40,7 @@ def write_board(run: Run) -> Path:
         image = Summary.Image(width=width, height=height, colorspace=RGB, encoded_image_string=data)
         writer.write(_shown(facts, clip.iteration, Summary.Value(tag=f"{clip.tag} clip", image=image)))
     folder = run.report_dir / "tensorboard"
+    refuse_escape(folder / NAME, root=run.path)
     publish_replace(folder / NAME, sink.getvalue())
     return folder
 

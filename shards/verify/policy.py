@@ -33,8 +33,11 @@ def _log_gaps(stage: Stage) -> Iterator[Damaged]:
         for folder in sorted(stage.policy_dir.glob("trainer/*/update-*")):
             expert, update = folder.parent.name, folder.name.removeprefix("update-")
             if update.isdigit() and int(update) and (expert, int(update)) not in known:
-                problem = f"{stage.metrics_path}: update {int(update)} of {expert} is missing, but its checkpoint is not"
-                yield Damaged(problem, "restore it from a copy; only what is shown of this training depends on it")
+                problem = f"update {int(update)} of {expert} is missing, but its checkpoint is not"
+                yield Damaged(
+                    f"{stage.metrics_path}: {problem}",
+                    "restore it from a copy; only what is shown of this training depends on it",
+                )
 
 
 def _weight_faults(stage: Stage, folder: Path) -> Iterator[Damaged]:
