@@ -59,11 +59,13 @@ def model_problems(root: Path, stages: list[Stage]) -> Iterator[Problem]:
 
 
 def links_out(folder: Path) -> Iterator[Problem]:
-    """Links in a stage that lead out of its run; what lies behind them is not read and not written."""
+    """Links in a stage that lead out of its run, or nowhere; what lies behind them is not read and not written."""
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             if entry.is_symlink():
                 yield from attempt(refuse_escape, entry.path)
+                if not os.path.exists(entry.path):
+                    yield Problem("damaged", f"{entry.path}: a link to nothing", f"{COPY}, or delete it")
             elif entry.is_dir(follow_symlinks=False):
                 yield from links_out(Path(entry.path))
 

@@ -156,7 +156,7 @@ def listening(path: Path) -> None:
 
 
 def link_out(path: Path) -> None:
-    outside = path.parents[len(path.parents) - 2] / "tmp" / f"outside-{os.getpid()}"
+    outside = next(folder for folder in path.parents if folder.name == "run").parent / "outside"
     outside.write_bytes(b"{}")
     path.symlink_to(outside)
 
