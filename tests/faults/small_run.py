@@ -90,6 +90,6 @@ def put(path: Path, data: bytes) -> None:
     path.write_bytes(data)
 
 
-def rewrite(path: Path, **changes: Any) -> None:
+def rewrite(path: Path, /, **changes: Any) -> None:
     """Some fields of a record changed, its checksum made anew."""
     write(path, json.loads(path.read_text(encoding="utf-8")) | changes)

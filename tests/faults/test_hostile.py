@@ -281,7 +281,7 @@ def packed(rows: int, value: str = "", codec: str = "snappy", name: str = "key")
 
 TABLES = {
     "twelve million rows": lambda: packed(12_000_000),
-    "one text of 4 MB in 100,000 rows": lambda: packed(100_000, "x" * 2**22),
+    "one text of 500 kB in 100,000 rows": lambda: packed(100_000, "x" * 2**19),
     "another codec": lambda: packed(10, codec="zstd"),
     "a footer of 4 GB": lambda: packed(10)[:-8] + b"\xff\xff\xff\xffPAR1",
     "no footer": lambda: b"PAR1" + bytes(8) + b"PAR1",
@@ -407,7 +407,7 @@ def test_a_large_black_video_is_refused_before_it_is_decoded(tmp_path: Path) -> 
 
 
 def test_tables_that_stand_for_gigabytes(stage: Stage) -> None:
-    small_run.put(small_run.others(stage)["scores"], packed(100_000, "x" * 2**22))
+    small_run.put(small_run.others(stage)["scores"], packed(100_000, "x" * 2**19))
     vouched(stage, packed(12_000_000))
     action = f"print(*shards.verify.shards.verify({str(stage.run_path)!r}), sep=chr(10))"
     said = limited(action)
@@ -425,8 +425,8 @@ def text_that_is_none() -> bytes:
 
 
 def many_prompts() -> bytes:
-    """One prompt of 4 MB, a hundred thousand times."""
-    return packed(100_000, "x" * 2**22, name="prompt")
+    """One prompt of 500 kB, a hundred thousand times."""
+    return packed(100_000, "x" * 2**19, name="prompt")
 
 
 PROMPTS: dict[str, tuple[str, Callable[[], bytes]]] = {
@@ -439,7 +439,7 @@ PROMPTS: dict[str, tuple[str, Callable[[], bytes]]] = {
     "bad UTF-8": ("p.parquet", text_that_is_none),
     "a bad name": ("p.parquet", lambda: text_that_is_none().replace(b"prompt", b"prom\xff\xfe")),
     "no Parquet": ("p.parquet", lambda: b"PAR1"),
-    "400 GB of prompts": ("p.parquet", many_prompts),
+    "50 GB of prompts": ("p.parquet", many_prompts),
 }
 
 
