@@ -16,7 +16,7 @@ from typing import Any
 
 from shards.errors import FULL, RunFailed, UserError
 from shards.locks import flock, is_still, name_new, open_creating
-from shards.records.opening import open_plain, read_plain, refuse_escape
+from shards.records.opening import open_file, read_plain, refuse_escape
 from shards.records.strict_json import MOST_BYTES, parse_object
 from shards.store.urls import url_of, working_copy
 
@@ -87,8 +87,8 @@ def stamp_of(path: Path) -> tuple[int, ...] | None:
 
 
 def sha256_file(path: str | Path) -> str:
-    """Hexadecimal sha256 of a plain file. Raises FileNotFoundError, and Damaged as `open_plain`."""
-    with os.fdopen(open_plain(path), "rb") as file:
+    """Hexadecimal sha256 of a plain file. Raises FileNotFoundError, and Damaged as `open_file`."""
+    with os.fdopen(open_file(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -134,10 +134,13 @@ def _bounded(file: Any, data: bytes, footer: Footer) -> pyarrow.Table:
     import pyarrow
     from pyarrow import compute
 
+    schema = file.schema_arrow
+    foreign = next((field for field in schema if not _is_ours(field.type)), None)
+    if foreign is not None:
+        raise ValueError(f"{foreign.name[:80]} is of type {str(foreign.type)[:80]}, which tables of a run do not have")
     largest = sum(column.values * column.unpacked for column in footer.columns if column.physical in TEXTS)
     if largest <= MOST_BYTES:
         return file.read(use_threads=False)
-    schema = file.schema_arrow
     texts = [field.name for field in schema if pyarrow.types.is_string(field.type)]
     with _open(data, read_dictionary=texts) as packed:
         table = packed.read(columns=texts, use_threads=False)
@@ -147,6 +150,15 @@ def _bounded(file: Any, data: bytes, footer: Footer) -> pyarrow.Table:
             if (compute.sum(lengths.take(chunk.indices)).as_py() or 0) > MOST_BYTES:
                 raise ValueError(f"the texts of {name} have more than {MOST_BYTES} bytes")
     return file.read(use_threads=False)
+
+
+def _is_ours(kind: pyarrow.DataType) -> bool:
+    """Whether tables of a run have columns of a type: text, numbers, and lists of these; packed texts are not among
+    them."""
+    from pyarrow import types
+
+    inner = kind.value_type if types.is_list(kind) else kind
+    return types.is_string(inner) or types.is_integer(inner) or types.is_floating(inner) or types.is_boolean(inner)
 
 
 def _texts(file: Any) -> dict[str, str]:

@@ -16,7 +16,7 @@ from shards import index
 from shards.errors import REPAIR, Damaged, RunFailed
 from shards.files import aside
 from shards.records.kinds import Manifest
-from shards.records.opening import open_plain
+from shards.records.opening import open_file
 from shards.run import Stage
 from shards.store import objects
 from shards.store.urls import cache_folder, url_of
@@ -224,7 +224,7 @@ def _open_tar_file(path: Path) -> int:
     if path.is_symlink():
         raise Damaged(f"{path}: cannot be opened as a plain file: it is a link", REPAIR)
     try:
-        return open_plain(path, REPAIR)
+        return open_file(path, REPAIR)
     except FileNotFoundError as error:
         raise Damaged(f"{path}: cannot be opened as a plain file: {error.strerror}", REPAIR) from error
 

@@ -15,7 +15,7 @@ from shards.errors import Damaged, UserError
 from shards.files import Buffer, publish_new, sweep_temporary, to_json
 from shards.index import LARGEST_META
 from shards.plan import GROUP_KEY, SAMPLE_KEY, SCHEMA
-from shards.records.opening import open_plain, read_plain
+from shards.records.opening import open_file, read_plain
 from shards.run import Stage
 from shards.tar import END, EXTENSIONS, LARGEST, wrap
 
@@ -138,7 +138,7 @@ def mapped(path: Path) -> memoryview:
 
     Left open: the view keeps the mapping, and the mapping goes with the view.
     """
-    with os.fdopen(open_plain(path, AGAIN), "rb") as file:
+    with os.fdopen(open_file(path, AGAIN), "rb") as file:
         if os.fstat(file.fileno()).st_size == 0:
             return memoryview(b"")
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))

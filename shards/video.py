@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from shards.errors import REPAIR, Damaged, UserError
 from shards.plan import VideoShape
-from shards.records.opening import open_plain
+from shards.records.opening import open_file
 
 if TYPE_CHECKING:
     from fractions import Fraction
@@ -126,7 +126,7 @@ def load_video(path: str | Path, limits: VideoLimits = LIMITS) -> tuple[Frames, 
     import av
 
     try:
-        source = os.fdopen(open_plain(path, "give the path of a video file"), "rb")
+        source = os.fdopen(open_file(path, "give the path of a video file"), "rb")
     except FileNotFoundError:
         raise UserError(f"no video file at {path}", "give the path of an existing file") from None
     try:

@@ -14,7 +14,7 @@ from rollout.policy.full import is_full
 from rollout.policy.sizes import meta_expert
 from shards.errors import UserError
 from shards.files import read_json
-from shards.records.kinds import read_model
+from shards.records.kinds import read_model_record
 from shards.run import EXPERT_NAMES
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def check_records(policy: ExpertWeights) -> None:
 
 def check_model(policy: ExpertWeights, path: Path) -> None:
     """UserError where the base model, or the LoRA merged into it, is not the one in model.json, if that is there."""
-    known = read_model(path) if path.exists() else None
+    known = read_model_record(path) if path.exists() else None
     if known is None or known.base == policy.base_fingerprint:
         return
     if (known.model or known.base) != policy.model_fingerprint:

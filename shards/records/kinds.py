@@ -231,6 +231,6 @@ def read_summary(path: Path) -> Summary:
     return read_record(Summary, path, "delete it; `rushes score` writes it again")
 
 
-def read_model(path: Path) -> ModelRecord:
+def read_model_record(path: Path) -> ModelRecord:
     """model.json of a run."""
     return read_record(ModelRecord, path, root=path.parent)

@@ -17,7 +17,7 @@ _KINDS = {
 }  # fmt: skip
 
 
-def open_plain(path: str | Path, hint: str = COPY, root: Path | None = None) -> int:
+def open_file(path: str | Path, hint: str = COPY, root: Path | None = None) -> int:
     """Descriptor of a plain file, to be read. Nothing of another kind is opened: a device might act, a pipe wait.
 
     A link is followed only within `root`, the run, which is found by the path where it is not given. Raises
@@ -41,9 +41,9 @@ def open_plain(path: str | Path, hint: str = COPY, root: Path | None = None) -> 
 
 
 def read_plain(path: str | Path, most: int, hint: str = COPY, root: Path | None = None) -> bytes:
-    """The content of a plain file of at most `most` bytes, read no further than that. Raises as `open_plain`, and
+    """The content of a plain file of at most `most` bytes, read no further than that. Raises as `open_file`, and
     Damaged for a larger file and for one that cannot be read."""
-    handle = open_plain(path, hint, root)
+    handle = open_file(path, hint, root)
     try:
         with os.fdopen(handle, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -56,7 +56,7 @@ def read_plain(path: str | Path, most: int, hint: str = COPY, root: Path | None 
 
 
 def is_plain(path: Path) -> bool:
-    """Whether a path names a plain file that `open_plain` would open."""
+    """Whether a path names a plain file that `open_file` would open."""
     try:
         refuse_escape(path)
         return stat.S_ISREG(os.stat(path).st_mode)

@@ -11,7 +11,7 @@ from shards import parquet, sidecar
 from shards.errors import ANEW, REPAIR, Damaged, UserError
 from shards.process.progress import counted
 from shards.reader import read_manifest
-from shards.records.kinds import read_checkpoint, read_model, read_policy, read_summary, read_train_plan
+from shards.records.kinds import read_checkpoint, read_model_record, read_policy, read_summary, read_train_plan
 from shards.records.opening import COPY, refuse_escape
 from shards.records.updates import unsealed
 from shards.run import COMMIT, Run, Stage
@@ -46,7 +46,7 @@ def model_problems(root: Path, stages: list[Stage]) -> Iterator[Problem]:
     path = Run(root).model_path
     if not os.path.lexists(path):
         return
-    record, problems = result(read_model, path)
+    record, problems = result(read_model_record, path)
     yield from problems
     for stage in stages if record is not None else ():
         plan, _ = result(stage.plan)

@@ -271,17 +271,19 @@ def test_an_index_that_asks_for_the_impossible(changes: dict[str, Any], stage: S
     assert str(stage.index_path(0)) in told(stage)
 
 
-def packed(rows: int, value: str = "", codec: str = "snappy", name: str = "key") -> bytes:
-    """A table of one value, many times: a few bytes that stand for many."""
+def packed(rows: int, value: str = "", codec: str = "snappy", name: str = "key", dictionary: bool = False) -> bytes:
+    """A table of one value, many times: a few bytes that stand for many. Its type says so only with `dictionary`."""
     column = pyarrow.DictionaryArray.from_arrays(pyarrow.array(np.zeros(rows, np.int32)), [value])
     sink = pyarrow.BufferOutputStream()
-    pyarrow.parquet.write_table(pyarrow.table({name: column}), sink, compression=codec)
+    options = {"compression": codec, "store_schema": dictionary}
+    pyarrow.parquet.write_table(pyarrow.table({name: column}), sink, **options)
     return bytes(sink.getvalue())
 
 
 TABLES = {
     "twelve million rows": lambda: packed(12_000_000),
     "one text of 500 kB in 100,000 rows": lambda: packed(100_000, "x" * 2**19),
+    "the same as a dictionary": lambda: packed(100_000, "x" * 2**19, dictionary=True),
     "another codec": lambda: packed(10, codec="zstd"),
     "a footer of 4 GB": lambda: packed(10)[:-8] + b"\xff\xff\xff\xffPAR1",
     "no footer": lambda: b"PAR1" + bytes(8) + b"PAR1",
