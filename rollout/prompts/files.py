@@ -179,15 +179,19 @@ def _read_parquet(file: Path, column: Column) -> Iterator[Row]:
     import pyarrow
     from pyarrow import parquet
 
-    data, packed = read_plain(file, MOST_BYTES, SPLIT), [column.name, *FIELDS]
+    data = read_plain(file, MOST_BYTES, SPLIT)
     try:
         if sum(one.unpacked for one in read_footer(data).columns) > MOST_BYTES:
             raise UserError(f"{file}: its columns have more than {MOST_BYTES} bytes", SPLIT)
-        # read_table would take columns from names of folders, too; a text that is often there is kept once
-        with parquet.ParquetFile(pyarrow.BufferReader(data), read_dictionary=packed) as opened:
-            names = opened.schema_arrow.names
-            check_columns(file, names, column)
-            wanted = [name for name in dict.fromkeys((column.name, *FIELDS)) if name in names]
+        with parquet.ParquetFile(
+            pyarrow.BufferReader(data)
+        ) as opened:  # read_table would look at names of folders, too
+            schema = opened.schema_arrow
+        check_columns(file, schema.names, column)
+        wanted = [name for name in dict.fromkeys((column.name, *FIELDS)) if name in schema.names]
+        texts = [name for name in wanted if pyarrow.types.is_string(schema.field(name).type)]
+        # a text that stands in many rows is unpacked once
+        with parquet.ParquetFile(pyarrow.BufferReader(data), read_dictionary=texts) as opened:
             table = opened.read(columns=wanted)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         line = " ".join(str(error).split())

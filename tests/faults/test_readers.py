@@ -52,7 +52,8 @@ def _claim(path: Path) -> object:
 
 READERS: dict[str, Callable[[Path], object]] = {
     "manifest": kinds.read_manifest_file, "plan": _plan, "frozen": kinds.read_train_plan, "policy": kinds.read_policy,
-    "summary": kinds.read_summary, "commit": kinds.read_checkpoint, "model": kinds.read_model_record, "metrics": _updates,
+    "summary": kinds.read_summary, "commit": kinds.read_checkpoint, "model": kinds.read_model_record,
+    "metrics": _updates,
 }  # fmt: skip
 
 
