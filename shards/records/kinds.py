@@ -93,6 +93,7 @@ class AverageRecord:
 
     fingerprint: Sha256
     adapters: Hashes
+    base: Sha256 | None = None
 
 
 @dataclass(frozen=True)
@@ -163,10 +164,10 @@ class Summary:
 
     __pydantic_config__ = _STRICT
 
-    schema: Literal[1]
     specification: dict[str, Any]
     samples: Count
     mean_reward: float | None
+    schema: Literal[1] = 1
     std_reward: float | None = None
     groups: Count = 0
     used_groups: Count = 0

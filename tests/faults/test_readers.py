@@ -26,7 +26,7 @@ from tests.faults import small_run
 from tests.support.shard_fixtures import make_group, planned_stage
 from tests.support.shard_fixtures import make_sample as sample_of
 
-FEW = settings(max_examples=40)
+FEW = settings(max_examples=15)
 ODD: list[Any] = [
     None, True, -1, 2**31, 2**63, 0.5, 1e308, "", "x", "../x", "\0", [], [[]], {}, {"a": 1}, [None], "9" * 400,
 ]  # fmt: skip
@@ -179,7 +179,7 @@ def test_a_spooled_file_with_other_bytes(tmp_path_factory: Any, data: Any) -> No
     refused_or_whole(lambda _: read_group(stage, 0, "i000000-p000000"), path)
 
 
-@settings(max_examples=25)
+@settings(max_examples=6)
 @given(data=st.data())
 def test_verify_goes_on_past_any_of_them(tmp_path_factory: Any, data: Any) -> None:
     """Two files are mutated; whatever becomes of the one, the other is told of as well."""

@@ -18,8 +18,9 @@ from rollout.policy import Policy
 from rollout.run import rollout
 from score.run import score
 from shards.errors import RunFailed, UserError
-from shards.files import publish_new, publish_replace, read_json_lines
+from shards.files import publish_new, publish_replace
 from shards.reader import open_shard
+from shards.records.updates import read_updates
 from shards.run import Run
 from shards.store import mirror, objects
 from shards.store.urls import url_of, working_copy
@@ -115,7 +116,7 @@ def test_an_iteration_on_two_machines_equals_a_local_run(
     policy = Policy.of(run.config.model)
     take_over(run, policy)
     ours, theirs = run.iteration(0), local.iteration(0)
-    lines = [(line["expert"], line["update"]) for line in read_json_lines(ours.policy_dir / "metrics.jsonl")]
+    lines = [(line["expert"], line["update"]) for line in read_updates(ours.policy_dir / "metrics.jsonl")]
     assert lines == [(expert, number) for expert in ("high_noise", "low_noise") for number in (1, 2)]
     path = "runs/a/iter-0000/policy/metrics.jsonl"
     assert content(hub, path) == (ours.policy_dir / "metrics.jsonl").read_bytes()

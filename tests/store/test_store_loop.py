@@ -11,7 +11,7 @@ from rollout.policy import Policy
 from rollout.run import rollout
 from score.run import score
 from shards.config import ModelConfig, WorkersConfig
-from shards.files import read_json_lines
+from shards.records.updates import read_updates
 from shards.run import Run
 from shards.store import mirror, objects
 from shards.store.urls import working_copy
@@ -65,7 +65,7 @@ def test_two_iterations_on_two_machines_equal_a_local_run(
     run = Run.open(URL)
     policy = Policy.of(run.config.model)
     take_over(run, policy)
-    assert len(read_json_lines(run.iteration(0).policy_dir / "metrics.jsonl")) == 4
+    assert len(read_updates(run.iteration(0).policy_dir / "metrics.jsonl")) == 4
     sampled_and_scored(run, 1, policy)
     train(run, 1, policy)
     assert all(fault.seen == fault.times for fault in s3.faults)

@@ -161,6 +161,14 @@ def committed_stage(
     return stage
 
 
+def write_train_plan(stage: Stage, advantage: str = "aaaaaaaa", train: dict[str, Any] | None = None) -> None:
+    """What training froze: these advantages and settings, and no shards."""
+    plan = {"schema": 1, "iteration": stage.iteration, "plan_sha256": "0" * 64, "policy": "f" * 64, "shards": {}}
+    plan |= {"advantage": advantage, "order_seed": 0, "train": train or {}}
+    stage.train_dir.mkdir(parents=True, exist_ok=True)
+    stage.train_plan_path.write_text(json.dumps(plan), encoding="utf-8")
+
+
 def score_frame(stage: Stage, shard: int) -> Any:
     """A frame for write_scores: reward and one component `accuracy` that rise with the sample number."""
     import pandas as pd

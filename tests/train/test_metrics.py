@@ -12,7 +12,7 @@ import pytest
 
 from shards.config import RunConfig, TrainConfig
 from shards.diagnosis import Limits, note_drift, note_groups, note_unmoved, note_updates
-from shards.files import read_json_lines
+from shards.records.updates import read_updates
 from shards.run import Run
 from train.metrics import MetricsLog
 from train.notes import history
@@ -22,7 +22,7 @@ HEALTHY = Limits(ratio=1e-4, epsilon=1e-15, clips="both")
 
 def record(update: int, expert: str = "high_noise", **values: Any) -> dict[str, Any]:
     healthy = {"ratio_min": 1.0, "ratio_max": 1.0, "clip_fraction": 0.2, "kl": 0.01, "gradient_norm": 0.5}
-    names = {"expert": expert, "update": update, "total_updates": update}
+    names = {"iteration": 0, "expert": expert, "update": update, "total_updates": update}
     return names | healthy | {"gradient_rms": 1e-3, "loss": 0.5} | values
 
 
@@ -33,11 +33,11 @@ def test_a_resume_keeps_what_the_checkpoint_covers(tmp_path: Path) -> None:
     log.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"expert": "high_no')  # a kill in the middle of a line
-    assert [one["update"] for one in read_json_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert [one["update"] for one in read_updates(tmp_path / "metrics.jsonl")] == [1, 2, 3]
     log = MetricsLog(tmp_path, {"high_noise": 2})
     log.add(record(3, loss=0.25))
     log.close()
-    assert [one["loss"] for one in read_json_lines(tmp_path / "metrics.jsonl")] == [0.5, 0.5, 0.25]
+    assert [one["loss"] for one in read_updates(tmp_path / "metrics.jsonl")] == [0.5, 0.5, 0.25]
 
 
 def test_tensorboard_shows_every_number_once(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from shards.inspect import query, sample, table
 from shards.reader import open_shard
 from shards.run import Stage
 from shards.video import decode_mp4
-from tests.support.shard_fixtures import advantage_frame, committed_stage, score_frame
+from tests.support.shard_fixtures import advantage_frame, committed_stage, score_frame, write_train_plan
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +85,9 @@ def test_of_several_advantages_those_that_were_trained_on_are_shown(tmp_path: Pa
     (tmp_path / "run.toml").write_text("schema = 1\n[score]\nrewards = { ocr = 1.0 }\n", encoding="utf-8")
     assert set(table.samples(tmp_path)["advantage"]) == {2.0}  # not trained: the newest, which was just asked for
     stage.train_dir.mkdir()
-    stage.train_plan_path.write_text('{"advantage": "aaaaaaaa"}', encoding="utf-8")
+    write_train_plan(stage, "aaaaaaaa")
     assert set(table.samples(tmp_path)["advantage"]) == {1.0}
-    stage.train_plan_path.write_text('{"advantage": "dddddddd"}', encoding="utf-8")  # deleted since
+    write_train_plan(stage, "dddddddd")  # deleted since
     assert set(table.samples(tmp_path)["advantage"]) == {2.0}
 
 

@@ -32,7 +32,7 @@ from shards.report.trackers import NAME, send_wandb, write_board
 from shards.run import Run, Stage
 from shards.video import encode_mp4
 from tests.support import chromium
-from tests.support.shard_fixtures import advantage_frame, committed_stage, score_frame
+from tests.support.shard_fixtures import advantage_frame, committed_stage, score_frame, write_train_plan
 
 HOSTILE = '</script><script>alert("x")</script> "FILM" & ${name}'
 CLIPS = (
@@ -240,7 +240,7 @@ def test_an_iteration_is_judged_by_the_settings_it_was_trained_with(tmp_path: Pa
     write_updates(run.iteration(1), ratio_max=1 + 5e-4)
     for k, frozen in enumerate(({"clip_range": 1e-3}, {"clip_range": 1e-3, "of_a_later_version": 1})):
         run.iteration(k).train_dir.mkdir()
-        run.iteration(k).train_plan_path.write_text(json.dumps({"train": frozen}), encoding="utf-8")
+        write_train_plan(run.iteration(k), train=frozen)
 
     def told(clip_range: float) -> list[str]:
         text = f'schema = 1\npreset = "words"\n[train]\nclip_range = {clip_range}\n'
