@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter, ValidationError
 
 T = TypeVar("T")
+_readers: dict[type, Any] = {}
 CHECKSUM = "content_sha256"  # of the canonical JSON of a record without this field
 
 
@@ -63,12 +63,13 @@ def check_sum(content: dict[str, Any], data: bytes, where: object) -> None:
         raise ValueError(f"its content is not what was written ({CHECKSUM})")
 
 
-@cache
 def reader(kind: type[T]) -> TypeAdapter[T]:
-    """What reads one kind of record."""
+    """What reads one kind of record; it is made once."""
     from pydantic import TypeAdapter
 
-    return TypeAdapter(kind)
+    if kind not in _readers:
+        _readers[kind] = TypeAdapter(kind)
+    return _readers[kind]
 
 
 def first_fault(error: ValidationError, where: object) -> UserError:

@@ -115,9 +115,10 @@ def test_a_rising_distance_with_falling_guards_is_told(
     run = Run.create(tmp_path / "run", RunConfig())
     for iteration, distance, guards in ((0, before, first), (1, now, last)):
         folder = run.iteration(iteration).path
+        summary: dict[str, Any] = {"schema": 1, "specification": {}, "samples": 2, "mean_reward": 0.5}
         MetricsLog(folder / "policy", {}).add(record(2, kl=distance))
         (folder / "advantage" / "0a1b2c3d").mkdir(parents=True)
-        (folder / "advantage" / "0a1b2c3d" / "_summary.json").write_text(json.dumps({"guards": guards}))
+        (folder / "advantage" / "0a1b2c3d" / "_summary.json").write_text(json.dumps(summary | {"guards": guards}))
     assert history(run, 1, [record(1, kl=0.0), record(2, kl=now)]) == sentences
     assert history(run, 0, [record(2, kl=now)]) == []
 
