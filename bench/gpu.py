@@ -103,8 +103,8 @@ def measured(policy: Policy, function: Callable[[], Any], count: bool) -> tuple[
     sync(policy)
     began = time.monotonic()
     if count and not on_gpu:
-        weights = sum(parameter.nbytes for parameter in policy.module(0).parameters())
-        peak = weights + peak_bytes(lambda: results.append(function()), policy.module(0))
+        weights = sum(parameter.nbytes for parameter in policy.experts.module(0).parameters())
+        peak = weights + peak_bytes(lambda: results.append(function()), policy.experts.module(0))
     else:
         results.append(function())
         sync(policy)
@@ -121,10 +121,10 @@ def sync(policy: Policy) -> None:
 def passes(policy: Policy, run: Run) -> tuple[nn.Module, list[tuple[Tensor, Tensor, Tensor]]]:
     """The expert on its device, and what one step of every chunk of the run gives it."""
     settings = run.config.rollout
-    policy.use(0)
-    module: Any = policy.module(0)
+    policy.experts.use(0)
+    module: Any = policy.experts.module(0)
     dtype, device = module.patch_embedding.weight.dtype, policy.device
-    shape = policy.latent_shape(settings.height, settings.width, settings.frames)
+    shape = policy.layout.latent_shape(settings.height, settings.width, settings.frames)
     shape = (int(module.config.in_channels), *shape[1:])  # with the condition of an image, where the model takes one
     inputs = []
     for _, size in spans(settings.group_size, settings.batch_size) * settings.prompts_per_iteration:
@@ -138,9 +138,9 @@ def passes(policy: Policy, run: Run) -> tuple[nn.Module, list[tuple[Tensor, Tens
 def bare_rollout(policy: Policy, run: Run) -> float:
     """Seconds of the forwards of a rollout, guidance included, and of the decoding of its videos, and nothing else."""
     module, inputs = passes(policy, run)
-    vae: Any = policy._vae.to(policy.device)
+    vae: Any = policy.vae._vae.to(policy.device)
     settings = run.config.rollout
-    shape = policy.latent_shape(settings.height, settings.width, settings.frames)
+    shape = policy.layout.latent_shape(settings.height, settings.width, settings.frames)
     latents = torch.randn(1, *shape, device=policy.device)
     module(*inputs[0], return_dict=False)  # a warm-up: the rollout had its own
     vae.decode(latents, return_dict=False)
@@ -214,7 +214,7 @@ def measure(arguments: argparse.Namespace, out: Path) -> str:
     run = make_run(out / "timed", folder, arguments)
     done = iterate(run, policy, count=False)
     updates = bare_updates(policy, run)
-    policy.become(None)
+    policy.experts.become(None)
     sampling = bare_rollout(policy, run)
     policy.release()
     needs = {need.stage: need.device for need in plan_memory(run)}

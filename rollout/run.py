@@ -84,7 +84,7 @@ def rollout(
         if tell:
             tell(sentence)
     policy = policy or Policy.of(run.config.model)
-    policy.check_decoder()
+    policy.vae.load()
     identity = take_policy(run, stage, policy)
     plan = stage.publish_plan(stage_plan(run, stage, policy.layout, identity))
     with _sampler(group, policy, plan, stage) as sampler:
@@ -107,7 +107,7 @@ def _sampler(group: UlyssesGroup | None, policy: Policy, plan: RolloutPlan, stag
     """The sampler of a stage; within a group of ranks, that of its leader has the others compute along."""
     identity = policy, plan, stage.plan_sha256()
     with ExitStack() as open_now:
-        open_now.callback(policy.use, None)
+        open_now.callback(policy.experts.use, None)
         if group:
             open_now.enter_context(shared_tokens(policy, plan.video.size, group.world))
         sampler = Leader(group, *identity) if group and group.leads else Sampler(*identity)
@@ -135,7 +135,7 @@ def regenerate(run: Run, stage: Stage, key: str, policy: Policy) -> Sample:
     shared = sampler.group_tensors([group])[group]
     state = sampler.start(chunk)
     for expert, steps in sampler.phases:
-        policy.use(expert)
+        policy.experts.use(expert)
         sampler.advance(chunk, state, shared, steps)
     return sampler.finish(chunk, state)[int(number) - chunk.first]
 

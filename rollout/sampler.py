@@ -81,7 +81,7 @@ class Sampler:
         self.policy, self.plan, self.plan_sha256 = policy, plan, plan_sha256
         self.schedule, self.groups = plan.schedule, plan.by_key
         self.storage = DTYPES[plan.storage_dtype]
-        self.shape = policy.latent_shape(*plan.video.size)
+        self.shape = policy.layout.latent_shape(*plan.video.size)
         self.looks_back = looks_back(self.schedule)
 
     @property
@@ -95,13 +95,13 @@ class Sampler:
         negatives = [self.plan.negative_of(group) for group in groups]
         prompts = [self.groups[group].prompt for group in groups]
         texts = list(dict.fromkeys([*prompts, *negatives]))
-        embeds = dict(zip(texts, self.policy.encode(texts, cleaned=True), strict=True))
+        embeds = dict(zip(texts, self.policy.text.encode(texts, cleaned=True), strict=True))
         result = {}
         for group, prompt, negative in zip(groups, prompts, negatives, strict=True):
             result[group] = {"prompt": embeds[prompt], "negative": embeds[negative]}
             image = self.groups[group].image
             if image is not None:
-                result[group]["condition"] = self.policy.encode_image(image, *self.plan.video.size)
+                result[group]["condition"] = self.policy.vae.encode_image(image, *self.plan.video.size)
         return result
 
     def stay(self) -> None:
@@ -121,7 +121,7 @@ class Sampler:
     def advance(self, chunk: Chunk, state: State, shared: Tensors, steps: Sequence[int]) -> None:
         """Take the chunk through some steps, all of one expert, which must be in use."""
         began, device = time.monotonic(), self.policy.device
-        prompt, negative = (self.policy.pad(shared[name], chunk.count) for name in ("prompt", "negative"))
+        prompt, negative = (self.policy.text.pad(shared[name], chunk.count) for name in ("prompt", "negative"))
         condition = shared["condition"].to(device) if "condition" in shared else None
         x, clean = state.x.to(device), None if state.clean is None else state.clean.to(device)
         for step in steps:
@@ -147,7 +147,7 @@ class Sampler:
         """
         began = time.monotonic()
         video, whole = self.plan.video, state.blank_broken()
-        frames = self.policy.decode(state.x)
+        frames = self.policy.vae.decode(state.x)
         videos = [encode_mp4(rows, video.fps, video.crf) for rows in frames]
         seconds = round((state.seconds + time.monotonic() - began) / chunk.count, 3)
         samples = [self._sample(chunk, state, index, videos[index], seconds) for index in range(chunk.count)]

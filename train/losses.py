@@ -75,14 +75,14 @@ class Losses:
         One process keeps the answers. Ranks meet other units in later epochs than before, so that what one has kept
         another still misses; they ask anew each time, and so make the same number of forwards.
         """
-        if not (self.policy.is_full and self.config.kl_beta > 0):
+        if not (self.policy.experts.is_full and self.config.kl_beta > 0):
             return
         if self.world.size > 1:
             self.references.clear()
         missing = [unit for unit in units if unit not in self.references]
         if not missing:
             return
-        with torch.no_grad(), self.policy.reference():
+        with torch.no_grad(), self.policy.experts.reference():
             for unit, following in zip(missing, [*missing[1:], units[0]], strict=True):
                 batch = self.read(unit, following)
                 velocity, mean = self._under_reference(batch, self.forwards.state(batch))
@@ -244,7 +244,7 @@ class Losses:
         if batch.unit in self.references:
             velocity, mean = self.references[batch.unit]
             return velocity.to(x.device), mean.to(x.device)
-        with torch.no_grad(), self.policy.reference():
+        with torch.no_grad(), self.policy.experts.reference():
             return self._under_reference(batch, x)
 
     def _under_reference(self, batch: Batch, x: Tensor) -> tuple[Tensor, Tensor]:

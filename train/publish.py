@@ -23,19 +23,19 @@ def publish(policy: Policy, stage: Stage, averages: dict[int, dict[str, Tensor]]
 
     Returns the fingerprint of the new policy, on all ranks. RunFailed when the disk is full.
     """
-    policy.use(None)
-    policy.save(stage.policy_dir)
+    policy.experts.use(None)
+    policy.experts.save(stage.policy_dir)
     if ema:
-        policy.save(stage.policy_dir / AVERAGE, averages)
+        policy.experts.save(stage.policy_dir / AVERAGE, averages)
     fingerprint = ""
     with world.together():
         if world.is_first:
-            identity = policy.fingerprint(stage.policy_dir)
+            identity = policy.experts.fingerprint(stage.policy_dir)
             mirror.put_folder(stage.policy_dir, wanted=lambda name: not mirror.ASIDE.search(name))
             path = stage.policy_record_path
             record = {"schema": SCHEMA, "iteration": stage.iteration, **identity}
             if ema:
-                average = policy.fingerprint(stage.policy_dir / AVERAGE)
+                average = policy.experts.fingerprint(stage.policy_dir / AVERAGE)
                 record["average"] = {name: average[name] for name in ("fingerprint", "adapters")}
             publish_new(path, to_json(record, path))
             fingerprint = str(identity["fingerprint"])

@@ -64,10 +64,10 @@ def prove(
     chosen = sample_units(rollouts, samples)
     per_expert: dict[str, float] = {}
     transitions = 0
-    for expert in reversed(policy.expert_ids):
+    for expert in reversed(policy.layout.expert_ids):
         mine = [unit for unit in chosen if unit.expert == expert]
         if mine:
-            policy.use(expert)
+            policy.experts.use(expert)
         worst = 0.0
         for turn in deal(len(mine), world.data_parallel):
             check("while it replayed the rollouts")
@@ -94,8 +94,8 @@ def prove_iteration(run: Run, iteration: int, policy: Policy, progress: Progress
     rollouts = Rollouts.open(run.iteration(iteration), partial=True)
     policy.check_model(run.path / "model.json")
     start = starting_policy(run, iteration)
-    policy.become(start)
-    check_policy(rollouts, policy.fingerprint(start)["fingerprint"], run.config.train)
+    policy.experts.become(start)
+    check_policy(rollouts, policy.experts.fingerprint(start)["fingerprint"], run.config.train)
     limit = replay_limit(policy, run.config.train.replay_limit, run.config.rollout.ulysses)
     everything = sum(unit.size for unit in rollouts.units())
     return prove(policy, rollouts, samples=everything, limit=limit, progress=progress).largest

@@ -169,7 +169,7 @@ def _train(
     try:
         with Checkpoints(config.train.keep_checkpoints, config.train.async_checkpoints) as checkpoints:
             work = Work(policy, inputs, config, world, start, log, checkpoints, progress, held)
-            trained = {expert: _train_expert(work, expert) for expert in policy.expert_ids}
+            trained = {expert: _train_expert(work, expert) for expert in policy.layout.expert_ids}
     finally:
         if log:
             log.close()
@@ -182,7 +182,7 @@ def _train(
     report = TrainReport(
         skipped=False,
         fingerprint=fingerprint,
-        updates={EXPERT_NAMES[expert]: updates[EXPERT_NAMES[expert]] for expert in policy.expert_ids},
+        updates={EXPERT_NAMES[expert]: updates[EXPERT_NAMES[expert]] for expert in policy.layout.expert_ids},
         advantages=inputs.specification,
         replay=replayed.largest if replayed else None,
         warnings=notes(run, inputs, records, unmoved, lag) if world.is_first else [],
@@ -197,14 +197,14 @@ def _ready(run: Run, rollouts: Rollouts, policy: Policy | None, start: Path | No
     with world.together():
         policy = policy or Policy.of(run.config.model)
         policy.check_model(run.path / "model.json")
-        policy.become(start)
-        fingerprint = policy.fingerprint(start)["fingerprint"]
+        policy.experts.become(start)
+        fingerprint = policy.experts.fingerprint(start)["fingerprint"]
         lag = check_policy(rollouts, fingerprint, settings)
         _check_lag(settings, lag)
         _make_trainable(policy, run.config, start)
-        policy.check_ulysses(*rollouts.plan.video.size, world)
+        policy.experts.check_ulysses(*rollouts.plan.video.size, world)
     world.agree("policy", fingerprint)
-    policy.distribute(world)
+    policy.experts.distribute(world)
     return policy, lag
 
 
@@ -291,17 +291,17 @@ def _must_prove(settings: TrainConfig, rollouts: Rollouts, lag: int) -> bool:
 def _make_trainable(policy: Policy, config: RunConfig, start: Path | None) -> None:
     """Adapters, fresh ones where the start has none, or all weights; the kind cannot change within a run."""
     settings = config.train
-    if settings.full and policy.has_lora:
+    if settings.full and policy.experts.has_lora:
         source = f"{start} holds a LoRA" if start else f"model.lora = {config.model.lora}"
         hint = "begin a new run" if start else "name it in model.base_lora instead, which merges it into the model"
         raise UserError(f"train.full trains all weights, but {source}", hint)
-    if not settings.full and policy.is_full:
+    if not settings.full and policy.experts.is_full:
         source = str(start or config.model.lora)
         raise UserError(f"train.full is off, but {source} holds all weights", "set train.full = true, as it was before")
     if settings.full:
-        policy.train_all()
-    elif not policy.has_lora:
-        policy.add_lora(settings.lora_rank, settings.lora_alpha, config.rollout.seed)
+        policy.experts.train_all()
+    elif not policy.experts.has_lora:
+        policy.experts.add_lora(settings.lora_rank, settings.lora_alpha, config.rollout.seed)
 
 
 def _check_lag(settings: TrainConfig, lag: int) -> None:

@@ -38,19 +38,19 @@ class ExpertTrainer:
     def __init__(
         self, policy: Policy, inputs: Inputs, config: TrainConfig, expert: int, world: World | None = None
     ) -> None:
-        policy.use(expert)
+        policy.experts.use(expert)
         self.policy, self.inputs, self.config, self.expert = policy, inputs, config, expert
         self.world = world or World()
         self.name = EXPERT_NAMES[expert]
-        self.masters = Masters(dict(policy.trainable(expert)), policy.dtypes(expert))
+        self.masters = Masters(dict(policy.experts.trainable(expert)), policy.experts.dtypes(expert))
         self.state = _new_state(self.masters.parameters, config)
         # where weights wait that are not in use
-        away = torch.device("cpu") if policy.is_full else policy.device
+        away = torch.device("cpu") if policy.experts.is_full else policy.device
         self.rolled_out = RolledOut(self.masters.weights, away)
         self.losses = Losses(policy, inputs, config, expert, self.rolled_out, self.world)
         self.moved = False
         if config.gradient_checkpointing:
-            policy.module(expert).enable_gradient_checkpointing()  # type: ignore[operator]
+            policy.experts.module(expert).enable_gradient_checkpointing()  # type: ignore[operator]
 
     def close(self) -> None:
         """Leave the expert as rollout expects it, and end the thread that reads ahead."""
@@ -58,7 +58,7 @@ class ExpertTrainer:
         self.state.optimizer.zero_grad(set_to_none=True)
         self.masters.close()
         if self.config.gradient_checkpointing:
-            self.policy.module(self.expert).disable_gradient_checkpointing()  # type: ignore[operator]
+            self.policy.experts.module(self.expert).disable_gradient_checkpointing()  # type: ignore[operator]
 
     @property
     def base_rate(self) -> float:
@@ -84,7 +84,7 @@ class ExpertTrainer:
         after = [*(slot.unit for slot in slots[1:]), following]
         collected, first_half = [], None
         for index, slot in enumerate(slots):
-            if index == len(slots) // 2 > 0 and not self.policy.is_full:
+            if index == len(slots) // 2 > 0 and not self.policy.experts.is_full:
                 first_half = {name: gradient.clone() for name, gradient in self._gradients().items()}
             collected.append(
                 self.backward(slot.unit, total, measure=index == 0, counts=slot.counts, following=after[index])
@@ -141,7 +141,7 @@ class ExpertTrainer:
 
     def unmoved(self) -> list[str]:
         """Layers that no gradient has ever reached: adapters that are still zero, or weights without a moment."""
-        if self.policy.is_full:
+        if self.policy.experts.is_full:
             moments = self.state.optimizer.state
             second = {name: moments.get(one, {}).get("exp_avg_sq") for name, one in self.state.parameters.items()}
             return self._zero_everywhere(second)

@@ -131,15 +131,15 @@ def _write(run: Run, stage: Stage, source: Path, aside: Path, wanted: dict[str, 
     policy = Policy.of(run.config.model.model_copy(update={"device": "cpu", "lora": "", "lora_2": ""}))
     identity = take_policy(run, run.iteration(stage.iteration + 1), policy)
     if wanted["average"]:
-        check_committed(source, policy.fingerprint(source))
-        policy.become(source)
-    layout, base_lora = policy.layout, policy.base_lora
+        check_committed(source, policy.experts.fingerprint(source))
+        policy.experts.become(source)
+    layout, base_lora = policy.layout, policy.experts.base_lora
     trained = _answers(policy)
     files = _write_pipeline(policy, aside) if wanted["fused"] else _write_lora(run, policy, aside, wanted["format"])
     answers = _answers(policy)
     whole = _weight_bytes(layout) <= SMALL
-    modules = [policy.module(expert) for expert in policy.expert_ids] if whole else []
-    model = policy.model_fingerprint
+    modules = [policy.experts.module(expert) for expert in policy.layout.expert_ids] if whole else []
+    model = policy.experts.model_fingerprint
     del policy  # a large model is in memory once
     exported = Exported(aside, layout, run.config.model.dtype, run.config.model.text_length, files, base_lora)
     prove(exported, answers, modules)
@@ -185,31 +185,31 @@ def _checked(whole: bool, wanted: dict[str, Any], difference: float, beneath: fl
 def _write_lora(run: Run, policy: Policy, aside: Path, format: str) -> dict[int, Path]:
     """Write the LoRA of each expert with its whole strength in its weights, and round it as diffusers will."""
     files, name = {}, re.sub(r"[^\w.-]+", "_", run.path.resolve().name)
-    for expert in policy.expert_ids:
+    for expert in policy.layout.expert_ids:
         side = EXPERT_NAMES[expert]
-        fold_strength(policy.module(expert))
+        fold_strength(policy.experts.module(expert))
         if format == "comfyui":
-            file = f"{name}_{side}.safetensors" if len(policy.expert_ids) > 1 else f"{name}.safetensors"
+            file = f"{name}_{side}.safetensors" if len(policy.layout.expert_ids) > 1 else f"{name}.safetensors"
             files[expert] = aside / file
-            save_native(policy.module(expert), files[expert])
+            save_native(policy.experts.module(expert), files[expert])
         else:
             files[expert] = aside / side / WEIGHTS
     if format == "diffusers":
-        policy.save_lora(aside)
-    for expert in policy.expert_ids:
-        round_adapter(policy.module(expert), policy.dtype)
+        policy.experts.save_lora(aside)
+    for expert in policy.layout.expert_ids:
+        round_adapter(policy.experts.module(expert), policy.dtype)
     return files
 
 
 def _write_pipeline(policy: Policy, aside: Path) -> dict[int, Path]:
     """Merge the adapters and write the whole pipeline folder."""
-    layout, adapted = policy.layout, policy.has_lora
+    layout, adapted = policy.layout, policy.experts.has_lora
     for part in layout.parts:
         if part not in EXPERT_FOLDERS:
             shutil.copytree(layout.folder / part, aside / part)
     shutil.copyfile(layout.folder / "model_index.json", aside / "model_index.json")
-    for expert in policy.expert_ids:
-        module = policy.module(expert)
+    for expert in policy.layout.expert_ids:
+        module = policy.experts.module(expert)
         if adapted:
             merge_adapter(module)
             settle(module)
@@ -218,7 +218,7 @@ def _write_pipeline(policy: Policy, aside: Path) -> dict[int, Path]:
 
 
 def _answers(policy: Policy) -> dict[int, Tensor]:
-    return {expert: probe(policy.module(expert), policy.layout) for expert in policy.expert_ids}
+    return {expert: probe(policy.experts.module(expert), policy.layout) for expert in policy.layout.expert_ids}
 
 
 @contextmanager

@@ -32,8 +32,8 @@ from tests.support.training import kill_self, killed, make_run
 def stir(policy: Policy, seed: int) -> None:
     """Move the adapters away from zero."""
     generator = torch.Generator().manual_seed(seed)
-    for expert in policy.expert_ids:
-        for _, parameter in policy.trainable(expert):
+    for expert in policy.layout.expert_ids:
+        for _, parameter in policy.experts.trainable(expert):
             parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
 
 
@@ -47,13 +47,13 @@ def trained(path: Path, model: Path, dtype: str = "float32", alpha: float = 8.0,
     policy = Policy.of(run.config.model)
     stage = run.iteration(0)
     take_policy(run, stage, policy)
-    if not policy.has_lora:
-        policy.add_lora(2, alpha, 0)
+    if not policy.experts.has_lora:
+        policy.experts.add_lora(2, alpha, 0)
     for seed, folder in ((1, stage.policy_dir), (2, stage.policy_dir / "ema")):
         stir(policy, seed)
-        policy.save_lora(folder)
-    record = {"schema": 1, "iteration": 0, **policy.fingerprint(stage.policy_dir)}
-    record["average"] = policy.fingerprint(stage.policy_dir / "ema")
+        policy.experts.save_lora(folder)
+    record = {"schema": 1, "iteration": 0, **policy.experts.fingerprint(stage.policy_dir)}
+    record["average"] = policy.experts.fingerprint(stage.policy_dir / "ema")
     publish_new(stage.policy_dir / "policy.json", to_json(record, path))
     for number, reward in enumerate((0.25, 0.75)):
         summary = {"specification": {"weights": {"ocr": 1.0}}, "mean_reward": reward, "std_reward": 0.5, "samples": 100}
@@ -87,7 +87,7 @@ def plain_answers(run: Run, folder: Path, fused: bool = False) -> list[torch.Ten
 def policy_answers(run: Run, average: bool = False) -> list[torch.Tensor]:
     """What the experts of the trained policy answer, loaded as every stage does."""
     policy = Policy.of(run.config.model)
-    policy.become(run.iteration(0).policy_dir / ("ema" if average else ""))
+    policy.experts.become(run.iteration(0).policy_dir / ("ema" if average else ""))
     return forms.answers(policy)
 
 
@@ -119,7 +119,7 @@ def test_the_whole_strength_arrives_without_the_metadata(
     run = runs[layout]
     export(run, 0, tmp_path / "out", average=False, format=format)
     fresh = load(Path(run.config.model.path))
-    fresh.add_lora(2, 8.0, 0)
+    fresh.experts.add_lora(2, 8.0, 0)
     stir(fresh, 1)
     expected = forms.answers(fresh)
     assert forms.same(plain_answers(run, tmp_path / "out"), expected)
@@ -161,7 +161,7 @@ def test_a_reader_of_native_names_gets_the_policy(layout: str, runs: dict[str, R
     export(run, 0, out, average=False, format="comfyui")
     base = load(Path(run.config.model.path))
     for expert, path in enumerate(lora_files(out)):
-        tensors, weights = load_file(path), dict(base.module(expert).named_parameters())
+        tensors, weights = load_file(path), dict(base.experts.module(expert).named_parameters())
         assert all(
             re.fullmatch(r"diffusion_model\.blocks\.\d+\.[a-z0-9_.]+\.lora_[AB]\.weight", name) for name in tensors
         )
@@ -223,7 +223,7 @@ def test_an_export_is_a_model_lora_to_start_from(format: str, runs: dict[str, Ru
         run, out = runs[layout], tmp_path / layout
         export(run, 0, out, format=format)
         policy = load(Path(run.config.model.path), lora=str(out))
-        answers = [probe(policy.module(expert), policy.layout) for expert in policy.expert_ids]
+        answers = [probe(policy.experts.module(expert), policy.layout) for expert in policy.layout.expert_ids]
         assert all(torch.equal(one, other) for one, other in zip(answers, plain_answers(run, out), strict=True))
 
 
@@ -258,7 +258,7 @@ def test_fused_weights_are_a_plain_pipeline(runs: dict[str, Run], tmp_path: Path
     assert pipe.config.boundary_ratio == 0.875
     policy = load(Path(run.config.model.path), lora=str(run.iteration(0).policy_dir / "ema"))
     for expert, answer in enumerate(plain_answers(run, out, fused=True)):
-        assert torch.allclose(answer, probe(policy.module(expert), policy.layout), atol=1e-5)
+        assert torch.allclose(answer, probe(policy.experts.module(expert), policy.layout), atol=1e-5)
     assert "transformer_2/config.json" in read_json(out / "export.json")["files"]
     assert str(tmp_path) not in (out / "transformer" / "config.json").read_text()
     assert load(out).layout.boundary == 0.875  # and the base of another run
@@ -311,8 +311,8 @@ def test_a_lora_of_another_base_is_one_sentence(tiny_t2v: Path, tmp_path: Path) 
     pipe.register_modules(transformer=WanTransformer3DModel.from_config(config))
     pipe.save_pretrained(tmp_path / "wide")
     wide = load(tmp_path / "wide")
-    wide.add_lora(2, 4.0, 0)
-    wide.save_lora(tmp_path / "lora")
+    wide.experts.add_lora(2, 4.0, 0)
+    wide.experts.save_lora(tmp_path / "lora")
     with pytest.raises(UserError) as error:
         load(tiny_t2v, lora=str(tmp_path / "lora"))
     message = str(error.value)
@@ -332,5 +332,5 @@ def test_a_foreign_adapter_of_one_expert_and_fewer_layers_loads(tiny_t2v: Path, 
     WanPipeline.save_lora_weights(tmp_path, transformer_lora_layers=get_peft_model_state_dict(pipe.transformer))
     settle(pipe.transformer)
     policy = load(tiny_t2v, lora=str(tmp_path))
-    assert torch.equal(probe(policy.module(0), policy.layout), probe(pipe.transformer, policy.layout))
+    assert torch.equal(probe(policy.experts.module(0), policy.layout), probe(pipe.transformer, policy.layout))
     assert apply_sets({}, [f"model.lora={tmp_path}"]) == {"model": {"lora": str(tmp_path)}}

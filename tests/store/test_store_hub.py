@@ -167,7 +167,10 @@ def test_a_lora_at_a_url(hub: Hub, tiny_t2v2: Path, tiny_t2v: Path, tmp_path: Pa
     assert forms.same(forms.answers(forms.load(tiny_t2v2, lora=both[0], lora_2=both[1])), expected)
     for place in (f"{url}/peft", f"{url}/peft/adapter_model.safetensors"):
         policy = forms.load(tiny_t2v, lora=place)
-        assert policy.fingerprint(None)["adapters"].keys() == {"adapter_model.safetensors", "adapter_config.json"}
+        assert policy.experts.fingerprint(None)["adapters"].keys() == {
+            "adapter_model.safetensors",
+            "adapter_config.json",
+        }
     with pytest.raises(UserError, match=r"model\.base_lora: hf://me/loras/none: no such file or folder"):
         forms.load(tiny_t2v, base_lora=f"{url}/none")
 

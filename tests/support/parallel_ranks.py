@@ -87,16 +87,18 @@ def train_case(case: Case, rank: int) -> dict[str, Any]:
 def held_by(trainer: ExpertTrainer) -> dict[str, int]:
     """Bytes of an expert and of what training keeps beside it that lie on this rank, after an update."""
     learning = list(trainer.state.parameters.values())
-    frozen = [weight for weight in trainer.policy.module(trainer.expert).parameters() if not weight.requires_grad]
+    frozen = [
+        weight for weight in trainer.policy.experts.module(trainer.expert).parameters() if not weight.requires_grad
+    ]
     moments = [state[name] for state in trainer.state.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
     parts: dict[str, Any] = {
-        "weights" if trainer.policy.is_full else "LoRA": learning,
+        "weights" if trainer.policy.experts.is_full else "LoRA": learning,
         "gradients": [weight.grad for weight in learning],
         "AdamW": moments,
         "average": trainer.state.ema.values(),
         "weights of the rollout": trainer.rolled_out.kept.values(),
     }
-    parts |= {} if trainer.policy.is_full else {"weights": frozen}
+    parts |= {} if trainer.policy.experts.is_full else {"weights": frozen}
     return {name: sum(local(tensor.detach()).nbytes for tensor in tensors) for name, tensors in parts.items()}
 
 
