@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -96,6 +97,7 @@ def init(
     sets: Sets = [],  # noqa: B006
 ) -> None:
     """Make a run directory with its run.toml, from a preset."""
+    from score.catalogue.trust import own_files, trust
     from score.tables import select
     from shards.absolute_paths import in_full
     from shards.run import Run
@@ -106,6 +108,7 @@ def init(
     config = parse_config(values, f"preset {preset}")
     check_settings(config)
     select(config.score, content=False)  # files that its options name may lie on another machine
+    said += [f"trusted: {file} (sha256 {trust(file)[:12]}…)" for file in own_files(named_rewards(sets))]
     created = Run.create(run, config)
     done = f"written from preset {preset}" if created.is_new else "is there already, with the same values"
     say(f"{created.config_path}: {done}; read it, change what you like")
@@ -131,6 +134,7 @@ def rollout(
     stage = stage_of(opened, iteration)
     # what cannot be trained, or not be scored, is better refused before it is sampled
     check_settings(opened.config)
+    check_rewards(opened)
     select(opened.config.score, content=False)
     if not dry_run:
         share = Share.of(worker, wait)
@@ -418,6 +422,61 @@ def verify(
 
 
 @app.command(
+    short_help="Let runs use a reward in a file of your own.",
+    epilog="Example:  rushes trust colour.py",
+)
+def trust(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE…", help="Python files of rewards", show_default=False)],
+) -> None:
+    """Trust Python files as they are now, so that a run.toml that names a reward in them may run it.
+
+    Trust ends when the file changes. `rushes init` trusts the files that its own --set names.
+    """
+    from score.catalogue.trust import trust as trust_file
+
+    for file in files:
+        say(f"trusted: {file.resolve()} (sha256 {trust_file(file)[:12]}…)")
+
+
+@app.command(
+    short_help="Make a stored sample again from its seeds, and compare.",
+    epilog="Example:  rushes regenerate runs/signs i000003-p000017-s05 --video again.mp4",
+)
+def regenerate(
+    run: RunPath,
+    key: Annotated[str, typer.Argument(metavar="KEY", help="of a stored sample", show_default=False)],
+    evaluation: Annotated[bool, typer.Option("--eval", help="of an evaluation instead of a rollout")] = False,
+    video: Annotated[Path | None, typer.Option(help="write the video made again to this mp4 file")] = None,
+    within: Annotated[
+        float, typer.Option(min=0.0, help="largest difference allowed; on another device numbers round otherwise")
+    ] = 0.0,
+    as_json: AsJson = False,
+) -> None:
+    """Make a stored sample again from its seeds alone, and compare record, tensors and video bit for bit.
+
+    Exit code 1 when a part differs by more than --within. With --within the video is not compared: one pixel that
+    rounds otherwise changes the file.
+    """
+    from rollout.run import compare_with_stored
+    from rollout.run import regenerate as make_again
+    from shards.files import publish_replace
+    from shards.inspect.sample import find
+
+    opened = open_run(run, [])
+    stage, shard = find(opened.path, key, evaluation)
+    sample = make_again(opened, stage, key, load_policy(opened))
+    if video is not None:
+        publish_replace(video, sample.video)
+    found = compare_with_stored(stage, shard, sample, exact=within == 0.0)
+    if as_json:
+        numbers = {name: value if isfinite(value) else None for name, value in found.differences.items()}
+        print_json({"key": key, "differences": numbers, "within": within})
+    if found.largest() > within:
+        raise RunFailed(str(found), "another device, library or model: `rushes verify` checks files and fingerprints")
+    say(str(found))
+
+
+@app.command(
     short_help="Write the policy as plain diffusers loads it.",
     epilog="Example:  rushes export runs/signs --out exports/signs",
 )
@@ -484,6 +543,22 @@ def stage_of(run: Run, iteration: int | None = None) -> Stage:
     return run.iteration(run.next_iteration() if iteration is None else iteration)
 
 
+def named_rewards(sets: Sequence[Setting]) -> list[str]:
+    """The rewards that settings of this call name."""
+    from shards.run_toml import apply_sets
+
+    score = apply_sets({}, sets).get("score")
+    rewards = score.get("rewards") if isinstance(score, dict) else None
+    return list(rewards) if isinstance(rewards, dict) else []
+
+
+def check_rewards(run: Run) -> None:
+    """UserError where run.toml names a reward in a file that this person has not trusted."""
+    from score.catalogue.trust import check_trust
+
+    check_trust(run.config.score.rewards, named_rewards(run.sets))
+
+
 def what_next(run: Run) -> str:
     """What to do with a run that was trained: one command a line, with its path."""
     path = shlex.quote(shown(str(run.path)))
@@ -503,6 +578,7 @@ def load_policy(run: Run, stage: Stage | None = None) -> Policy:
     from train.objectives.settings import check_settings
 
     if stage is not None:
+        check_rewards(run)
         for reward in select(run.config.score).rewards.values():  # better told before hours of sampling
             reward.check_files()
         check_settings(run.config)
@@ -532,6 +608,7 @@ def do_score(
     """Score what is missing of one stage and say what happened. Its summary is there on the first rank alone."""
     from score.run import score as run_score
 
+    check_rewards(run)
     check(f"before {stage.name} score")
     with show(f"{stage.name} score") as report:
         result = run_score(
@@ -585,7 +662,7 @@ def ranks(run: Run) -> Iterator[Barrier]:
 
 
 def print_json(value: Any) -> None:
-    """The one document that a command with --json leaves on stdout; what is no number becomes null."""
+    """The one document that a command with --json leaves on stdout. Its values are finite, or None."""
     import json
 
     print(json.dumps(value, allow_nan=False), flush=True)

@@ -64,6 +64,19 @@ def reward_in_full(name: str) -> str:
     return f"{path}:{rest}" if path else name
 
 
+def reward_file(name: str) -> Path | None:
+    """The file of a reward of one's own, `module:Class` or `/path/file.py:Class`; None for what is installed.
+
+    The file need not be there.
+    """
+    try:
+        module, colon, _ = reward_in_full(name).partition(":")
+    except UserError:
+        module, colon, _ = name.partition(":")
+    own = colon and (module.endswith(".py") or "/" in module)
+    return Path(os.path.abspath(Path(module).expanduser())) if own else None
+
+
 def nearest_file(path: Path) -> str:
     """For hints: the file beside a missing one that is called most like it, or where a relative path counts from."""
     names = [one.name for one in path.parent.iterdir() if one.is_file()] if path.parent.is_dir() else []

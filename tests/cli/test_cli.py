@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from shards import sidecar
+from shards.reader import open_shard
 from shards.run import Run
 from tests.support import forks
 from tests.support.cost import seconds_of_processor
@@ -89,6 +90,8 @@ def make(run: Path, model: Path, prompts: Path, *sets: str) -> Result:
         "report",
         "status",
         "verify",
+        "regenerate",
+        "trust",
         "export",
         "plan-memory",
     ],
@@ -395,9 +398,86 @@ def test_a_wrong_reward_is_refused_by_init_and_by_rollout(
     assert not (small / "iter-0007").exists()
 
 
+def test_a_sample_is_made_again_from_its_seeds(small: Path, tmp_path: Path) -> None:
+    key = json.loads(rushes("inspect", small, "--columns", "key", "--format", "json").stdout)[0]["key"]
+    again = tmp_path / "again.mp4"
+    same = rushes("regenerate", small, key, "--video", again, "--json")
+    assert same.returncode == 0, same.stderr
+    assert json.loads(same.stdout) == {"key": key, "differences": {}, "within": 0.0}
+    assert f"{key}: the same, bit for bit" in same.stderr
+    assert again.read_bytes() == open_shard(Run(small).iteration(0), 0).video(key)
+    # the same model in another precision makes other numbers
+    other = tmp_path / "other"
+    shutil.copytree(small, other)
+    toml = (other / "run.toml").read_text()
+    (other / "run.toml").write_text(toml.replace('dtype = "float32"', 'dtype = "bfloat16"', 1))
+    differs = rushes("regenerate", other, key, "--json")
+    assert differs.returncode == 1
+    differences = json.loads(differs.stdout)["differences"]
+    assert 0 < differences["latents"] < 1
+    assert differences["video"] is None
+    assert f"rushes: {key}: differs in latents by" in differs.stderr
+    assert rushes("regenerate", other, key, "--within", "1").returncode == 0
+    assert "hold no sample i000000-p000099-s00" in refused("regenerate", small, "i000000-p000099-s00")
+
+
+TINT = """from score.reward import Scored
+
+
+class Tint:
+    name, version, components = "tint", "1", ("value",)
+
+    def __call__(self, videos):
+        return [Scored({"value": float(video.frames.mean())}) for video in videos]
+"""
+
+
+def test_a_run_cannot_name_code_that_nobody_named_here(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run.toml of somebody else names a file that is there; it runs once the person at the keyboard has named it."""
+    monkeypatch.setenv("RUSHES_TRUSTED", str(tmp_path / "trusted"))
+    run, source, ran = tmp_path / "run", tmp_path / "tint.py", tmp_path / "ran"
+    shutil.copytree(small, run)
+    source.write_text(f"open({str(ran)!r}, 'a').close()\n{TINT}", encoding="utf-8")
+    toml = (run / "run.toml").read_text()
+    (run / "run.toml").write_text(toml.replace("{ contrast = 1.0 }", f'{{ "{source}:Tint" = 1.0 }}'))
+    for command in (["rollout"], ["rollout", "--dry-run"], ["score"], ["loop", "--iterations", "2"], ["eval"]):
+        words = refused(command[0], run, *command[1:])
+        assert f"{source} is not trusted" in words
+        assert f"`rushes trust {source}`" in words
+    assert not ran.exists()
+    assert rushes("score", run, "--iteration", "0", "--reward", f"{source}:Tint").returncode == 0  # named in this call
+    assert rushes("trust", source).returncode == 0
+    again = rushes("score", run, "--iteration", "0")
+    assert again.returncode == 0, again.stderr
+    source.write_text(f"{TINT}\n# edited\n", encoding="utf-8")
+    assert f"{source} has changed since it was trusted" in refused("score", run, "--iteration", "0")
+
+
+def test_an_edited_reward_scores_again_and_its_source_is_kept(small: Path, tmp_path: Path) -> None:
+    run, source = tmp_path / "run", tmp_path / "tint.py"
+    shutil.copytree(small, run)
+    argument = ("score", run, "--iteration", "0", "--reward", f"{source}:Tint")
+    source.write_text(TINT, encoding="utf-8")
+    assert rushes(*argument).returncode == 0
+    assert "nothing to do" in rushes(*argument).stderr
+    [first] = (run / "iter-0000" / "score").glob("tint-Tint-*")
+    source.write_text(TINT.replace("mean())", "mean()) / 2"), encoding="utf-8")
+    second = rushes(*argument)
+    assert second.returncode == 0, second.stderr
+    assert f"{source}:Tint has changed since {first.name}, which is kept" in second.stderr
+    kept = {path.parent.name: path.read_text() for path in (run / "iter-0000" / "score").glob("tint-*/_source.py")}
+    assert len(kept) == 2
+    assert kept[first.name] == TINT
+    assert set(kept.values()) == {TINT, source.read_text()}
+    assert rushes("verify", run).returncode == 0
+
+
 def test_an_own_reward_is_found_from_every_directory(
     tiny_t2v2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("RUSHES_TRUSTED", str(tmp_path / "trusted"))
     here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
     here.mkdir()
     elsewhere.mkdir()
@@ -416,6 +496,7 @@ def test_an_own_reward_is_found_from_every_directory(
     made = make(run, tiny_t2v2, here / "prompts.txt", "score.rewards={'own_taste:Taste'=1.0}")
     assert made.returncode == 0, made.stderr
     assert f"score.rewards: {here}/own_taste.py:Taste, written in full" in made.stderr
+    assert f"trusted: {here}/own_taste.py (sha256 " in made.stderr
     monkeypatch.chdir(elsewhere)
     looped = rushes("loop", run, "--iterations", "1")
     assert looped.returncode == 0, looped.stderr
