@@ -422,6 +422,39 @@ def verify(
 
 
 @app.command(
+    short_help="From a mean reward back to its videos, seeds and weights.",
+    epilog="Example:  rushes audit runs/signs --number eval/iter-0024",
+)
+def audit(
+    run: RunPath,
+    number: Annotated[
+        str, typer.Option(metavar="STAGE", help="whose mean reward, like iter-0003; the last evaluation if absent")
+    ] = "",
+    advantage: Annotated[
+        str, typer.Option(metavar="NAME", help="a folder in STAGE/advantage, when there are several")
+    ] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Follow a mean reward back through advantages, scores, videos, seeds and policies to the base model.
+
+    Means, advantages and hashes are computed again, and every file on the way is read. Exit code 1 when something does
+    not fit.
+    """
+    from score.audit.chain import chain_of, chain_sha256
+    from score.audit.show import render_chain
+
+    opened = open_run(run, [])
+    links = chain_of(opened, named_stage(opened, number), advantage, lambda name: say(f"{name}: reading its files"))
+    faults = [fault for link in links for fault in link.faults]
+    if as_json:
+        print_json({"links": [asdict(link) for link in links], "sha256": chain_sha256(links)})
+    else:
+        print(render_chain(links), flush=True)
+    if faults:
+        raise RunFailed(f"{shown(str(opened.path))}: {counted(len(faults), 'fault')} in this chain", faults[0])
+
+
+@app.command(
     short_help="Let runs use a reward in a file of your own.",
     epilog="Example:  rushes trust colour.py",
 )
@@ -541,6 +574,17 @@ def open_run(path: Path, sets: Sequence[Setting]) -> Run:
 def stage_of(run: Run, iteration: int | None = None) -> Stage:
     """The iteration that a command works on: the first unfinished one, when none is named."""
     return run.iteration(run.next_iteration() if iteration is None else iteration)
+
+
+def named_stage(run: Run, name: str) -> Stage:
+    """The stage that a name like `iter-0003` or `eval/iter-0024` means; the last evaluation when there is no name."""
+    stages = {stage.name: stage for stage in map(run.iteration, run.iterations())}
+    stages |= {stage.name: stage for stage in map(run.evaluation, run.evaluations())}
+    if not stages:
+        raise UserError(f"{shown(str(run.path))} has no stages yet", f"`rushes loop {in_shell(run.path)}` makes some")
+    if name and name not in stages:
+        raise UserError(f"--number {name}: this run has no such stage", f"it has {', '.join(stages)}")
+    return stages[name or list(stages)[-1]]
 
 
 def named_rewards(sets: Sequence[Setting]) -> list[str]:

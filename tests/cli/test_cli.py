@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from shards import sidecar
+from shards.inspect import table
 from shards.reader import open_shard
 from shards.run import Run
 from tests.support import forks
@@ -91,6 +92,7 @@ def make(run: Path, model: Path, prompts: Path, *sets: str) -> Result:
         "status",
         "verify",
         "regenerate",
+        "audit",
         "trust",
         "export",
         "plan-memory",
@@ -419,6 +421,51 @@ def test_a_sample_is_made_again_from_its_seeds(small: Path, tmp_path: Path) -> N
     assert f"rushes: {key}: differs in latents by" in differs.stderr
     assert rushes("regenerate", other, key, "--within", "1").returncode == 0
     assert "hold no sample i000000-p000099-s00" in refused("regenerate", small, "i000000-p000099-s00")
+
+
+def test_a_mean_reward_is_followed_back_to_the_base_model(small: Path) -> None:
+    text = rushes("audit", small, "--number", "iter-0000")
+    assert text.returncode == 0, text.stderr
+    words = [line.split()[0] for line in text.stdout.splitlines()]
+    assert words == ["reward", "advantages", "scores", "videos", "seeds", "sigmas", "code", "policy", "model", "chain"]
+    found = json.loads(rushes("audit", small, "--number", "iter-0000", "--json").stdout)
+    assert text.stdout.split()[-1] == found["sha256"]
+    facts = {link["what"]: link["facts"] for link in found["links"]}
+    assert facts["reward"]["mean_reward"] == pytest.approx(table.samples(small)["reward"].mean(), abs=1e-12)
+    assert facts["policy"]["base"] == facts["model"]["base"] == json.loads((small / "model.json").read_text())["base"]
+    assert "this run has no such stage" in refused("audit", small, "--number", "iter-0009")
+
+
+def test_an_audit_names_what_was_edited(small: Path, tmp_path: Path) -> None:
+    """Also what no checksum of one file can tell: a consistent table that does not follow from the scores."""
+    run = tmp_path / "run"
+    shutil.copytree(small, run)
+    assert rushes("rollout", run, "--iteration", "1").returncode == 0
+    assert rushes("score", run, "--iteration", "1").returncode == 0
+    whole = rushes("audit", run, "--number", "iter-0001")
+    assert whole.returncode == 0, whole.stderr
+    assert [line.split()[0] for line in whole.stdout.splitlines()][7:] == [
+        "policy", "training", "policy", "model", "chain"
+    ]  # fmt: skip
+    weights = next((run / "iter-0000" / "policy" / "low_noise").glob("*.safetensors"))
+    kept = weights.read_bytes()
+    weights.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+    assert "its files are not the policy" in failed(run)
+    weights.write_bytes(kept)
+    stage = Run(run).iteration(1)
+    [name] = sidecar.specifications(stage)
+    frame = sidecar.read_advantages(stage, name, [0])
+    frame.loc[0, "advantage"] += 1e-3
+    sidecar.write_advantages(stage, 0, name, frame, {})
+    assert f"advantage of {frame.loc[0, 'key']} does not follow from its scores" in failed(run)
+
+
+def failed(run: Path) -> str:
+    """What an audit that must fail finds."""
+    result = rushes("audit", run, "--number", "iter-0001")
+    assert result.returncode == 1
+    assert "in this chain" in result.stderr
+    return "\n".join(line for line in result.stdout.splitlines() if "WRONG" in line)
 
 
 TINT = """from score.reward import Scored

@@ -39,6 +39,7 @@ FOLDERS: dict[str, set[str]] = {
     "rollout/words": set(),
     "score": {"score/catalogue", "score/ocr", "shards", "shards/process", "shards/store", "shards/text",
               "shards/workers"},
+    "score/audit": {"score", "shards", "shards/verify"},
     "score/catalogue": {"score", "shards"},
     "score/ocr": {"score", "shards", "shards/text"},
     "score/videoalign": {"score", "shards"},
