@@ -15,7 +15,7 @@ from score.advantages import MISSING, NO_SPREAD, NOT_CHOSEN, Specification, adva
 from score.reward import Chosen, Scored, choose, split_name
 from shards import sidecar
 from shards.errors import RunFailed, UserError
-from shards.files import publish_replace, to_json
+from shards.files import to_json
 from shards.plan import SAMPLE_KEY, group_of
 from shards.run import Stage
 
@@ -172,7 +172,7 @@ def write_advantages(stage: Stage, selection: Selection, max_missing: float) -> 
         sidecar.write_advantages(stage, int(shard), selection.digest, part, kv)
     summary = summarise(selection, scores, _read_guards(stage), rewards, table)
     path = stage.summary_path(selection.digest)
-    publish_replace(path, to_json(summary, path))
+    stage.files.publish_replace(path, to_json(summary, path))
     return summary
 
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from shards import tensors
 from shards.errors import Damaged, UserError
-from shards.files import Buffer, publish_new, sweep_temporary, to_json
+from shards.files import Buffer, publish_new, to_json
+from shards.locks import sweep_temporary
 from shards.plan import GROUP_KEY, SAMPLE_KEY, SCHEMA
 from shards.run import Stage
 from shards.tar import END, EXTENSIONS, wrap

@@ -180,7 +180,7 @@ def _meant(stage: Stage) -> str | None:
 
 def _is_of_run(stage: Stage, specification: str) -> bool:
     """Whether advantages were made as [score] in run.toml says. False without that file."""
-    run, summary = Run(stage.run_path), stage.summary_path(specification)
+    run, summary = Run(stage.run_path, files=stage.files), stage.summary_path(specification)
     if not run.config_path.exists() or not summary.exists():
         return False
     return bool(read_json(summary).get("specification") == run.config.score.specification())
