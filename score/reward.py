@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 from score.options import resolve
 from shards.absolute_paths import nearest_file
 from shards.errors import UserError, nearest
-from shards.store.fetch import in_place
+from shards.store.fetch import local_name
 
 if TYPE_CHECKING:
     import numpy as np
@@ -198,7 +198,7 @@ def known() -> dict[str, str]:
 
 def _here(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options with the local copies of files and folders in place of their URLs in a store."""
-    return {name: in_place(value) if isinstance(value, str) else value for name, value in options.items()}
+    return {name: local_name(value) if isinstance(value, str) else value for name, value in options.items()}
 
 
 def _registered(name: str) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.errors import UserError
-from shards.store import urls
+from shards.store.urls import full_path, named_here
 
 PROMPTS = (("rollout", "prompts"), ("eval", "prompts"))
 LORAS = (("model", "lora"), ("model", "lora_2"), ("model", "base_lora"), ("model", "base_lora_2"))
@@ -32,7 +32,7 @@ def in_full(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """
     changed, said = copy.deepcopy(values), []
     for name, table, key in _texts(changed):
-        full = urls.in_full(table[key])
+        full = full_path(table[key])
         if full != table[key]:
             table[key] = full
             said.append(f"{name}: {table[key]}, {IN_FULL}")
@@ -78,7 +78,7 @@ def nearest_file(path: Path) -> str:
 
 def _check_prompts(name: str, text: Any) -> None:
     if isinstance(text, str) and text != EMBEDDED:
-        path = urls.named_here(text)
+        path = named_here(text)
         if path and not path.is_file():
             raise UserError(f"{name}: {text}: no such file", nearest_file(path))
 

@@ -50,6 +50,6 @@ def fetched_model(path: str, wanted: Wanted = every) -> Path | None:
     return here
 
 
-def in_place(text: str) -> str:
+def local_name(text: str) -> str:
     """The local copy of the file or folder that a URL of a store names; any other text, as of the web, as it is."""
     return str(fetched(text)) if is_stored(text) else text

@@ -1,6 +1,6 @@
 """Runs and models at URLs: where in the local cache the working copy of each lies, and back. Imports no store.
 
-Code outside of this folder uses what names things: `shown`, `in_shell`, `in_full`, `beside`, `last_name`, `named_here`.
+Code outside of this folder uses what names things: `shown`, `in_shell`, `full_path`, `beside`, `last_name`, `named_here`.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def in_shell(path: str | Path) -> str:
     return shlex.quote(shown(str(path)))
 
 
-def in_full(text: str) -> str:
+def full_path(text: str) -> str:
     """A relative path in full where something of that name is in the current directory; any other text as it is."""
     return os.path.abspath(text) if text and text[0] not in "/~" and not is_url(text) and os.path.exists(text) else text
 

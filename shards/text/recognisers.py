@@ -18,7 +18,7 @@ from shards.errors import UserError
 from shards.files import sha256_file
 from shards.pointers import refuse_pointer
 from shards.run_toml import set_option
-from shards.store.fetch import in_place
+from shards.store.fetch import local_name
 from shards.text.letters import Normaliser, unreadable
 
 ENGLISH = ("en",)
@@ -144,9 +144,9 @@ def languages_for(letters: str) -> tuple[str, ...]:
 def _recogniser(languages: tuple[str, ...], network: str, storage: str, user_networks: str, home: str) -> Recogniser:
     tables = _tables()
     models = {name: (gen, model) for gen in ("gen1", "gen2") for name, model in tables.recognition_models[gen].items()}
-    folder = Path(in_place(storage) if storage else os.path.join(home, "model")).expanduser()
+    folder = Path(local_name(storage) if storage else os.path.join(home, "model")).expanduser()
     if network != STANDARD and network not in models:
-        networks = Path(in_place(user_networks) if user_networks else os.path.join(home, "user_network")).expanduser()
+        networks = Path(local_name(user_networks) if user_networks else os.path.join(home, "user_network")).expanduser()
         return _users(network, languages, networks, folder)
     name = _model_for(languages) if network == STANDARD else network
     generation, model = models[name]
