@@ -1,6 +1,7 @@
 """Runs and models at URLs: where in the local cache the working copy of each lies, and back. Imports no store.
 
-Code outside of this folder uses what names things: `shown`, `in_shell`, `full_path`, `beside`, `last_name`, `named_here`.
+Code outside of this folder uses what names things: `shown`, `in_shell`, `full_path`, `named_here`, `beside`,
+`last_name`.
 """
 
 from __future__ import annotations
