@@ -194,6 +194,10 @@ class _Heart:
     """One thread that counts for all claims of this process. It ends when there are none."""
 
     def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """With no claims; in a forked process too, where those that there were are held by its parent."""
         self.held: set[Claim] = set()
         self.wake = threading.Event()
         self.guard = threading.Lock()
@@ -225,3 +229,4 @@ class _Heart:
 
 
 _heart = _Heart()
+os.register_at_fork(after_in_child=_heart.begin)

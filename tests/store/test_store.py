@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,16 @@ import pytest
 
 from shards import sidecar
 from shards.errors import Damaged, RunFailed, UserError
-from shards.files import Files, read_json, sha256_file
+from shards.files import Buffer, Files, read_json, sha256_file
 from shards.reader import open_shard, webdataset_pipeline
 from shards.run import Run, Stage
 from shards.run_toml import apply_sets, parse_config, read_preset
 from shards.store import files as store_files
 from shards.store import objects
 from shards.store.fetch import fetched_model
+from shards.store.files import MirroredFiles
 from shards.store.objects import Entry, Objects
-from shards.store.urls import is_url, shown, url_of, working_copy
+from shards.store.urls import Cache, is_url, shown, url_of, working_copy
 from shards.verify.shards import verify
 from shards.workers import claims, owners
 from tests.support.clock import Clock
@@ -405,12 +406,16 @@ def test_two_machines_race_for_the_same_shards(s3: Proxy, url: str, tmp_path: Pa
 def test_a_tar_whose_machine_died_is_committed_by_the_next(s3: Proxy, url: str, machine: Machine) -> None:
     from shards import spool, writer
 
-    stage = planned_stage(url, groups=1)
+    class Dying(MirroredFiles):
+        def publish_new(self, path: Path, data: Buffer | Iterable[Buffer]) -> bool:
+            if path.suffix == ".parquet":
+                raise KeyboardInterrupt
+            return super().publish_new(path, data)
+
+    stage = planned_stage(url, groups=1, files=Dying(store(), Cache.current()))
     fill(stage, 0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writer, "_publish_index", _die)
-        with pytest.raises(KeyboardInterrupt):
-            writer.seal(stage, 0, {})
+    with pytest.raises(KeyboardInterrupt):
+        writer.seal(stage, 0, {})
     tar = sha256_file(stage.shard_path(0))
     machine("second")
     stage = Run(url).iteration(0)
@@ -818,6 +823,7 @@ def test_verify_reads_the_store_and_not_the_cache(s3: Proxy, url: str) -> None:
 FETCHER = """
 import sys
 from shards.store.fetch import fetched_model
+from shards.store.files import MirroredFiles
 print(fetched_model(sys.argv[1], lambda name: name.endswith((".json", ".safetensors"))))
 """
 
@@ -894,7 +900,3 @@ def _same(one: Any, other: Any) -> bool:
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(_same(one[name], other[name]) for name in one)
     return bool(one.equal(other)) if hasattr(one, "equal") else bool(one == other)
-
-
-def _die(*_: object) -> None:
-    raise KeyboardInterrupt
