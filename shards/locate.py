@@ -51,10 +51,10 @@ def locate(path: str | Path, files: Files | None = None) -> Place:
 def _refresh(path: Path, files: Files) -> None:
     """See what others have published of a run, stage or shard."""
     if path.suffix != ".tar":
-        files.pull(path)
+        files.refresh(path)
         files.settle(path)
     elif place := _shard(path, files).stages:
-        files.pull(place[0].path)
+        files.refresh(place[0].path)
     else:
         files.look(path)
 

@@ -55,7 +55,7 @@ def describe(path: str | Path, key: str, evaluation: bool = False) -> dict[str, 
         meta = opened.meta(key)
         row = opened.row(key)
         file = shown(str(opened.path))
-    frame = table.samples(stage.path)
+    frame = table.samples(stage.path, files=stage.files)
     values = {str(name): value for name, value in frame[frame["key"] == key].iloc[0].to_dict().items()}
     scored = {name: value for name, value in values.items() if "." in name}
     scores: dict[str, dict[str, float | None]] = {}
