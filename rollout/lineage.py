@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shards.errors import ANEW, RunFailed, UserError
-from shards.files import publish_new, read_json, to_json
+from shards.files import read_json, to_json
 from shards.plan import SCHEMA
 from shards.run import AVERAGE, POLICY_RECORD, Run, Stage
 
@@ -93,5 +93,5 @@ def _check_model(run: Run, policy: Policy) -> None:
     record = {"schema": SCHEMA, "base": policy.experts.base_fingerprint, "path": run.config.model.path}
     if policy.experts.base_lora is not None:
         record |= {"model": policy.experts.model_fingerprint, "base_lora": policy.experts.base_lora.identity()}
-    publish_new(path, to_json(record, path))
+    run.files.publish_new(path, to_json(record, path))
     policy.check_model(path)

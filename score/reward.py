@@ -21,8 +21,7 @@ from score.options import resolve
 from shards.absolute_paths import nearest_file, reward_file
 from shards.errors import UserError, nearest
 from shards.files import sha256_file
-from shards.store.mirror import fetch_any
-from shards.store.urls import is_stored
+from shards.store.fetch import local_name
 
 if TYPE_CHECKING:
     import numpy as np
@@ -211,10 +210,7 @@ def known() -> dict[str, str]:
 
 def _here(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options with the local copies of files and folders in place of their URLs in a store."""
-    return {
-        name: str(fetch_any(value)) if isinstance(value, str) and is_stored(value) else value
-        for name, value in options.items()
-    }
+    return {name: local_name(value) if isinstance(value, str) else value for name, value in options.items()}
 
 
 def _registered(name: str) -> str:

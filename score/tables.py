@@ -16,7 +16,7 @@ from score.reward import Chosen, Scored, choose, split_name
 from shards import sidecar
 from shards.absolute_paths import reward_file
 from shards.errors import RunFailed, UserError
-from shards.files import publish_new, publish_replace, sha256_file, to_json
+from shards.files import sha256_file, to_json
 from shards.plan import SAMPLE_KEY, group_of
 from shards.run import Stage
 
@@ -129,7 +129,7 @@ def keep_source(stage: Stage, chosen: Chosen) -> None:
     """
     file = reward_file(chosen.target) if chosen.source else None
     if file is not None and sha256_file(file) == chosen.source:
-        publish_new(stage.scores_dir / chosen.directory / SOURCE, file.read_bytes())
+        stage.files.publish_new(stage.scores_dir / chosen.directory / SOURCE, file.read_bytes())
 
 
 def edited(stage: Stage, chosen: Chosen) -> list[str]:
@@ -191,7 +191,7 @@ def write_advantages(stage: Stage, selection: Selection, max_missing: float) -> 
         sidecar.write_advantages(stage, int(shard), selection.digest, part, kv)
     summary = summarise(selection, scores, _read_guards(stage), rewards, table)
     path = stage.summary_path(selection.digest)
-    publish_replace(path, to_json(summary, path))
+    stage.files.publish_replace(path, to_json(summary, path))
     return summary
 
 

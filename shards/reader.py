@@ -16,7 +16,6 @@ from shards.files import read_json
 from shards.plan import SCHEMA
 from shards.run import Stage
 from shards.source import open_source, open_tar
-from shards.store import mirror
 from shards.tar import EXTENSIONS, SAMPLE_NAME, group_name, header
 
 if TYPE_CHECKING:
@@ -278,7 +277,7 @@ def decode_sample(sample: dict[str, Any]) -> dict[str, Any]:
 
 def _open_tars(stage: Stage, shards: Sequence[int]) -> Iterator[dict[str, Any]]:
     for shard in shards:
-        mirror.look(stage.shard_path(shard))
+        stage.files.look(stage.shard_path(shard))
         with os.fdopen(open_tar(stage, shard, read_manifest(stage, shard)), "rb") as stream:
             yield {"url": str(stage.shard_path(shard)), "stream": stream}
 

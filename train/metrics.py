@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shards.files import publish_replace, read_json_lines
+from shards.files import Files, LocalFiles, read_json_lines
 from shards.run import METRICS
-from shards.store import mirror
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -24,14 +23,14 @@ class MetricsLog:
     The JSON lines are the truth; the TensorBoard folder is made from them again whenever training begins or resumes.
     """
 
-    def __init__(self, policy_dir: Path, kept: Mapping[str, int]) -> None:
+    def __init__(self, policy_dir: Path, kept: Mapping[str, int], files: Files | None = None) -> None:
         """Keep the records of updates that a checkpoint covers (`kept`: expert name -> updates) and drop later ones."""
-        self.path = policy_dir / METRICS
-        mirror.look(self.path)
+        self.path, self.files = policy_dir / METRICS, files or LocalFiles()
+        self.files.look(self.path)
         self.records = [
             record for record in read_json_lines(self.path) if record["update"] <= kept.get(record["expert"], 0)
         ]
-        publish_replace(self.path, "".join(_line(record) for record in self.records).encode())
+        self.files.publish_replace(self.path, "".join(_line(record) for record in self.records).encode())
         self._board = _board(policy_dir / "tensorboard")
         for record in self.records:
             self._show(record)
@@ -39,9 +38,7 @@ class MetricsLog:
     def add(self, record: Record) -> None:
         """Append the record of one update. It needs `expert`, `update` and `total_updates` besides the numbers."""
         self.records.append(record)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(_line(record))
-        mirror.put(self.path, self.path)
+        self.files.append(self.path, _line(record))
         self._show(record)
 
     def close(self) -> None:

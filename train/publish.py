@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from shards.files import publish_new, to_json
+from shards.files import to_json
 from shards.run import AVERAGE
-from shards.store import mirror
+from shards.store.files import of_policy
 
 if TYPE_CHECKING:
     from rollout.policy import Policy
@@ -31,12 +31,12 @@ def publish(policy: Policy, stage: Stage, averages: dict[int, dict[str, Tensor]]
     with world.together():
         if world.is_first:
             identity = policy.experts.fingerprint(stage.policy_dir)
-            mirror.put_folder(stage.policy_dir, wanted=lambda name: not mirror.ASIDE.search(name))
+            stage.files.put_folder(stage.policy_dir, wanted=of_policy)
             path = stage.policy_record_path
             record = {"schema": SCHEMA, "iteration": stage.iteration, **identity}
             if ema:
                 average = policy.experts.fingerprint(stage.policy_dir / AVERAGE)
                 record["average"] = {name: average[name] for name in ("fingerprint", "adapters")}
-            publish_new(path, to_json(record, path))
+            stage.files.publish_new(path, to_json(record, path))
             fingerprint = str(identity["fingerprint"])
     return world.broadcast(fingerprint)

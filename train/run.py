@@ -158,16 +158,18 @@ def _train(
     with world.together():
         start = starting_policy(run, stage.iteration)
     policy, lag = _ready(run, inputs.rollouts, policy, start, world)
-    covered = {name: found[0] for name in EXPERT_NAMES if (found := checkpoint.latest(stage.trainer_dir(name)))}
+    covered = {
+        name: found[0] for name in EXPERT_NAMES if (found := checkpoint.latest(stage.trainer_dir(name), stage.files))
+    }
     replayed = None
     if not covered and _must_prove(config.train, inputs.rollouts, lag):
         limit = replay_limit(policy, config.train.replay_limit, max(world.ulysses, config.rollout.ulysses))
         replayed = prove(
             policy, inputs.rollouts, samples=config.train.replay_samples, limit=limit, progress=progress, world=world
         )
-    log = MetricsLog(stage.policy_dir, covered) if world.is_first else None
+    log = MetricsLog(stage.policy_dir, covered, stage.files) if world.is_first else None
     try:
-        with Checkpoints(config.train.keep_checkpoints, config.train.async_checkpoints) as checkpoints:
+        with Checkpoints(config.train.keep_checkpoints, config.train.async_checkpoints, stage.files) as checkpoints:
             work = Work(policy, inputs, config, world, start, log, checkpoints, progress, held)
             trained = {expert: _train_expert(work, expert) for expert in policy.layout.expert_ids}
     finally:
@@ -265,13 +267,14 @@ def _restore(trainer: ExpertTrainer, folder: Path, start: Path | None) -> int:
 
     Returns the number of updates of this iteration that are done.
     """
-    found = checkpoint.latest(folder)
+    files = trainer.inputs.rollouts.stage.files
+    found = checkpoint.latest(folder, files)
     if found is not None:
         checkpoint.load(found[1], trainer.state)
         trainer.masters.publish()
         trainer.moved = found[0] > 0
         return found[0]
-    before = checkpoint.latest(trainer_dir(start, trainer.name)) if start else None
+    before = checkpoint.latest(trainer_dir(start, trainer.name), files) if start else None
     if before is not None:
         masters = checkpoint.load(before[1], trainer.state, weights=False)
         with trainer.world.together():

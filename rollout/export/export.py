@@ -28,11 +28,10 @@ from rollout.policy.folder import EXPERT_FOLDERS, Layout
 from rollout.policy.full import is_full
 from rollout.policy.plain import probe, round_adapter, save_expert, settle
 from shards.errors import RunFailed, StillBusy, UserError
-from shards.files import TEMPORARY, publish_new, read_json, sha256_file, sync, to_json
-from shards.locks import locked
+from shards.files import publish_new, read_json, sha256_file, sync, to_json
+from shards.locks import TEMPORARY, locked
 from shards.run import EXPERT_NAMES, Run, Stage
-from shards.store import mirror
-from shards.store.urls import working_copy
+from shards.store.files import files_at
 
 SCHEMA = 2
 FORMATS = ("diffusers", "comfyui")
@@ -75,9 +74,10 @@ def export(
     Raises UserError when the iteration was not trained, `out` is taken or the format cannot hold the policy, RunFailed
     when the proof fails or the disk is full, StillBusy when another process writes there.
     """
-    began, out = time.monotonic(), working_copy(out)
+    began = time.monotonic()
+    files, out = files_at(out)
     _check_format(format, fuse)
-    mirror.fetch(out)
+    files.fetch(out)
     stage = run.iteration(iteration)
     if not stage.trained():
         raise UserError(f"{stage.policy_dir} holds no finished policy", run.way_to_policy(iteration))
@@ -101,7 +101,7 @@ def export(
             raise UserError(f"{out} exists already and is not this export", "choose another folder, or remove it")
         with _published(out) as aside:
             checked, difference = _write(run, stage, source, aside, wanted)
-        mirror.put_folder(out, last=RECORD)
+        files.put_folder(out, last=RECORD)
     return ExportReport(out, iteration, False, checked, difference, time.monotonic() - began)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import json
-import posixpath
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, TypeGuard
 
 from rollout.prompts.files import refuse_nul
 from shards.errors import UserError
-from shards.store.urls import is_url, url_of, working_copy
+from shards.store.urls import beside
 from shards.text.cleaning import clean
 from shards.text.quotes import COUNTED, quoted
 
@@ -82,16 +81,10 @@ def image_of(file: Path, value: Any, where: str) -> str | None:
     if not isinstance(value, str):
         raise UserError(f"{where}: image is {shortened(value)}, not text", "name a file or a URL")
     checked(value, where)  # its name stays as it is
-    folder = url_of(file.parent)
-    if is_url(value):
-        try:
-            return url_of(working_copy(value)) or value
-        except UserError as error:
-            raise UserError(f"{where}: {error.problem}", error.hint) from None
-    if folder is None or value.startswith("/"):
-        return str((file.parent / value).resolve())
-    scheme, _, rest = folder.partition("://")
-    return f"{scheme}://{posixpath.normpath(posixpath.join(rest, value))}"
+    try:
+        return beside(file, value)
+    except UserError as error:
+        raise UserError(f"{where}: {error.problem}", error.hint) from None
 
 
 # --- Tags ------------------------------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from shards.errors import UserError, nearest
-from shards.files import publish_replace
 from shards.inspect.table import FORMATS, fitting, write
+from shards.store.files import files_at
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -90,11 +90,12 @@ def emit(frame: pandas.DataFrame, format: str, out: Path | None, stdout: TextIO,
 
 def _put(out: Path, data: bytes) -> None:
     """Replace a file as a whole; a device, a pipe or a link (/dev/stdout) is written to, and stays what it is."""
+    files, out = files_at(out)
     if os.path.lexists(out) and not stat.S_ISREG(os.lstat(out).st_mode):
         with open(out, "wb") as file:
             file.write(data)
     else:
-        publish_replace(out, data)
+        files.publish_replace(out, data)
 
 
 def _where(frame: pandas.DataFrame, where: str) -> pandas.DataFrame:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from shards.errors import UserError
-from shards.files import publish_replace
 from shards.inspect import table
 from shards.locate import locate
 from shards.plan import SAMPLE_KEY, group_of
 from shards.reader import open_shard
 from shards.run import EXPERT_NAMES, Stage
+from shards.store.files import files_at
 from shards.store.urls import shown
 from shards.video import decode_mp4
 
@@ -55,7 +55,7 @@ def describe(path: str | Path, key: str, evaluation: bool = False) -> dict[str, 
         meta = opened.meta(key)
         row = opened.row(key)
         file = shown(str(opened.path))
-    frame = table.samples(stage.path)
+    frame = table.samples(stage.path, files=stage.files)
     values = {str(name): value for name, value in frame[frame["key"] == key].iloc[0].to_dict().items()}
     scored = {name: value for name, value in values.items() if "." in name}
     scores: dict[str, dict[str, float | None]] = {}
@@ -89,6 +89,7 @@ def write_frames(path: str | Path, key: str, folder: Path | None = None, evaluat
     stage, shard = find(path, key, evaluation)
     if folder is None:
         folder = stage.run_path / "frames" / ("eval" if stage.kind == "eval" else "") / key
+    files, folder = files_at(folder)
     with open_shard(stage, shard) as opened:
         frames = decode_mp4(opened.video(key), f"{opened.path}: {key}.mp4")
     written = []
@@ -96,7 +97,7 @@ def write_frames(path: str | Path, key: str, folder: Path | None = None, evaluat
         sink = io.BytesIO()
         Image.fromarray(frame).save(sink, "PNG")
         written.append(folder / f"frame-{number:03d}.png")
-        publish_replace(written[-1], sink.getvalue())
+        files.publish_replace(written[-1], sink.getvalue())
     return written
 
 

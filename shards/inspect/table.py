@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from shards import index
 from shards.errors import UserError
-from shards.files import read_json
+from shards.files import Files, read_json
 from shards.locate import Place, locate
 from shards.run import Run, Stage
 from shards.sidecar import read_table, scorers, specifications
@@ -24,18 +24,19 @@ FORMATS = ("table", "csv", "json", "jsonl", "parquet")
 NOT_SCORED = "not scored"
 
 
-def samples(path: str | Path, iteration: int | None = None) -> pandas.DataFrame:
+def samples(path: str | Path, iteration: int | None = None, files: Files | None = None) -> pandas.DataFrame:
     """One row per committed sample of a run, stage or shard, scores and advantages joined to it.
 
     Columns: kind, key, iteration, prompt_id, group, sample, prompt, target, seed, noise_seed, reward (the combined one
     where advantages exist, of several the one that was trained on; else that of the only scorer), advantage, weight,
     reason, status ("ok", "not scored", or why not), per scorer NAME.reward, NAME.<component> and NAME.text, window,
     log_prob (lists), bytes, seconds, host, shard.
-    What is not there yet is NaN. Raises UserError when `path` holds nothing to show, Damaged for a broken table.
+    What is not there yet is NaN. `files` are those that a run at this path has been opened with. Raises UserError when
+    `path` holds nothing to show, Damaged for a broken table.
     """
     import pandas
 
-    place = locate(path)
+    place = locate(path, files)
     stages = [stage for stage in place.stages if iteration is None or stage.iteration == iteration]
     if place.tar is not None:
         return _bare(place.tar)
@@ -180,7 +181,7 @@ def _meant(stage: Stage) -> str | None:
 
 def _is_of_run(stage: Stage, specification: str) -> bool:
     """Whether advantages were made as [score] in run.toml says. False without that file."""
-    run, summary = Run(stage.run_path), stage.summary_path(specification)
+    run, summary = Run(stage.run_path, files=stage.files), stage.summary_path(specification)
     if not run.config_path.exists() or not summary.exists():
         return False
     return bool(read_json(summary).get("specification") == run.config.score.specification())

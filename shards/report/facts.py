@@ -61,7 +61,7 @@ class Facts:
 
 def gather(run: Run) -> Facts:
     """Read a run. Raises UserError when it has no shard yet, Damaged for a broken file."""
-    samples = table.samples(run.path)
+    samples = table.samples(run.path, files=run.files)
     stages = [run.iteration(k) for k in run.iterations()] + [run.evaluation(k) for k in run.evaluations()]
     stages = [stage for stage in stages if stage.shards()]
     updates = [record for k in run.iterations() for record in read_metrics(run.iteration(k))]

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from shards import diagnosis
 from shards.diagnosis import Move, number
 from shards.errors import UserError
-from shards.files import publish_replace
 from shards.report import clips as report_clips
 from shards.report import facts as report_facts
 from shards.report.facts import Cost, Facts
@@ -60,7 +59,7 @@ def write_report(run: Run, megabytes: float = MEGABYTES) -> Path:
     if not megabytes >= 0:
         raise UserError(f"a limit of {megabytes} MB for clips", "give a number from 0")
     path = run.report_path
-    publish_replace(path, page(report_facts.gather(run), megabytes).encode())
+    run.files.publish_replace(path, page(report_facts.gather(run), megabytes).encode())
     return path
 
 

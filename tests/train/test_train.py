@@ -11,7 +11,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from rollout.sampler import Sampler
 from rollout.schedule import step_std
 from rollout.transitions import noise, noise_seed
 from shards.errors import RunFailed, StillBusy, UserError
+from shards.files import Buffer, LocalFiles
 from shards.process.signals import stoppable
 from shards.reader import open_shard
 from shards.run import Run
@@ -430,6 +431,15 @@ def at_update(expert: str, update: int) -> Callable[..., None]:
     return progress
 
 
+class DyingFiles(LocalFiles):
+    """Files whose process is killed when the policy is committed."""
+
+    def publish_new(self, path: Path, data: Buffer | Iterable[Buffer]) -> bool:
+        if path.name == "policy.json":
+            training.kill_self()
+        return super().publish_new(path, data)
+
+
 @pytest.mark.parametrize("where", [
     ("high_noise", 1), ("high_noise", 2), ("low_noise", 1), ("low_noise", 2), "in a checkpoint", "in the commit"],
     ids=str)  # fmt: skip
@@ -441,9 +451,8 @@ def test_kill_and_resume_end_in_the_same_bits(
         progress = at_update(*where) if isinstance(where, tuple) else None
         if where == "in a checkpoint":
             patch.setattr("train.checkpoint_files.os.rename", training.kill_self)
-        if where == "in the commit":
-            patch.setattr("train.publish.publish_new", training.kill_self)
-        training.killed(lambda: train(run, 0, policy, progress))
+        mortal = Run.open(run.path, files=DyingFiles()) if where == "in the commit" else run
+        training.killed(lambda: train(mortal, 0, policy, progress))
     assert not (run.iteration(0).policy_dir / "policy.json").exists()
     train(run, 0, policy)
     assert training.equal(training.weights(run, 0), training.weights(trained, 0))
