@@ -425,7 +425,8 @@ def export(
     run: RunPath,
     out: Annotated[Path, typer.Option(help="folder to be made, with a model card in it", show_default=False)],
     iteration: Annotated[
-        int | None, typer.Option(min=0, help="iteration that trained it, from 0; the last one")
+        int | None,
+        typer.Option(min=0, help="the policy after that many iterations, as in `eval`; the last one if absent"),
     ] = None,
     average: Annotated[bool, typer.Option(help="the averaged weights, where training kept them")] = True,
     fuse: Annotated[bool, typer.Option(help="whole weights as a plain pipeline folder, instead of LoRA")] = False,
@@ -438,9 +439,8 @@ def export(
     from rollout.export.export import export as run_export
 
     opened = open_run(run, [])
-    last = max(opened.next_iteration() - 1, 0)
-    number = last if iteration is None else iteration
-    report = run_export(opened, number, out, average=average, fuse=fuse, format=format)
+    wanted = max(opened.next_iteration(), 1) if iteration is None else iteration
+    report = run_export(opened, wanted, out, average=average, fuse=fuse, format=format)
     say(f"export: {report}")
     if as_json:
         print_json({**asdict(report), "path": shown(str(report.path))})
