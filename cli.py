@@ -36,7 +36,6 @@ Misuse: type[Exception] = typer.BadParameter.__mro__[1]  # the usage error of wh
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Offline GRPO post-training for Wan video models: rollout, score, train, with immutable files in between.",
@@ -91,7 +90,11 @@ def options(
 def init(
     run: RunPath,
     preset: Annotated[
-        str, typer.Option(help="words, wan21-1.3b, wan21-14b, wan22-a14b, wan22-i2v or wan22-ti2v-5b")
+        str,
+        typer.Option(
+            help="words, wan21-1.3b, wan21-14b, wan22-a14b, wan22-i2v or wan22-ti2v-5b",
+            autocompletion=lambda incomplete: beginning(incomplete),
+        ),
     ] = "words",
     sets: Sets = [],  # noqa: B006
 ) -> None:
@@ -133,6 +136,7 @@ def rollout(
     check_settings(opened.config)
     select(opened.config.score, content=False)
     if not dry_run:
+        warn(opened, stage, "rollout")
         share = Share.of(worker, wait)
         with ranks(opened):
             report = do_rollout(opened, stage, None, share)
@@ -158,6 +162,7 @@ def score(
     opened = open_run(run, [*sets, *reward_settings(reward)])
     stage = stage_of(opened, iteration)
     share = Share.of(worker, wait)
+    warn(opened, stage, "score", advantages_only)
     with ranks(opened) as barrier:
         report = do_score(opened, stage, share, barrier, advantages_only)
     share.end(report.nothing_done, f"{stage.name} score")
@@ -174,8 +179,10 @@ def train(
 ) -> None:
     """Prove that the shards replay exactly, then update the policy."""
     opened = open_run(run, sets)
+    stage = stage_of(opened, iteration)
+    warn(opened, stage, "train")
     with ranks(opened):
-        do_train(opened, stage_of(opened, iteration).iteration, None, advantage)
+        do_train(opened, stage.iteration, None, advantage)
 
 
 @app.command(
@@ -198,6 +205,7 @@ def loop(
     opened = open_run(run, sets)
     with ranks(opened) as barrier:
         first = stage_of(opened)
+        warn(opened, first, "loop")
         policy = load_policy(opened, first) if first.iteration < iterations else None
         for k in range(iterations):
             stage = opened.iteration(k)
@@ -231,6 +239,7 @@ def evaluate(
     with ranks(opened) as barrier:
         policy = None if all(stage.is_complete() for stage in stages) else load_policy(opened, stages[0])
         for stage in stages:
+            warn(opened, stage, "eval")
             do_rollout(opened, stage, policy, Share.of("", wait))
             scored = do_score(opened, stage, Share.of("", wait), barrier)
     if is_first():
@@ -469,6 +478,27 @@ def plan_memory(
         print(render(opened, found, ranks))
 
 
+@app.command(
+    short_help="What this machine has of all that is needed.",
+    epilog="Example:  rushes doctor runs",
+)
+def doctor(
+    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="where runs shall lie")] = Path("."),
+    as_json: AsJson = False,
+) -> None:
+    """Look at what a run needs on this machine, one line each; exit code 1 when something needed is missing."""
+    from shards.doctor.checks import enough, examine
+
+    found = examine(folder)
+    if as_json:
+        print_json({"folder": str(folder), "enough": enough(found), "checks": [asdict(check) for check in found]})
+    else:
+        print("\n".join(map(str, found)))
+    if not enough(found):
+        missing = ", ".join(check.name for check in found if check.needed and not check.ok)
+        raise RunFailed(f"a plain run cannot work here: {missing}", "each line says what to do")
+
+
 # --- What the commands share -----------------------------------------------------------------------------------------
 
 
@@ -484,6 +514,13 @@ def stage_of(run: Run, iteration: int | None = None) -> Stage:
     return run.iteration(run.next_iteration() if iteration is None else iteration)
 
 
+def beginning(incomplete: str) -> list[str]:
+    """Presets whose names begin so, for the completion of a shell."""
+    from shards.run_toml import presets
+
+    return [name for name in presets() if name.startswith(incomplete)]
+
+
 def what_next(run: Run) -> str:
     """What to do with a run that was trained: one command a line, with its path."""
     path = shlex.quote(shown(str(run.path)))
@@ -493,6 +530,14 @@ def what_next(run: Run) -> str:
     width = max(map(len, commands))
     lines = [f"rushes {command:<{width}}  # {what}" for command, what in commands.items()]
     return "next: " + "\n      ".join(lines)
+
+
+def warn(run: Run, stage: Stage, command: str, advantages_only: bool = False) -> None:
+    """Say in one line which settings have no effect on a stage."""
+    from shards.settings.without_effect import without_effect
+
+    if sentence := without_effect(run, stage, command, advantages_only):
+        say(sentence)
 
 
 def load_policy(run: Run, stage: Stage | None = None) -> Policy:

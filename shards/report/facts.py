@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from shards import diagnosis, sidecar
-from shards.config import TrainConfig
 from shards.diagnosis import Limits, Move
-from shards.errors import Damaged
-from shards.files import read_json, read_json_lines
+from shards.files import read_json_lines
 from shards.inspect import table
 from shards.reader import read_manifest
 from shards.report.points import Point
 from shards.run import Run, Stage
-from shards.run_toml import parse_config
+from shards.settings.frozen import of_training
 
 if TYPE_CHECKING:
     import pandas
@@ -208,23 +206,7 @@ def _limits(run: Run, stage: Stage) -> Limits:
     """What an iteration is judged by: the settings that training froze, or those of run.toml before there are any."""
     plan = stage.plan()
     lag = stage.iteration - plan.policy.lag_of if plan else 0
-    return Limits.of(frozen_settings(stage) or run.config.train, lag)
-
-
-def frozen_settings(stage: Stage) -> TrainConfig | None:
-    """The settings of [train] that an iteration is trained with; None before training began.
-
-    A setting that the file does not have, because it was written before there was one, has its default, and one that
-    this version does not know is left out. Raises UserError for a file that is damaged.
-    """
-    path = stage.train_plan_path
-    if not path.exists():
-        return None
-    values = read_json(path).get("train")
-    if not isinstance(values, dict):
-        raise Damaged(f"{path} is damaged: it has no train", "restore it from a copy")
-    known = {name: value for name, value in values.items() if name in TrainConfig.model_fields}
-    return parse_config({"train": known}, str(path)).train
+    return Limits.of(of_training(stage) or run.config.train, lag)
 
 
 def _costs(stage: Stage, samples: pandas.DataFrame) -> list[Cost]:

@@ -91,12 +91,23 @@ def make(run: Path, model: Path, prompts: Path, *sets: str) -> Result:
         "verify",
         "export",
         "plan-memory",
+        "doctor",
+        "compare",
     ],
 )
 def test_every_command_has_help_with_an_example(command: str) -> None:
     result = rushes(command, "--help")
     assert result.returncode == 0
     assert f"rushes {command}" in result.stdout.split("Example:")[1]
+
+
+def test_a_shell_completes_commands_and_presets() -> None:
+    def completed(words: str) -> list[str]:
+        count = str(words.count(" "))
+        return python(_RUSHES_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=count).stdout.split()
+
+    assert completed("rushes plan") == ["plan-memory"]
+    assert completed("rushes init runs/first --preset wan21-1") == ["wan21-1.3b", "wan21-14b"]
 
 
 def test_help_takes_less_than_four_tenths_of_a_second_of_processor() -> None:

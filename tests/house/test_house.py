@@ -19,10 +19,12 @@ OURS = ("cli", *PACKAGES, "bench", "tests")
 
 FOLDERS: dict[str, set[str]] = {
     "shards": {"shards/store"},
+    "shards/doctor": {"shards", "shards/store"},
     "shards/inspect": {"shards", "shards/store"},
     "shards/presets": set(),
     "shards/process": {"shards"},
-    "shards/report": {"shards", "shards/inspect"},
+    "shards/report": {"shards", "shards/inspect", "shards/process", "shards/settings", "shards/store"},
+    "shards/settings": {"shards", "shards/text"},
     "shards/store": {"shards"},
     "shards/text": {"shards", "shards/store"},
     "shards/verify": {"shards", "shards/process", "shards/store"},
