@@ -21,6 +21,7 @@ from shards.process.progress import counted, show
 from shards.process.signals import INTERRUPTED, check, stoppable
 from shards.process.torchrun import is_first, rank, run_to_end, world_size
 from shards.store.urls import in_shell, shown
+from shards.text.visible import visible
 from shards.workers.share import ALL, Share
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ Wait = Annotated[
 def say(text: str) -> None:
     """Talk goes to stderr; stdout is data. Of several ranks only the first one talks."""
     if is_first():
-        print(shown(text), file=sys.stderr, flush=True)
+        print(visible(shown(text)), file=sys.stderr, flush=True)
 
 
 def version(wanted: bool) -> None:
@@ -313,7 +314,13 @@ def inspect(
     sort: Annotated[str, typer.Option(help="columns to sort by; -column for descending")] = "",
     columns: Annotated[str, typer.Option(help="columns to show, separated by commas")] = "",
     group_by: Annotated[str, typer.Option(help="columns to group by, for example prompt: count, mean, spread")] = "",
-    format: Annotated[str, typer.Option(help="table, csv, json, jsonl or parquet (the last needs --out)")] = "table",
+    format: Annotated[
+        str,
+        typer.Option(
+            help="table, csv, json, jsonl or parquet (the last needs --out); csv has texts as they are, also those that "
+            "a spreadsheet takes for a formula: import them as text"
+        ),
+    ] = "table",
     out: Annotated[Path | None, typer.Option(help="write here instead of to the terminal")] = None,
     frames: Annotated[Path | None, typer.Option(help="with KEY: folder of the frames, else RUN/frames/KEY")] = None,
 ) -> None:
@@ -363,6 +370,7 @@ def status(
     while True:
         found = look(opened, iteration, quick)
         text = json.dumps(found.as_dict()) if as_json else render(found, width=terminal_width())
+        text = visible(text)
         print(in_place(text, watch) if redraw else text, flush=True)
         if not watch:
             return
@@ -375,6 +383,10 @@ def status(
 )
 def report(
     run: RunPath,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="write nothing, but serve a page that follows the run, for this machine")
+    ] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="with --watch: of 127.0.0.1; 0: any that is free")] = 0,
     megabytes: Annotated[float, typer.Option(help="most that clips may take; the page says what was left out")] = 48.0,
     tensorboard: Annotated[bool, typer.Option(help="also write rewards, guards and clips for TensorBoard")] = False,
     wandb: Annotated[bool, typer.Option(help="also log them to Weights & Biases, where that is installed")] = False,
@@ -383,6 +395,8 @@ def report(
     from shards.report.page import write_report
 
     opened = open_run(run, [])
+    if watch:
+        return follow(opened, megabytes, port)
     path = write_report(opened, megabytes)
     say(f"{path}: {path.stat().st_size / 1e6:.1f} MB, open it in a browser")
     if tensorboard:
@@ -394,6 +408,32 @@ def report(
         from shards.report.trackers import send_wandb
 
         say(f"Weights & Biases: {send_wandb(opened)}")
+
+
+@app.command(
+    short_help="Runs side by side: settings that differ, curves.",
+    epilog="Example:  rushes compare runs/signs runs/other --page compared.html",
+)
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN…", help="two to six runs", show_default=False)],
+    page: Annotated[Path | None, typer.Option(help="also write an HTML page, with the same clips of each")] = None,
+    megabytes: Annotated[float, typer.Option(min=0, help="most that clips may take in the page")] = 48.0,
+    as_json: AsJson = False,
+) -> None:
+    """Show the settings that differ and the rewards of some runs, paired where they evaluated alike."""
+    from shards.compare.runs import compare as compare_runs
+    from shards.compare.terminal import text_of
+    from shards.process.progress import terminal_width
+
+    found = compare_runs(runs)
+    if page is not None:
+        from shards.compare.page import write_comparison
+
+        say(f"{write_comparison(found, page, megabytes)}: open it in a browser")
+    if as_json:
+        print_json(found.as_dict())
+    else:
+        print(visible(text_of(found, terminal_width())))
 
 
 @app.command(
@@ -519,6 +559,16 @@ def beginning(incomplete: str) -> list[str]:
     from shards.run_toml import presets
 
     return [name for name in presets() if name.startswith(incomplete)]
+
+
+def follow(run: Run, megabytes: float, port: int) -> None:
+    """Serve the report of a run until Ctrl-C."""
+    from shards.report.live import served
+
+    with served(run, megabytes, port) as server:
+        host, number = server.server_address[:2]
+        say(f"http://{host!s}:{number}/ shows the run as it goes on; Ctrl-C ends it")
+        server.serve_forever()
 
 
 def what_next(run: Run) -> str:

@@ -19,11 +19,13 @@ OURS = ("cli", *PACKAGES, "bench", "tests")
 
 FOLDERS: dict[str, set[str]] = {
     "shards": {"shards/store"},
+    "shards/compare": {"shards", "shards/process", "shards/report", "shards/settings", "shards/store"},
     "shards/doctor": {"shards", "shards/store"},
-    "shards/inspect": {"shards", "shards/store"},
+    "shards/inspect": {"shards", "shards/store", "shards/text"},
     "shards/presets": set(),
     "shards/process": {"shards"},
-    "shards/report": {"shards", "shards/inspect", "shards/process", "shards/settings", "shards/store"},
+    "shards/report": {"shards", "shards/inspect", "shards/process", "shards/settings", "shards/store", "shards/text",
+                      "shards/workers"},
     "shards/settings": {"shards", "shards/text"},
     "shards/store": {"shards"},
     "shards/text": {"shards", "shards/store"},
