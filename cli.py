@@ -317,8 +317,8 @@ def inspect(
     format: Annotated[
         str,
         typer.Option(
-            help="table, csv, json, jsonl or parquet (the last needs --out); csv has texts as they are, also those that "
-            "a spreadsheet takes for a formula: import them as text"
+            help="table, csv, json, jsonl or parquet (the last needs --out); csv has texts as they are, also those "
+            "that a spreadsheet takes for a formula: import them as text"
         ),
     ] = "table",
     out: Annotated[Path | None, typer.Option(help="write here instead of to the terminal")] = None,
@@ -626,6 +626,7 @@ def do_score(
 ) -> ScoreReport:
     """Score what is missing of one stage and say what happened. Its summary is there on the first rank alone."""
     from score.run import score as run_score
+    from shards.trackers.live import track_reward
 
     check(f"before {stage.name} score")
     with show(f"{stage.name} score") as report:
@@ -642,6 +643,8 @@ def do_score(
     say(f"{stage.name} score: {result}")
     if result.reward:
         say(f"{stage.name} {result.reward}")
+        if result.advantages_written:
+            track_reward(result.reward)
     if result.pending:
         raise StillBusy(
             f"{stage.name}: {counted(len(result.pending), 'shard')} not sampled or not scored yet", "run it again later"
@@ -665,15 +668,18 @@ def do_train(run: Run, iteration: int, policy: Policy | None, advantage: str = "
 def ranks(run: Run) -> Iterator[Barrier]:
     """Join the other ranks that torchrun started, see that all mean the same run, and give their barrier.
 
-    Without torchrun nothing is loaded, and the barrier does nothing.
+    Without torchrun nothing is loaded, and the barrier does nothing. Meanwhile metrics go to the run's trackers.
     """
+    from shards.trackers.live import tracking
+
     if world_size() == 1:
-        yield lambda: None
+        with tracking(run):
+            yield lambda: None
         return
     from rollout.ranks.meet import meet
     from train.ranks import lost_ranks
 
-    with lost_ranks():
+    with lost_ranks(), tracking(run):
         world = meet(run)
         yield world.barrier
         world.close()

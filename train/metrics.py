@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from shards.files import publish_replace, read_json_lines
 from shards.run import METRICS
 from shards.store import mirror
+from shards.trackers.live import track_update
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -43,6 +44,8 @@ class MetricsLog:
             file.write(_line(record))
         mirror.put(self.path, self.path)
         self._show(record)
+        self._board.flush()  # who watches sees it now
+        track_update(record)
 
     def close(self) -> None:
         """Write what TensorBoard still holds back."""

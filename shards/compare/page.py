@@ -57,7 +57,10 @@ def _style(side: Side) -> str:
 def _rewards(found: Comparison, facts: list[Facts], kind: str) -> str:
     """The curves of all runs: by iteration, and against what was spent."""
     name = "held-out reward" if kind == "eval" else "training reward"
-    curves = {side.letter: report_facts.error_points(one.of(kind), "reward") for side, one in zip(found.sides, facts, strict=True)}
+    curves = {
+        side.letter: report_facts.error_points(one.of(kind), "reward")
+        for side, one in zip(found.sides, facts, strict=True)
+    }
     series = [Series(side.letter, _style(side), curves[side.letter], bars=True) for side in found.sides]
     panels = []
     for axis, label in AXES.items():

@@ -19,13 +19,13 @@ from shards.run import Run
 
 MEGABYTES = 48  # of clips in a page: what a browser opens at once and a mail server lets pass
 WORDS = {
-    "reward": "Training prompts change with every iteration and are sampled with noise; held-out prompts and seeds stay "
-    "the same, so theirs is the curve that counts. Iteration K is the policy after K iterations.",
+    "reward": "Training prompts change with every iteration and are sampled with noise; held-out prompts and seeds "
+    "stay the same, so theirs is the curve that counts. Iteration K is the policy after K iterations.",
     "components": "Every component of every reward, and whether the groups have something to teach.",
     "training": "One point per update of each expert. Hold the pointer over a point to read it.",
     "advantages": "Of the samples that were trained on, in the first and in the newest iteration.",
-    "evaluations": "The same held-out prompt and the same initial noise through every evaluated policy: what each prompt "
-    "gained, then the videos with their reward and the text read in the frames looked at.",
+    "evaluations": "The same held-out prompt and the same initial noise through every evaluated policy: what each "
+    "prompt gained, then the videos with their reward and the text read in the frames looked at.",
     "guards": "What a hacked reward changes first. The shaded range is ± 20 % around iteration 0 of training; held-out "
     "clips are compared with their own beginning. An alarm is a move beyond it by more than two standard errors; "
     "whiskers and bands are one.",
@@ -55,7 +55,8 @@ def page(run: Run, megabytes: float, version: str = "") -> str:
         evaluations, groups = report_clips.evaluations(facts, shelf), report_clips.groups(facts, shelf)
     finally:
         shelf.close()
-    clips = f"Best, median and worst of each group with reward, advantage A and the text read. {_left_out(shelf, megabytes)}"
+    left_out = _left_out(shelf, megabytes)
+    clips = f"Best, median and worst of each group with reward, advantage A and the text read. {left_out}"
     parts = {
         "reward": ("Reward", panels.reward_panels(facts)),
         "components": ("Components", panels.component_panels(facts)),
@@ -130,10 +131,13 @@ def _alarms(facts: Facts) -> str:
         return f'<div class="alarms loud" role="alert"><b>{len(found)} to look at</b><ul>{items}</ul></div>'
     if facts.moves:
         items = "".join(f"<li>{escape(str(move))}, but within noise</li>" for move in facts.moves)
-        text = f"<b>No alarm, but {counted(len({move.guard for move in facts.moves}), 'guard')} moved.</b> More prompts or iterations would tell."
+        moved = counted(len({move.guard for move in facts.moves}), "guard")
+        text = f"<b>No alarm, but {moved} moved.</b> More prompts or iterations would tell."
         return f'<div class="alarms unsure">{text}<ul>{items}</ul></div>'
     if not report_facts.guards(facts.samples):
-        text = "<b>No alarm, but no guards either.</b> Groups and updates are within their limits; guards were not scored."
+        text = (
+            "<b>No alarm, but no guards either.</b> Groups and updates are within their limits; guards were not scored."
+        )
         return f'<div class="alarms unsure">{text}</div>'
     return '<div class="alarms quiet"><b>No alarm.</b> Guards, groups and updates are within their limits.</div>'
 

@@ -52,8 +52,8 @@ def lines(
 ) -> str:
     """A line chart. `zone` shades a range of values, `include` widens the axis to certain values.
 
-    Points that are not finite are left out. `label` is read out by screen readers. `whole_x`: ticks at integers only. `style` is
-    the class of the picture.
+    Points that are not finite are left out. `label` is read out by screen readers. `whole_x`: ticks at integers only.
+    `style` is the class of the picture.
     """
     series = [Series(one.name, one.style, [p for p in one.points if _finite(p)], one.bars) for one in series]
     points = [point for one in series for point in one.points]

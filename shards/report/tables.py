@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from shards.diagnosis import number
+from shards.process.progress import counted
 from shards.report import paired
 from shards.report.facts import Cost, Facts
 from shards.report.paired import Evaluated
 from shards.report.shell import escape
-from shards.settings.history import Change, history, of_preset, written
 from shards.settings.frozen import flat
+from shards.settings.history import Change, history, of_preset, written
 
 COST_COLUMNS = ("stage", "work", "videos", "time", "per video", "shards", "peak memory")
 
@@ -22,19 +23,22 @@ def policy_table(facts: Facts) -> str:
         return ""
     head = ("after iterations", "videos", "reward", "± s.e.", "change", "± s.e.", "wins", "losses", "ties")
     body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in _policy(row))}</tr>" for row in rows)
-    notes = [f"Iteration {row.iteration} was planned with another {', '.join(row.unlike[:4])}." for row in rows if row.unlike]
+    notes = [
+        f"Iteration {row.iteration} was planned with another {', '.join(row.unlike[:4])}." for row in rows if row.unlike
+    ]
     pairs = [row.paired for row in rows if row.paired]
     if pairs:
-        notes.insert(0, f"Change: against the policy after {pairs[0].against}, on the same prompts and noise: the mean over "
-                     f"{pairs[0].prompts} prompts, its standard error, and how many got better, worse, neither.")  # fmt: skip
+        first = f"Change: against the policy after {pairs[0].against}, on the same prompts and noise: the mean over"
+        counts = "its standard error, and how many got better, worse, neither."
+        notes.insert(0, f"{first} {counted(pairs[0].prompts, 'prompt')}, {counts}")
     words = "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
-    return f'{table("figures", head, body)}{words}'
+    return f"{table('figures', head, body)}{words}"
 
 
 def _policy(row: Evaluated) -> list[str]:
     cells = [str(row.iteration), str(row.videos), number(row.mean_reward, 4), number(row.standard_error, 2)]
     if row.paired is None:
-        return cells + ["not paired" if row.unlike else "–", *["–"] * 4]
+        return [*cells, "not paired" if row.unlike else "–", *(["–"] * 4)]
     pair = row.paired
     change = "–" if pair.difference is None else f"{pair.difference:+.4f}".replace("-", "\N{MINUS SIGN}")
     return [*cells, change, number(pair.standard_error, 2), str(pair.wins), str(pair.losses), str(pair.ties)]

@@ -86,9 +86,9 @@ def of_stage(stage: Stage) -> Settings:
     """All that an iteration keeps of its settings. Raises UserError for a damaged file."""
     plan = stage.plan()
     found = of_plan(plan) if plan else {}
-    trained = of_training(stage)
-    kept = training_record(stage) or {}
-    found |= {f"train.{name}": value for name, value in (trained.model_dump() if trained else {}).items() if name in kept}
+    trained, kept = of_training(stage), training_record(stage) or {}
+    values = trained.model_dump() if trained else {}
+    found |= {f"train.{name}": value for name, value in values.items() if name in kept}
     return found | of_scores(stage)
 
 

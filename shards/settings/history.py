@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from shards.errors import UserError
@@ -36,7 +37,8 @@ def history(run: Run) -> dict[str, list[Change]]:
         # an option or a reward may be gone from run.toml
         values = [Change(k, settings[name]) for k, settings in kept.items() if name in settings]
         values.append(Change(None, ours.get(name, ABSENT)))
-        changes = [one for one, last in zip(values, [None, *values], strict=False) if not last or not same(last.value, one.value)]
+        changes = values[:1]
+        changes += [one for last, one in pairwise(values) if not same(last.value, one.value)]
         if len(changes) > 1:
             found[name] = changes
     return dict(sorted(found.items()))

@@ -9,12 +9,13 @@ from shards.settings.frozen import flat, of_plan, of_training, same, training_re
 from shards.text.cleaning import clean
 
 READS = {  # by command: sections, and single keys of others
-    "rollout": ("model", "rollout", "score.rewards", "score.options", "eval.prompts", "eval.holdout", "workers"),
-    "score": ("score", "workers"),
-    "train": ("model", "rollout.ulysses", "score", "train", "workers"),
-    "loop": ("model", "rollout", "score", "train", "eval.prompts", "eval.holdout", "workers"),
-    "eval": ("model", "rollout", "score", "eval", "workers"),
+    "rollout": ("model", "rollout", "score.rewards", "score.options", "eval.prompts", "eval.holdout"),
+    "score": ("score",),
+    "train": ("model", "rollout.ulysses", "score", "train"),
+    "loop": ("model", "rollout", "score", "train", "eval.prompts", "eval.holdout"),
+    "eval": ("model", "rollout", "score", "eval"),
 }
+EVERYWHERE = ("workers", "track")
 BY_PROCESS = ("rollout.workers", "rollout.ulysses", "eval.ema")  # no plan holds them
 NOTHING_SCORED = ("score.workers",)
 
@@ -28,7 +29,7 @@ def without_effect(run: Run, stage: Stage, command: str, advantages_only: bool =
     reasons: dict[str, str] = {}
     changed = _changed(run)
     for name in changed:
-        if not any(name == key or name.startswith(f"{key}.") for key in READS[command]):
+        if not any(name == key or name.startswith(f"{key}.") for key in (*READS[command], *EVERYWHERE)):
             reasons[name] = f"`{command}` does not read it"
         if advantages_only and name in NOTHING_SCORED:
             reasons[name] = "with --advantages-only nothing is scored"

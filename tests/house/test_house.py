@@ -29,6 +29,7 @@ FOLDERS: dict[str, set[str]] = {
     "shards/settings": {"shards", "shards/text"},
     "shards/store": {"shards"},
     "shards/text": {"shards", "shards/store"},
+    "shards/trackers": {"shards", "shards/process"},
     "shards/verify": {"shards", "shards/process", "shards/store"},
     "shards/workers": {"shards", "shards/process", "shards/store"},
     "rollout": {"rollout/policy", "rollout/prompts", "rollout/ranks", "rollout/words", "shards", "shards/process",
@@ -48,7 +49,7 @@ FOLDERS: dict[str, set[str]] = {
     "score/ocr": {"score", "shards", "shards/text"},
     "score/videoalign": {"score", "shards"},
     "train": {"rollout", "rollout/policy", "rollout/ranks", "shards", "shards/process", "shards/store",
-              "shards/workers", "train/objectives"},
+              "shards/trackers", "shards/workers", "train/objectives"},
     "train/objectives": {"rollout", "shards"},
 }  # fmt: skip
 """Every folder of the packages, and the other folders whose modules its own may import."""

@@ -44,10 +44,10 @@ CLIPS = (
 
 
 def make_run(
-    path: Path, *, iterations: int = 2, dark_after: float = 0.2, text: str = '["<FILM>", ""]'
+    path: Path, *, first: int = 0, iterations: int = 2, dark_after: float = 0.2, text: str = '["<FILM>", ""]'
 ) -> Run:
-    """Iterations of two groups, each with an evaluation; saturation stays and luma moves to `dark_after`."""
-    for k in range(iterations):
+    """Iterations of two groups, each with an evaluation; luma moves to `dark_after`, saturation stays."""
+    for k in range(first, iterations):
         judge(committed_stage(path, k, group_size=4, prompt=HOSTILE), 0.2 if k == 0 else dark_after, text)
         judge(committed_stage(path, k, evaluation=True, group_size=2, prompt=HOSTILE), 0.2, text)
         write_updates(Run(path).iteration(k))
