@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ WATCHED = (  # patterns within a stage; each of these files appears or grows whe
     "plan.json", "rollout/manifest/*.json", "score/*/*.parquet", "advantage/*/*", "train/plan.json",
     "policy/metrics.jsonl", "policy/policy.json",
 )  # fmt: skip
+REST = 10  # times as long as it takes to make a page, none is made: the run has better to do
 HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
            "Cross-Origin-Resource-Policy": "same-origin"}  # fmt: skip
 
@@ -37,6 +39,8 @@ class Follower:
     _version: str = ""
     _page: str = ""
     _lock: Lock = field(default_factory=Lock)
+    _again: float = 0.0
+    """When, by the monotonic clock, the next page may be made."""
 
     def state(self) -> dict[str, str]:
         """`version`, which is another one when the page would be, and `text`: what `rushes status` says now."""
@@ -45,7 +49,8 @@ class Follower:
             text = render(status(run, quick=True))
         except UserError as error:  # of a file in the middle of its writing, too
             text = str(error)
-        return {"version": version_of(run), "text": visible(text)}
+        rests = self._version and time.monotonic() < self._again
+        return {"version": self._version if rests else version_of(run), "text": visible(text)}
 
     def page(self) -> str:
         """The newest page; where it cannot be made now, the last one, or a page that says why."""
@@ -53,9 +58,11 @@ class Follower:
             run = Run.open(self.path)
             version = version_of(run)
             if version != self._version:
+                began = time.monotonic()
                 try:
                     self._page = page(run, self.megabytes, version)
                     self._version = version
+                    self._again = began + REST * (time.monotonic() - began)
                 except (UserError, OSError) as error:
                     return self._page or _waiting(run, version, str(error))
             return self._page

@@ -13,6 +13,8 @@ from shards.plan import RolloutPlan
 from shards.run import Stage
 from shards.run_toml import parse_config
 
+TWO_FORMS = ("flow-sde", "dance-sde", "wan-sde")
+"""Laws that are computed in the form that is asked for; the plan of another one says `exact`, whatever that is."""
 Settings = dict[str, Any]
 """Values by dotted name, `train.learning_rate`."""
 
@@ -40,7 +42,9 @@ def of_plan(plan: RolloutPlan) -> Settings:
     found |= {name: getattr(video, name) for name in ("height", "width", "frames", "fps")}
     found |= {"video_crf": video.crf, "steps": schedule.steps}
     if schedule.law != "ode":  # which has no noise
-        found |= {"form": schedule.form, "eta": schedule.eta}
+        found["eta"] = schedule.eta
+    if schedule.law in TWO_FORMS:
+        found["form"] = schedule.form
     for expert, guidance in zip(schedule.experts, schedule.guidance, strict=True):
         found["guidance_scale_2" if expert == 1 else "guidance_scale"] = guidance
     return {f"rollout.{name}": value for name, value in found.items()}

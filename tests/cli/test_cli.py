@@ -56,7 +56,7 @@ def small(tiny_t2v2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     prompts.write_text('"FILM" on blue\n"REEL" on red\n"CUT" on black\n', encoding="utf-8")
     run = folder / "run"
     assert make(run, tiny_t2v2, prompts).returncode == 0
-    result = rushes("loop", run, "--iterations", "1")
+    result = rushes("loop", run, "--iterations", "1", "--set", 'track.to=["tensorboard"]')
     assert result.returncode == 0, result.stderr
     return run
 
@@ -123,6 +123,9 @@ def test_a_loop_leaves_everything_it_promises(small: Path) -> None:
     metrics = [json.loads(line) for line in (iteration / "policy" / "metrics.jsonl").read_text().splitlines()]
     assert {row["expert"] for row in metrics} == {"high_noise", "low_noise"}
     assert list((iteration / "policy" / "tensorboard").iterdir())
+    [events] = (small / "report" / "live" / "run").iterdir()
+    assert b"training/reward" in events.read_bytes()  # told while the loop went on
+    assert b"low_noise/loss" in events.read_bytes()
 
 
 def test_a_second_loop_does_nothing_and_says_so(small: Path) -> None:

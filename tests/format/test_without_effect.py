@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import struct
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from rollout.transitions import resolve_form
+from shards.plan import Law
 from shards.run import Run, Stage
+from shards.settings.frozen import TWO_FORMS
 from shards.settings.without_effect import without_effect
 from tests.support.shard_fixtures import make_plan, planned_stage
 
@@ -67,6 +71,17 @@ def test_a_setting_of_this_call_without_effect_is_named(stage: Stage, command: s
 )
 def test_what_has_an_effect_is_not_named(stage: Stage, command: str, setting: str) -> None:
     assert said(stage, command, setting) == ""
+
+
+def test_a_form_that_its_law_does_not_have_is_not_named(stage: Stage) -> None:
+    """The plan says `exact` of those laws, and run.toml may say anything."""
+    laws = [law for law in get_args(Law) if resolve_form(law, "euler-maruyama") == "euler-maruyama"]
+    assert set(TWO_FORMS) == set(laws)
+    path = stage.run_path / "run.toml"
+    text = path.read_text().replace('form = "exact"', 'form = "euler-maruyama"\nlaw = "cps"')
+    path.write_text(text)
+    stage.plan_path.write_text(stage.plan_path.read_text().replace('"flow-sde"', '"cps"'))
+    assert said(stage, "train") == ""
 
 
 def test_what_was_edited_after_the_plan_is_named(stage: Stage) -> None:
