@@ -421,7 +421,7 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Show the settings that differ and the rewards of some runs, paired where they evaluated alike."""
-    from shards.compare.runs import compare as compare_runs
+    from shards.compare.runs import compare_runs
     from shards.compare.terminal import text_of
     from shards.process.progress import terminal_width
 

@@ -12,7 +12,7 @@ from shards.measures import Measure, measured
 from shards.report.paired import Paired, meant, paired, unlike
 from shards.run import Run
 from shards.settings.frozen import Settings
-from shards.settings.history import differing, history, in_effect
+from shards.settings.history import differing, in_effect, setting_changes
 from shards.store.urls import shown
 
 LETTERS = "ABCDEF"
@@ -86,7 +86,7 @@ def _plain(measures: Mapping[int, Measure]) -> dict[str, Any]:
     return {str(k): asdict(one) for k, one in measures.items()}
 
 
-def compare(paths: Sequence[str | Path]) -> Comparison:
+def compare_runs(paths: Sequence[str | Path]) -> Comparison:
     """Read some runs. Raises UserError for fewer than two, more than six, or one twice, and for damaged files."""
     if not 2 <= len(paths) <= len(LETTERS):
         hint = f"name 2 to {len(LETTERS)} run directories"
@@ -105,7 +105,9 @@ def _side(letter: str, run: Run) -> Side:
     training = {k: found for k in run.iterations() if (found := measured(run.iteration(k), weights))}
     held_out = {k: found for k in run.evaluations() if (found := measured(run.evaluation(k), weights))}
     trained = sum(run.iteration(k).trained() for k in run.iterations())
-    changed = [name for name, values in history(run).items() if sum(one.iteration is not None for one in values) > 1]
+    changed = [
+        name for name, values in setting_changes(run).items() if sum(one.iteration is not None for one in values) > 1
+    ]
     return Side(letter, run, trained, in_effect(run), changed, training, held_out)
 
 

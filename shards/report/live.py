@@ -11,6 +11,7 @@ from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Lock
+from typing import cast
 
 from shards.errors import UserError
 from shards.report.page import page
@@ -50,13 +51,13 @@ class Follower:
         except UserError as error:  # of a file in the middle of its writing, too
             text = str(error)
         rests = self._version and time.monotonic() < self._again
-        return {"version": self._version if rests else version_of(run), "text": visible(text)}
+        return {"version": self._version if rests else version_of_page(run), "text": visible(text)}
 
     def page(self) -> str:
         """The newest page; where it cannot be made now, the last one, or a page that says why."""
         with self._lock:
             run = Run.open(self.path)
-            version = version_of(run)
+            version = version_of_page(run)
             if version != self._version:
                 began = time.monotonic()
                 try:
@@ -68,7 +69,7 @@ class Follower:
             return self._page
 
 
-def version_of(run: Run) -> str:
+def version_of_page(run: Run) -> str:
     """A short text that is another one whenever a file that the report reads is."""
     mirror.refresh(run.path)
     stages = [run.iteration(k) for k in run.iterations()] + [run.evaluation(k) for k in run.evaluations()]
@@ -115,11 +116,11 @@ def _handler(follower: Follower) -> type[BaseHTTPRequestHandler]:
 
         def do_GET(self) -> None:
             """Answer whoever names this server as this machine: a page elsewhere that was led here by DNS does not."""
-            port = self.server.server_address[1]
             answers: dict[str, tuple[str, Callable[[], str]]] = {
                 "/": ("text/html; charset=utf-8", follower.page),
                 "/state": ("application/json", lambda: json.dumps(follower.state())),
             }
+            _, port = cast(tuple[str, int], self.server.server_address)
             if self.headers.get("Host") not in (f"{LOOPBACK}:{port}", f"localhost:{port}"):
                 return self.send_error(421)
             if self.path not in answers:

@@ -11,7 +11,7 @@ from shards.report.facts import Cost, Facts
 from shards.report.paired import Evaluated
 from shards.report.shell import escape
 from shards.settings.frozen import flat
-from shards.settings.history import Change, history, of_preset, written
+from shards.settings.history import Change, of_preset, setting_changes, written
 
 COST_COLUMNS = ("stage", "work", "videos", "time", "per video", "shards", "peak memory")
 
@@ -46,7 +46,7 @@ def _policy(row: Evaluated) -> list[str]:
 
 def settings_table(facts: Facts) -> str:
     """What changed over the iterations, and all of run.toml beside the preset it began from."""
-    changes = history(facts.run)
+    changes = setting_changes(facts.run)
     rows = "".join(
         f'<tr><th scope="row">{escape(name)}</th><td>{"; ".join(_change(one) for one in values)}</td></tr>'
         for name, values in changes.items()

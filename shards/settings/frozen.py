@@ -96,7 +96,7 @@ def of_stage(stage: Stage) -> Settings:
     return found | of_scores(stage)
 
 
-def same(one: Any, other: Any) -> bool:
+def is_same(one: Any, other: Any) -> bool:
     """Whether two values are equal, or one of them is the other in fp32, as a plan has it."""
     if isinstance(one, float) and isinstance(other, float | int) and one != other:
         try:

@@ -10,7 +10,7 @@ from typing import Any
 from shards.errors import UserError
 from shards.run import Run
 from shards.run_toml import parse_config, read_preset
-from shards.settings.frozen import Settings, flat, of_stage, same
+from shards.settings.frozen import Settings, flat, is_same, of_stage
 
 ABSENT = "–"
 
@@ -24,7 +24,7 @@ class Change:
     value: Any
 
 
-def history(run: Run) -> dict[str, list[Change]]:
+def setting_changes(run: Run) -> dict[str, list[Change]]:
     """Settings that did not stay the same, by name, each with its values in order; the first one held from the begin.
 
     The iterations say what they were planned and trained with, run.toml what the next one will have. Raises UserError
@@ -38,7 +38,7 @@ def history(run: Run) -> dict[str, list[Change]]:
         values = [Change(k, settings[name]) for k, settings in kept.items() if name in settings]
         values.append(Change(None, ours.get(name, ABSENT)))
         changes = values[:1]
-        changes += [one for last, one in pairwise(values) if not same(last.value, one.value)]
+        changes += [one for last, one in pairwise(values) if not is_same(last.value, one.value)]
         if len(changes) > 1:
             found[name] = changes
     return dict(sorted(found.items()))
@@ -63,7 +63,7 @@ def of_preset(run: Run) -> Settings:
 def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     """Names of the settings that are not the same everywhere, in order."""
     names = sorted({name for one in settings for name in one})
-    return [name for name in names if not all(same(settings[0].get(name), one.get(name)) for one in settings[1:])]
+    return [name for name in names if not all(is_same(settings[0].get(name), one.get(name)) for one in settings[1:])]
 
 
 def written(value: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from shards.run import Run, Stage
-from shards.settings.frozen import flat, of_plan, of_training, same, training_record
+from shards.settings.frozen import flat, is_same, of_plan, of_training, training_record
 from shards.text.cleaning import clean
 
 READS = {  # by command: sections, and single keys of others
@@ -66,7 +66,7 @@ def _edited(run: Run, stage: Stage) -> Iterator[str]:
     plan, ours = stage.plan(), flat(run.config)
     ours["rollout.negative_prompt"] = clean(run.config.rollout.negative_prompt)
     for name, value in (of_plan(plan) if plan else {}).items():
-        if not same(value, ours[name]):
+        if not is_same(value, ours[name]):
             yield name
 
 

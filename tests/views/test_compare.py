@@ -10,7 +10,7 @@ import pytest
 import cli
 from shards import sidecar
 from shards.compare.page import page_of
-from shards.compare.runs import compare
+from shards.compare.runs import compare_runs
 from shards.compare.terminal import text_of
 from shards.errors import UserError
 from shards.run import Run, Stage
@@ -49,7 +49,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def test_settings_curves_and_pairs(runs: list[Path]) -> None:
-    found = compare(runs)
+    found = compare_runs(runs)
     assert found.differing == ["model.path", "train.learning_rate"]
     text = text_of(found)
     assert all(len(line) <= 80 for line in text.splitlines() if str(runs[0].parent) not in line)
@@ -72,7 +72,7 @@ def test_the_command_and_its_page(runs: list[Path], tmp_path: Path, capsys: pyte
     assert '<th scope="row">train.learning_rate</th><td>0.0001</td><td>0.0002</td>' in text
     assert text.count("<video") == 2 * 2 * 3  # runs, prompts and seeds of the last evaluation
     assert "B less A after 1 iteration" in text
-    assert "<video" not in page_of(compare(runs), 0)
+    assert "<video" not in page_of(compare_runs(runs), 0)
 
 
 def test_what_was_measured_otherwise_is_not_paired(runs: list[Path], tmp_path: Path) -> None:
@@ -80,17 +80,17 @@ def test_what_was_measured_otherwise_is_not_paired(runs: list[Path], tmp_path: P
     stage = Run(other).evaluation(1)
     stage.advantage_dir(NAME).rename(stage.advantages_dir / "89abcdef")
     Run(other).evaluation(0).advantage_dir(NAME).rename(Run(other).evaluation(0).advantages_dir / "89abcdef")
-    found = compare([runs[0], other])
+    found = compare_runs([runs[0], other])
     assert found.pairs[0].found is None
     assert "not to be paired: the evaluations have other rewards" in text_of(found, 200)
     assert {"score.rewards.ocr", "score.rewards.motion"} <= set(found.differing)
-    none = compare([runs[0], make_run(tmp_path / "none", "", 0.0, evaluations=0)])
+    none = compare_runs([runs[0], make_run(tmp_path / "none", "", 0.0, evaluations=0)])
     assert none.pairs == []
     assert "–" in text_of(none)
 
 
 def test_what_cannot_be_compared_is_refused(runs: list[Path]) -> None:
     with pytest.raises(UserError, match=r"1 run cannot be compared \(hint: name 2 to 6"):
-        compare(runs[:1])
+        compare_runs(runs[:1])
     with pytest.raises(UserError, match="plain is named twice"):
-        compare([runs[0], runs[0].parent / "fast" / ".." / "plain"])
+        compare_runs([runs[0], runs[0].parent / "fast" / ".." / "plain"])
