@@ -361,7 +361,7 @@ def test_hints_can_be_followed_to_the_letter(small: Path) -> None:
     loop = f"(hint: rushes loop {small} --iterations 4)"
     assert refused("eval", small, "--iteration", "4").endswith(loop)
     assert refused("rollout", small, "--iteration", "4").endswith(loop)
-    assert refused("export", small, "--iteration", "3", "--out", small / "export").endswith(loop)
+    assert refused("export", small, "--iteration", "4", "--out", small / "export").endswith(loop)
     assert refused("verify", small / "iter-0000", "--replay").endswith(f"(hint: the run is {small})")
     assert rushes("verify", small / "iter-0000").returncode == 0
 
