@@ -22,6 +22,7 @@ from shards.process.progress import counted, show
 from shards.process.signals import INTERRUPTED, check, stoppable
 from shards.process.torchrun import is_first, rank, run_to_end, world_size
 from shards.store.urls import in_shell, shown
+from shards.text.visible import visible
 from shards.workers.share import ALL, Share
 
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ Misuse: type[Exception] = typer.BadParameter.__mro__[1]  # the usage error of wh
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Offline GRPO post-training for Wan video models: rollout, score, train, with immutable files in between.",
@@ -65,7 +65,7 @@ Wait = Annotated[
 def say(text: str) -> None:
     """Talk goes to stderr; stdout is data. Of several ranks only the first one talks."""
     if is_first():
-        print(shown(text), file=sys.stderr, flush=True)
+        print(visible(shown(text)), file=sys.stderr, flush=True)
 
 
 def version(wanted: bool) -> None:
@@ -92,23 +92,27 @@ def options(
 def init(
     run: RunPath,
     preset: Annotated[
-        str, typer.Option(help="words, wan21-1.3b, wan21-14b, wan22-a14b, wan22-i2v or wan22-ti2v-5b")
+        str,
+        typer.Option(
+            help="words, wan21-1.3b, wan21-14b, wan22-a14b, wan22-i2v or wan22-ti2v-5b",
+            autocompletion=lambda incomplete: beginning(incomplete),
+        ),
     ] = "words",
     sets: Sets = [],  # noqa: B006
 ) -> None:
     """Make a run directory with its run.toml, from a preset."""
-    from score.catalogue.trust import own_files, trust
     from score.tables import select
     from shards.absolute_paths import in_full
     from shards.run import Run
     from shards.run_toml import apply_sets, parse_config, read_preset
+    from shards.settings.trust import named_by, own_files, trust
     from train.objectives.settings import check_settings
 
     values, said = in_full(apply_sets(read_preset(preset), sets))
     config = parse_config(values, f"preset {preset}")
     check_settings(config)
     select(config.score, content=False)  # files that its options name may lie on another machine
-    said += [f"trusted: {file} (sha256 {trust(file)[:12]}…)" for file in own_files(named_rewards(sets))]
+    said += [f"trusted: {file} (sha256 {trust(file)[:12]}…)" for file in own_files(named_by(sets))]
     created = Run.create(run, config)
     done = f"written from preset {preset}" if created.is_new else "is there already, with the same values"
     say(f"{created.config_path}: {done}; read it, change what you like")
@@ -137,6 +141,7 @@ def rollout(
     check_rewards(opened)
     select(opened.config.score, content=False)
     if not dry_run:
+        warn(opened, stage, "rollout")
         share = Share.of(worker, wait)
         with ranks(opened):
             report = do_rollout(opened, stage, None, share)
@@ -162,6 +167,7 @@ def score(
     opened = open_run(run, [*sets, *reward_settings(reward)])
     stage = stage_of(opened, iteration)
     share = Share.of(worker, wait)
+    warn(opened, stage, "score", advantages_only)
     with ranks(opened) as barrier:
         report = do_score(opened, stage, share, barrier, advantages_only)
     share.end(report.nothing_done, f"{stage.name} score")
@@ -178,8 +184,10 @@ def train(
 ) -> None:
     """Prove that the shards replay exactly, then update the policy."""
     opened = open_run(run, sets)
+    stage = stage_of(opened, iteration)
+    warn(opened, stage, "train")
     with ranks(opened):
-        do_train(opened, stage_of(opened, iteration).iteration, None, advantage)
+        do_train(opened, stage.iteration, None, advantage)
 
 
 @app.command(
@@ -202,6 +210,7 @@ def loop(
     opened = open_run(run, sets)
     with ranks(opened) as barrier:
         first = stage_of(opened)
+        warn(opened, first, "loop")
         policy = load_policy(opened, first) if first.iteration < iterations else None
         for k in range(iterations):
             stage = opened.iteration(k)
@@ -235,6 +244,7 @@ def evaluate(
     with ranks(opened) as barrier:
         policy = None if all(stage.is_complete() for stage in stages) else load_policy(opened, stages[0])
         for stage in stages:
+            warn(opened, stage, "eval")
             do_rollout(opened, stage, policy, Share.of("", wait))
             scored = do_score(opened, stage, Share.of("", wait), barrier)
     if is_first():
@@ -308,7 +318,13 @@ def inspect(
     sort: Annotated[str, typer.Option(help="columns to sort by; -column for descending")] = "",
     columns: Annotated[str, typer.Option(help="columns to show, separated by commas")] = "",
     group_by: Annotated[str, typer.Option(help="columns to group by, for example prompt: count, mean, spread")] = "",
-    format: Annotated[str, typer.Option(help="table, csv, json, jsonl or parquet (the last needs --out)")] = "table",
+    format: Annotated[
+        str,
+        typer.Option(
+            help="table, csv, json, jsonl or parquet (the last needs --out); csv has texts as they are, also those "
+            "that a spreadsheet takes for a formula: import them as text"
+        ),
+    ] = "table",
     out: Annotated[Path | None, typer.Option(help="write here instead of to the terminal")] = None,
     frames: Annotated[Path | None, typer.Option(help="with KEY: folder of the frames, else RUN/frames/KEY")] = None,
 ) -> None:
@@ -358,6 +374,7 @@ def status(
     while True:
         found = look(opened, iteration, quick)
         text = json.dumps(found.as_dict()) if as_json else render(found, width=terminal_width())
+        text = visible(text)
         print(in_place(text, watch) if redraw else text, flush=True)
         if not watch:
             return
@@ -370,6 +387,10 @@ def status(
 )
 def report(
     run: RunPath,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="write nothing, but serve a page that follows the run, for this machine")
+    ] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="with --watch: of 127.0.0.1; 0: any that is free")] = 0,
     megabytes: Annotated[float, typer.Option(help="most that clips may take; the page says what was left out")] = 48.0,
     tensorboard: Annotated[bool, typer.Option(help="also write rewards, guards and clips for TensorBoard")] = False,
     wandb: Annotated[bool, typer.Option(help="also log them to Weights & Biases, where that is installed")] = False,
@@ -378,6 +399,8 @@ def report(
     from shards.report.page import write_report
 
     opened = open_run(run, [])
+    if watch:
+        return follow(opened, megabytes, port)
     path = write_report(opened, megabytes)
     say(f"{path}: {path.stat().st_size / 1e6:.1f} MB, open it in a browser")
     if tensorboard:
@@ -389,6 +412,32 @@ def report(
         from shards.report.trackers import send_wandb
 
         say(f"Weights & Biases: {send_wandb(opened)}")
+
+
+@app.command(
+    short_help="Runs side by side: settings that differ, curves.",
+    epilog="Example:  rushes compare runs/signs runs/other --page compared.html",
+)
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN…", help="two to six runs", show_default=False)],
+    page: Annotated[Path | None, typer.Option(help="also write an HTML page, with the same clips of each")] = None,
+    megabytes: Annotated[float, typer.Option(min=0, help="most that clips may take in the page")] = 48.0,
+    as_json: AsJson = False,
+) -> None:
+    """Show the settings that differ and the rewards of some runs, paired where they evaluated alike."""
+    from shards.compare.runs import compare_runs
+    from shards.compare.terminal import text_of
+    from shards.process.progress import terminal_width
+
+    found = compare_runs(runs)
+    if page is not None:
+        from shards.compare.page import write_comparison
+
+        say(f"{write_comparison(found, page, megabytes)}: open it in a browser")
+    if as_json:
+        print_json(found.as_dict())
+    else:
+        print(visible(text_of(found, terminal_width())))
 
 
 @app.command(
@@ -465,7 +514,7 @@ def trust(
 
     Trust ends when the file changes. `rushes init` trusts the files that its own --set names.
     """
-    from score.catalogue.trust import trust as trust_file
+    from shards.settings.trust import trust as trust_file
 
     for file in files:
         say(f"trusted: {file.resolve()} (sha256 {trust_file(file)[:12]}…)")
@@ -517,7 +566,8 @@ def export(
     run: RunPath,
     out: Annotated[Path, typer.Option(help="folder to be made, with a model card in it", show_default=False)],
     iteration: Annotated[
-        int | None, typer.Option(min=0, help="iteration that trained it, from 0; the last one")
+        int | None,
+        typer.Option(min=0, help="the policy after that many iterations, as in `eval`; the last one if absent"),
     ] = None,
     average: Annotated[bool, typer.Option(help="the averaged weights, where training kept them")] = True,
     fuse: Annotated[bool, typer.Option(help="whole weights as a plain pipeline folder, instead of LoRA")] = False,
@@ -530,9 +580,8 @@ def export(
     from rollout.export.export import export as run_export
 
     opened = open_run(run, [])
-    last = max(opened.next_iteration() - 1, 0)
-    number = last if iteration is None else iteration
-    report = run_export(opened, number, out, average=average, fuse=fuse, format=format)
+    wanted = max(opened.next_iteration(), 1) if iteration is None else iteration
+    report = run_export(opened, wanted, out, average=average, fuse=fuse, format=format)
     say(f"export: {report}")
     if as_json:
         print_json({**asdict(report), "path": shown(str(report.path))})
@@ -561,6 +610,27 @@ def plan_memory(
         print(render(opened, found, ranks))
 
 
+@app.command(
+    short_help="What this machine has of all that is needed.",
+    epilog="Example:  rushes doctor runs",
+)
+def doctor(
+    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="where runs shall lie")] = Path("."),
+    as_json: AsJson = False,
+) -> None:
+    """Look at what a run needs on this machine, one line each; exit code 1 when something needed is missing."""
+    from shards.doctor.checks import enough, examine
+
+    found = examine(folder)
+    if as_json:
+        print_json({"folder": str(folder), "enough": enough(found), "checks": [asdict(check) for check in found]})
+    else:
+        print("\n".join(map(str, found)))
+    if not enough(found):
+        missing = ", ".join(check.name for check in found if check.needed and not check.ok)
+        raise RunFailed(f"a plain run cannot work here: {missing}", "each line says what to do")
+
+
 # --- What the commands share -----------------------------------------------------------------------------------------
 
 
@@ -587,20 +657,28 @@ def named_stage(run: Run, name: str) -> Stage:
     return stages[name or list(stages)[-1]]
 
 
-def named_rewards(sets: Sequence[Setting]) -> list[str]:
-    """The rewards that settings of this call name."""
-    from shards.run_toml import apply_sets
-
-    score = apply_sets({}, sets).get("score")
-    rewards = score.get("rewards") if isinstance(score, dict) else None
-    return list(rewards) if isinstance(rewards, dict) else []
-
-
 def check_rewards(run: Run) -> None:
     """UserError where run.toml names a reward in a file that this person has not trusted."""
-    from score.catalogue.trust import check_trust
+    from shards.settings.trust import check_trust
 
-    check_trust(run.config.score.rewards, named_rewards(run.sets))
+    check_trust(run, run.config.score.rewards)
+
+
+def beginning(incomplete: str) -> list[str]:
+    """Presets whose names begin so, for the completion of a shell."""
+    from shards.run_toml import presets
+
+    return [name for name in presets() if name.startswith(incomplete)]
+
+
+def follow(run: Run, megabytes: float, port: int) -> None:
+    """Serve the report of a run until Ctrl-C."""
+    from shards.report.live import served
+
+    with served(run, megabytes, port) as server:
+        host, number = server.server_address[:2]
+        say(f"http://{host!s}:{number}/ shows the run as it goes on; Ctrl-C ends it")
+        server.serve_forever()
 
 
 def what_next(run: Run) -> str:
@@ -612,6 +690,14 @@ def what_next(run: Run) -> str:
     width = max(map(len, commands))
     lines = [f"rushes {command:<{width}}  # {what}" for command, what in commands.items()]
     return "next: " + "\n      ".join(lines)
+
+
+def warn(run: Run, stage: Stage, command: str, advantages_only: bool = False) -> None:
+    """Say in one line which settings have no effect on a stage."""
+    from shards.settings.without_effect import without_effect
+
+    if sentence := without_effect(run, stage, command, advantages_only):
+        say(sentence)
 
 
 def load_policy(run: Run, stage: Stage | None = None) -> Policy:
@@ -651,6 +737,7 @@ def do_score(
 ) -> ScoreReport:
     """Score what is missing of one stage and say what happened. Its summary is there on the first rank alone."""
     from score.run import score as run_score
+    from shards.trackers.live import track_reward
 
     check_rewards(run)
     check(f"before {stage.name} score")
@@ -668,6 +755,8 @@ def do_score(
     say(f"{stage.name} score: {result}")
     if result.reward:
         say(f"{stage.name} {result.reward}")
+        if result.advantages_written:
+            track_reward(result.reward)
     if result.pending:
         raise StillBusy(
             f"{stage.name}: {counted(len(result.pending), 'shard')} not sampled or not scored yet", "run it again later"
@@ -691,15 +780,18 @@ def do_train(run: Run, iteration: int, policy: Policy | None, advantage: str = "
 def ranks(run: Run) -> Iterator[Barrier]:
     """Join the other ranks that torchrun started, see that all mean the same run, and give their barrier.
 
-    Without torchrun nothing is loaded, and the barrier does nothing.
+    Without torchrun nothing is loaded, and the barrier does nothing. Meanwhile metrics go to the run's trackers.
     """
+    from shards.trackers.live import tracking
+
     if world_size() == 1:
-        yield lambda: None
+        with tracking(run):
+            yield lambda: None
         return
     from rollout.ranks.meet import meet
     from train.ranks import lost_ranks
 
-    with lost_ranks():
+    with lost_ranks(), tracking(run):
         world = meet(run)
         yield world.barrier
         world.close()

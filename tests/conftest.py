@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +27,8 @@ os.environ["NO_GCE_CHECK"] = "true"
 for name in [*os.environ]:
     if name.startswith(("SLURM_", "RUSHES_", "WANDB_", "AWS_")) or name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         del os.environ[name]
+os.environ["RUSHES_TRUSTED"] = tempfile.mkdtemp(prefix="rushes-trusted-")  # and not in the home of who runs the tests
+atexit.register(shutil.rmtree, os.environ["RUSHES_TRUSTED"], ignore_errors=True)
 
 # Modules that take longest, which `make test` begins with: one that came last would leave the other process idle.
 LONGEST = (

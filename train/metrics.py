@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from shards.files import Files, LocalFiles, read_json_lines
 from shards.run import METRICS
+from shards.trackers.live import track_update
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -40,6 +41,8 @@ class MetricsLog:
         self.records.append(record)
         self.files.append(self.path, _line(record))
         self._show(record)
+        self._board.flush()  # who watches sees it now
+        track_update(record)
 
     def close(self) -> None:
         """Write what TensorBoard still holds back."""

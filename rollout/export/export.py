@@ -30,6 +30,7 @@ from rollout.policy.plain import probe, round_adapter, save_expert, settle
 from shards.errors import RunFailed, StillBusy, UserError
 from shards.files import publish_new, read_json, sha256_file, sync, to_json
 from shards.locks import TEMPORARY, locked
+from shards.process.progress import counted
 from shards.run import EXPERT_NAMES, Run, Stage
 from shards.store.files import files_at
 
@@ -45,7 +46,8 @@ class ExportReport:
     """What `export` did."""
 
     path: Path
-    iteration: int
+    iterations: int
+    """Iterations after which the policy was."""
     skipped: bool
     """True when this very export was there already."""
     checked: str
@@ -61,9 +63,9 @@ class ExportReport:
 
 
 def export(
-    run: Run, iteration: int, out: str | Path, *, average: bool = True, fuse: bool = False, format: str = "diffusers"
+    run: Run, iterations: int, out: str | Path, *, average: bool = True, fuse: bool = False, format: str = "diffusers"
 ) -> ExportReport:
-    """Write the policy that `iteration` trained to the new folder `out`, whole or not at all.
+    """Write the policy after so many `iterations` to the new folder `out`, whole or not at all.
 
     A LoRA policy becomes high_noise/ (and low_noise/) with diffusers' own LoRA files, or, in the format `comfyui`, one
     file for each expert under Wan's own names; alpha/rank is multiplied into their weights. With `fuse`, or when all
@@ -71,22 +73,21 @@ def export(
     them. Beside it lie README.md, the model card, and export.json with the sha256 of every file. Before that it is
     loaded by plain diffusers, on the CPU, and must answer as the policy does, bit for bit.
 
-    Raises UserError when the iteration was not trained, `out` is taken or the format cannot hold the policy, RunFailed
-    when the proof fails or the disk is full, StillBusy when another process writes there.
+    Raises UserError for 0, which is the base, for a policy that is not trained yet, when `out` is taken and when the
+    format cannot hold the policy, RunFailed when the proof fails or the disk is full, StillBusy when another process
+    writes there.
     """
     began = time.monotonic()
     files, out = files_at(out)
     _check_format(format, fuse)
     files.fetch(out)
-    stage = run.iteration(iteration)
-    if not stage.trained():
-        raise UserError(f"{stage.policy_dir} holds no finished policy", run.way_to_policy(iteration))
+    stage = _stage(run, iterations)
     source = _source(stage, average)
     if format != "diffusers" and is_full(source):
         raise UserError(f"{source} holds all weights, and --format {format} is of LoRA", "leave out --format")
     wanted = {
         "schema": SCHEMA,
-        "iteration": iteration,
+        "iterations": iterations,
         "policy": read_json(stage.policy_record_path)["fingerprint"],
         "average": source != stage.policy_dir,
         "fused": fuse or is_full(source),
@@ -96,13 +97,25 @@ def export(
         if not held:
             raise StillBusy(f"{out} is being written by another process", "wait for it, or choose another folder")
         if out.exists() and _same(out, wanted):
-            return ExportReport(out, iteration, True, read_json(out / RECORD)["checked"])
+            return ExportReport(out, iterations, True, read_json(out / RECORD)["checked"])
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"{out} exists already and is not this export", "choose another folder, or remove it")
         with _published(out) as aside:
             checked, difference = _write(run, stage, source, aside, wanted)
         files.put_folder(out, last=RECORD)
-    return ExportReport(out, iteration, False, checked, difference, time.monotonic() - began)
+    return ExportReport(out, iterations, False, checked, difference, time.monotonic() - began)
+
+
+def _stage(run: Run, iterations: int) -> Stage:
+    """The iteration that ended with the policy after so many of them."""
+    if iterations < 1:
+        hint = "the first policy of a run is that after 1 iteration; `eval` and `export` count alike"
+        raise UserError(f"iteration {iterations} is the model itself, which needs no export", hint)
+    stage = run.iteration(iterations - 1)
+    if not stage.trained():
+        problem = f"{run.path} has no policy after {counted(iterations, 'iteration')}: {stage.name} is not trained"
+        raise UserError(problem, run.way_to_policy(stage.iteration))
+    return stage
 
 
 def _check_format(format: str, fuse: bool) -> None:
@@ -118,12 +131,15 @@ def _source(stage: Stage, average: bool) -> Path:
 
 
 def _same(out: Path, wanted: dict[str, Any]) -> bool:
-    """Whether `out` is the wanted export, every file of it untouched."""
+    """Whether `out` is the wanted export, every file of it untouched.
+
+    The policy says which it is; older exports have no `iterations`, but `iteration`, which is one less.
+    """
     if not (out / RECORD).is_file():
         return False
     record = read_json(out / RECORD)
     names = [name for name, value in record.get("files", {}).items() if _hash(out / name) != value]
-    return not names and {name: record.get(name) for name in wanted} == wanted
+    return not names and all(record.get(name) == value for name, value in wanted.items() if name != "iterations")
 
 
 def _write(run: Run, stage: Stage, source: Path, aside: Path, wanted: dict[str, Any]) -> tuple[str, float]:
@@ -160,7 +176,7 @@ def _write(run: Run, stage: Stage, source: Path, aside: Path, wanted: dict[str, 
         record["base_lora"] = base_lora.record(beneath is not None)
     record["files"] = {path.relative_to(aside).as_posix(): sha256_file(path) for path in _files(aside)}
     publish_new(aside / "README.md", model_card(run, record, Base.of(run, layout)).encode())
-    if curve := reward_curve(run, stage.iteration):
+    if curve := reward_curve(run, wanted["iterations"]):
         publish_new(aside / "reward.svg", curve.encode())
     publish_new(aside / RECORD, to_json(record, aside / RECORD))
     return checked, difference

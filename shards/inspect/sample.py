@@ -16,6 +16,7 @@ from shards.reader import open_shard
 from shards.run import EXPERT_NAMES, Stage
 from shards.store.files import files_at
 from shards.store.urls import shown
+from shards.text.visible import visible, visible_json
 from shards.video import decode_mp4
 
 BY_STEP = ("sigmas", "timesteps", "experts", "guidance", "window", "log_prob")  # shown as the table of steps
@@ -104,11 +105,11 @@ def write_frames(path: str | Path, key: str, folder: Path | None = None, evaluat
 def show(path: str | Path, key: str, format: str = "table", evaluation: bool = False) -> str:
     """What `describe` gives, as lines for a terminal, or, with the format `json`, as one JSON object."""
     found = describe(path, key, evaluation)
-    return json.dumps(found, ensure_ascii=False) + "\n" if format == "json" else to_text(found)
+    return visible_json(json.dumps(found, ensure_ascii=False)) + "\n" if format == "json" else to_text(found)
 
 
 def to_text(found: dict[str, Any]) -> str:
-    """What `describe` gives, laid out for a terminal."""
+    """What `describe` gives, laid out for a terminal; control characters in it are escaped."""
     lines = [f"file        {found['file']}"]
     lines += [f"{name:<11} {_plain(value)}" for name, value in found["record"].items()]
     lines += ["", "judgement"]
@@ -129,7 +130,7 @@ def to_text(found: dict[str, Any]) -> str:
         lines.append(f"{step['step']:>4}  {numbers}  {step['expert']:<10}  {step['guidance']:8.3g}  {log_prob:>10}")
     latents = found["latents"]
     lines += ["", f"latents     {latents['dtype']} {latents['shape']}, states {latents['states']}"]
-    return "\n".join(lines) + "\n"
+    return visible("\n".join(lines)) + "\n"
 
 
 def _reading(number: int, reading: Any) -> str:

@@ -12,6 +12,7 @@ from shards.files import Files, read_json
 from shards.locate import Place, locate
 from shards.run import Run, Stage
 from shards.sidecar import read_table, scorers, specifications
+from shards.text.visible import visible, visible_json
 
 if TYPE_CHECKING:
     import pandas
@@ -74,7 +75,7 @@ def write(frame: pandas.DataFrame, format: str) -> bytes:
     if format in ("json", "jsonl"):
         lines = format == "jsonl"
         text = frame.to_json(orient="records", lines=lines, force_ascii=False, double_precision=15)
-        return (text if text.endswith("\n") else text + "\n").encode()
+        return visible_json(text if text.endswith("\n") else text + "\n").encode()
     raise UserError(f"{format!r} is no format", f"choose from {', '.join(FORMATS)}")
 
 
@@ -233,7 +234,7 @@ def _for_eyes(frame: pandas.DataFrame) -> pandas.DataFrame:
 
 def _short(value: Any) -> Any:
     if isinstance(value, str):
-        line = value.replace("\0", " ").replace("\n", " ")
+        line = visible(value.replace("\n", " "))
         return line if len(line) <= 40 else line[:39] + "…"
     if isinstance(value, float):
         return round(value, 4)

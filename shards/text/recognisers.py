@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ class Recogniser:
     height: int = HEIGHT
     right_to_left: bool = False
 
-    @property
+    @cached_property
     def readable(self) -> frozenset[str]:
         """The characters that a text it reads can have."""
         never = set(self.ignored)

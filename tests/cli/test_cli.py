@@ -58,7 +58,7 @@ def small(tiny_t2v2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     prompts.write_text('"FILM" on blue\n"REEL" on red\n"CUT" on black\n', encoding="utf-8")
     run = folder / "run"
     assert make(run, tiny_t2v2, prompts).returncode == 0
-    result = rushes("loop", run, "--iterations", "1")
+    result = rushes("loop", run, "--iterations", "1", "--set", 'track.to=["tensorboard"]')
     assert result.returncode == 0, result.stderr
     return run
 
@@ -96,12 +96,23 @@ def make(run: Path, model: Path, prompts: Path, *sets: str) -> Result:
         "trust",
         "export",
         "plan-memory",
+        "doctor",
+        "compare",
     ],
 )
 def test_every_command_has_help_with_an_example(command: str) -> None:
     result = rushes(command, "--help")
     assert result.returncode == 0
     assert f"rushes {command}" in result.stdout.split("Example:")[1]
+
+
+def test_a_shell_completes_commands_and_presets() -> None:
+    def completed(words: str) -> list[str]:
+        count = str(words.count(" "))
+        return python(_RUSHES_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=count).stdout.split()
+
+    assert completed("rushes plan") == ["plan-memory"]
+    assert completed("rushes init runs/first --preset wan21-1") == ["wan21-1.3b", "wan21-14b"]
 
 
 def test_help_takes_less_than_four_tenths_of_a_second_of_processor() -> None:
@@ -117,6 +128,9 @@ def test_a_loop_leaves_everything_it_promises(small: Path) -> None:
     metrics = [json.loads(line) for line in (iteration / "policy" / "metrics.jsonl").read_text().splitlines()]
     assert {row["expert"] for row in metrics} == {"high_noise", "low_noise"}
     assert list((iteration / "policy" / "tensorboard").iterdir())
+    [events] = (small / "report" / "live" / "run").iterdir()
+    assert b"training/reward" in events.read_bytes()  # told while the loop went on
+    assert b"low_noise/loss" in events.read_bytes()
 
 
 def test_a_second_loop_does_nothing_and_says_so(small: Path) -> None:
@@ -182,7 +196,7 @@ def test_json_is_the_only_thing_on_stdout(small: Path, tmp_path: Path) -> None:
     assert needs[0]["device"] == sum(needs[0]["parts"].values())
     exported = json.loads(rushes("export", small, "--out", tmp_path / "export", "--json").stdout)
     assert exported["path"] == str(tmp_path / "export")
-    assert not exported["skipped"]
+    assert (exported["skipped"], exported["iterations"]) == (False, 1)
     copy = tmp_path / "run"
     shutil.copytree(small, copy)
     tar = copy / "iter-0000" / "rollout" / "shard-000000.tar"
@@ -352,7 +366,7 @@ def test_hints_can_be_followed_to_the_letter(small: Path) -> None:
     loop = f"(hint: rushes loop {small} --iterations 4)"
     assert refused("eval", small, "--iteration", "4").endswith(loop)
     assert refused("rollout", small, "--iteration", "4").endswith(loop)
-    assert refused("export", small, "--iteration", "3", "--out", small / "export").endswith(loop)
+    assert refused("export", small, "--iteration", "4", "--out", small / "export").endswith(loop)
     assert refused("verify", small / "iter-0000", "--replay").endswith(f"(hint: the run is {small})")
     assert rushes("verify", small / "iter-0000").returncode == 0
 

@@ -37,7 +37,7 @@ def runs(tiny_t2v: Path, tiny_t2v2: Path, tiny_i2v2: Path, tiny_ti2v: Path, tmp_
 
 
 def card_of(run: Run, out: Path, **options: Any) -> str:
-    export(run, 0, out, **options)
+    export(run, 1, out, **options)
     return (out / "README.md").read_text(encoding="utf-8")
 
 
@@ -165,7 +165,7 @@ def test_a_lora_beneath_is_named_and_fused(second: str, tiny_t2v2: Path, tmp_pat
     first = tmp_path / "few" / "high_noise.safetensors" if second else tmp_path / "few"
     settings = {"base_lora": str(first), "base_lora_2": second}
     run = Run.open(trained(tmp_path / "run", tiny_t2v2, **settings).path, ["eval.steps=3"])
-    report = export(run, 0, tmp_path / "out")
+    report = export(run, 1, tmp_path / "out")
     assert re.search(
         r"with the base LoRA fused by diffusers, as in the code below, .* by at most \d\.\de-0[5-9]", report.checked
     )

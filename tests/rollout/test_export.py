@@ -96,7 +96,7 @@ def policy_answers(run: Run, average: bool = False) -> list[torch.Tensor]:
 def test_an_export_is_the_policy_bit_for_bit(layout: str, format: str, runs: dict[str, Run], tmp_path: Path) -> None:
     """alpha/rank is 4 here, so that to multiply it into the weights changes no bit."""
     run, out = runs[layout], tmp_path / "out"
-    report = export(run, 0, out, average=False, format=format)
+    report = export(run, 1, out, average=False, format=format)
     assert not report.skipped
     assert report.difference == 0.0
     assert report.checked.endswith("bit for bit, and one call of the whole pipeline")
@@ -117,7 +117,7 @@ def test_the_whole_strength_arrives_without_the_metadata(
 ) -> None:
     """Against adapters made anew in memory, which no file has touched; alpha 8 of rank 2 makes 4 of 1."""
     run = runs[layout]
-    export(run, 0, tmp_path / "out", average=False, format=format)
+    export(run, 1, tmp_path / "out", average=False, format=format)
     fresh = load(Path(run.config.model.path))
     fresh.experts.add_lora(2, 8.0, 0)
     stir(fresh, 1)
@@ -138,7 +138,7 @@ def test_the_whole_strength_arrives_without_the_metadata(
 def test_an_odd_strength_costs_a_rounding(format: str, tiny_t2v2: Path, tmp_path: Path) -> None:
     """alpha 6 of rank 2: the product of each weight with 3 is rounded to fp32 once."""
     run = trained(tmp_path / "run", tiny_t2v2, alpha=6.0)
-    report = export(run, 0, tmp_path / "out", average=False, format=format)
+    report = export(run, 1, tmp_path / "out", average=False, format=format)
     assert report.difference is not None
     assert 0 < report.difference < 1e-5
     assert f"they differ by at most {report.difference:.1e}" in report.checked
@@ -158,7 +158,7 @@ NATIVE = {
 def test_a_reader_of_native_names_gets_the_policy(layout: str, runs: dict[str, Run], tmp_path: Path) -> None:
     """As ComfyUI: W + strength * alpha/rank * up down by official names; alpha is rank where there is none."""
     run, out = runs[layout], tmp_path / "out"
-    export(run, 0, out, average=False, format="comfyui")
+    export(run, 1, out, average=False, format="comfyui")
     base = load(Path(run.config.model.path))
     for expert, path in enumerate(lora_files(out)):
         tensors, weights = load_file(path), dict(base.experts.module(expert).named_parameters())
@@ -184,19 +184,19 @@ def test_a_lora_with_biases_is_exported_with_them(tiny_t2v2: Path, tmp_path: Pat
         forms.write(tmp_path / "lora" / f"{side}_noise.safetensors", tensors)
     run = trained(tmp_path / "run", tiny_t2v2, lora=str(tmp_path / "lora"))
     for format in FORMATS:
-        export(run, 0, tmp_path / format, average=False, format=format)
+        export(run, 1, tmp_path / format, average=False, format=format)
         assert forms.same(plain_answers(run, tmp_path / format), policy_answers(run))
     biases = [name for name in load_file(lora_files(tmp_path / "comfyui")[1]) if name.endswith(".diff_b")]
     assert len(biases) == 20
-    report = export(run, 0, tmp_path / "fused", average=False, fuse=True)
+    report = export(run, 1, tmp_path / "fused", average=False, fuse=True)
     assert report.difference is not None
     assert report.difference < 1e-5
 
 
 def test_averaged_weights_are_the_default(runs: dict[str, Run], tmp_path: Path) -> None:
     run = runs["t2v2"]
-    export(run, 0, tmp_path / "average")
-    export(run, 0, tmp_path / "last", average=False)
+    export(run, 1, tmp_path / "average")
+    export(run, 1, tmp_path / "last", average=False)
     average, last = policy_answers(run, average=True), policy_answers(run)
     assert not forms.same(average, last)
     assert forms.same(plain_answers(run, tmp_path / "average"), average)
@@ -209,19 +209,19 @@ def test_averaged_weights_that_changed_are_not_exported(runs: dict[str, Run], tm
     weights = run.iteration(0).policy_dir / "ema" / "low_noise" / "pytorch_lora_weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
     with pytest.raises(RunFailed, match=r"policy/ema: its files are not those its policy\.json names"):
-        export(run, 0, tmp_path / "average")
+        export(run, 1, tmp_path / "average")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
-    assert export(run, 0, tmp_path / "last", average=False).checked
+    assert export(run, 1, tmp_path / "last", average=False).checked
     shutil.rmtree(weights.parents[1])
     with pytest.raises(RunFailed, match=r"policy/ema is missing"):
-        export(run, 0, tmp_path / "average")
+        export(run, 1, tmp_path / "average")
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_an_export_is_a_model_lora_to_start_from(format: str, runs: dict[str, Run], tmp_path: Path) -> None:
     for layout in ("t2v", "t2v2"):
         run, out = runs[layout], tmp_path / layout
-        export(run, 0, out, format=format)
+        export(run, 1, out, format=format)
         policy = load(Path(run.config.model.path), lora=str(out))
         answers = [probe(policy.experts.module(expert), policy.layout) for expert in policy.layout.expert_ids]
         assert all(torch.equal(one, other) for one, other in zip(answers, plain_answers(run, out), strict=True))
@@ -229,29 +229,35 @@ def test_an_export_is_a_model_lora_to_start_from(format: str, runs: dict[str, Ru
 
 def test_a_second_export_does_nothing_and_another_is_refused(runs: dict[str, Run], tmp_path: Path) -> None:
     run, out = runs["t2v"], tmp_path / "out"
-    export(run, 0, out)
+    export(run, 1, out)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    again = export(run, 0, out)
+    again = export(run, 1, out)
     assert again.skipped
     assert "nothing to do" in str(again)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
     for other in ({"average": False}, {"format": "comfyui"}, {"fuse": True}):
         with pytest.raises(UserError, match="exists already and is not this export"):
-            export(run, 0, out, **other)
+            export(run, 1, out, **other)
     for wrong, message in (
         ({"format": "a1111"}, r"--format a1111: no such format \(hint: there are: diffusers, comfyui\)"),
         ({"format": "comfyui", "fuse": True}, "--fuse writes a pipeline folder of diffusers, not --format comfyui"),
     ):
         with pytest.raises(UserError, match=message):
-            export(run, 0, tmp_path / "other", **wrong)
-    with pytest.raises(UserError, match="holds no finished policy"):
-        export(run, 1, tmp_path / "other")
+            export(run, 1, tmp_path / "other", **wrong)
+    with pytest.raises(UserError, match=r"no policy after 2 iterations: iter-0001 is not trained \(hint: .* 2\)$"):
+        export(run, 2, tmp_path / "other")
+    with pytest.raises(UserError, match="iteration 0 is the model itself"):
+        export(run, 0, tmp_path / "other")
+    record = out / "export.json"  # as it was written when `iteration` counted from 0
+    record.write_text(record.read_text().replace('"iterations":1', '"iteration":0'))
+    assert '"iteration":0' in record.read_text()
+    assert export(run, 1, out).skipped
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
 def test_fused_weights_are_a_plain_pipeline(runs: dict[str, Run], tmp_path: Path) -> None:
     run, out = runs["t2v2"], tmp_path / "out"
-    report = export(run, 0, out, fuse=True)
+    report = export(run, 1, out, fuse=True)
     assert report.difference is not None
     assert 0 < report.difference < 1e-5
     pipe = WanPipeline.from_pretrained(out)
@@ -267,20 +273,20 @@ def test_fused_weights_are_a_plain_pipeline(runs: dict[str, Run], tmp_path: Path
 def test_bfloat16_exports_are_proven_too(tiny_t2v2: Path, tmp_path: Path) -> None:
     run = trained(tmp_path / "run", tiny_t2v2, "bfloat16")
     assert run.config.model.dtype == "bfloat16"
-    export(run, 0, tmp_path / "lora")
-    report = export(run, 0, tmp_path / "fused", fuse=True)
+    export(run, 1, tmp_path / "lora")
+    report = export(run, 1, tmp_path / "fused", fuse=True)
     assert report.difference is not None
     assert report.difference > 1e-4
 
 
 def test_what_differs_from_the_policy_is_not_published(runs: dict[str, Run], tmp_path: Path) -> None:
     run = runs["t2v2"]
-    export(run, 0, tmp_path / "out", average=False)
+    export(run, 1, tmp_path / "out", average=False)
     policy = load(Path(run.config.model.path), lora=str(tmp_path / "out"))
     answers = dict(enumerate(forms.answers(policy)))
     files = dict(enumerate(lora_files(tmp_path / "out")))
     prove(Exported(tmp_path / "out", policy.layout, "float32", TEXT_LENGTH, files), answers, [])
-    export(run, 0, tmp_path / "average")
+    export(run, 1, tmp_path / "average")
     other = {**files, 1: lora_files(tmp_path / "average")[1]}  # the right adapter of one expert, another of the other
     with pytest.raises(RunFailed, match="low_noise expert loaded back by plain diffusers differs"):
         prove(Exported(tmp_path / "out", policy.layout, "float32", TEXT_LENGTH, other), answers, [])
@@ -295,10 +301,10 @@ def test_a_killed_export_leaves_nothing_to_be_seen(runs: dict[str, Run], tmp_pat
     run, out = runs["t2v"], tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(os, "rename", kill_self)
-        killed(lambda: export(run, 0, out))
+        killed(lambda: export(run, 1, out))
     assert not out.exists()
     assert [path for path in tmp_path.iterdir() if path.name.startswith(".tmp-")]
-    export(run, 0, out)
+    export(run, 1, out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 

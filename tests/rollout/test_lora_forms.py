@@ -313,6 +313,10 @@ REFUSED: dict[str, tuple[Callable[[], Tensors], str]] = {
                  if "blocks.0." in name},
         "has no layer of this model",
     ),
+    "a layer that takes none": (
+        lambda: {f"transformer.blocks.0.attn1.norm_q.lora_{side}.weight": torch.ones(4, 4) for side in "AB"},
+        "peft puts no LoRA on blocks.0.attn1.norm_q: Target module",
+    ),
     "another width": (
         lambda: plain_names() | {f"{OURS}.lora_A.weight": torch.ones(4, 25)},
         "does not fit this model: blocks.0.attn1.to_q.lora_A.weight is [4, 25] there, and here is [4, 24]",

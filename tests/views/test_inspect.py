@@ -255,3 +255,16 @@ def test_the_same_key_means_another_sample_in_an_evaluation(run: Path) -> None:
 def test_an_unknown_key_is_explained(run: Path, key: str) -> None:
     with pytest.raises(UserError, match=key):
         sample.find(run, key)
+
+
+def test_control_characters_are_shown_and_data_keeps_them(tmp_path: Path) -> None:
+    prompt = "\x1b[31mred\x07 \u202eeslaf"
+    stage = committed_stage(tmp_path, prompt=prompt)
+    frame = query.select(table.samples(tmp_path), columns="prompt")
+    assert b"\\x1b[31mred\\x07 \\u202eeslaf 0" in table.write(frame, "table")
+    shown = sample.show(tmp_path, stage.keys(0)[0])
+    assert "\\x1b[31mred\\x07 \\u202eeslaf 0" in shown
+    for text in (shown, sample.show(tmp_path, stage.keys(0)[0], "json"), table.write(frame, "jsonl").decode()):
+        assert not set(text) & set("\x1b\x07\u202e")
+    assert json.loads(table.write(frame, "json"))[0]["prompt"] == f"{prompt} 0"
+    assert frame["prompt"][0] in table.write(frame, "csv").decode()
