@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from shards.absolute_paths import reward_file
 from shards.errors import UserError
-from shards.files import publish_new, sha256_file
+from shards.files import publish_replace, sha256_file
 from shards.run_toml import apply_sets
 
 if TYPE_CHECKING:
@@ -35,7 +35,9 @@ def trust(file: Path) -> str:
     if not file.is_file():
         raise UserError(f"{file}: no such file", "give the Python file of a reward or a tracker")
     digest = sha256_file(file)
-    publish_new(trusted_folder() / digest, f"{os.path.abspath(file)}\n".encode())
+    known = trusted_folder() / digest
+    paths = {*_lines(known), os.path.abspath(file)}
+    publish_replace(known, "".join(f"{path}\n" for path in sorted(paths)).encode())
     return digest
 
 
@@ -76,4 +78,9 @@ def check_trust(run: Run, names: Iterable[str]) -> None:
 
 def _was_trusted(file: Path) -> bool:
     folder = trusted_folder()
-    return folder.is_dir() and any(one.read_text(encoding="utf-8").strip() == str(file) for one in folder.iterdir())
+    return folder.is_dir() and any(str(file) in _lines(one) for one in folder.iterdir())
+
+
+def _lines(file: Path) -> list[str]:
+    """The paths that a file of the folder names; none where there is no such file."""
+    return file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
