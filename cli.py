@@ -98,6 +98,7 @@ def init(
     """Make a run directory with its run.toml, from a preset."""
     from score.tables import select
     from shards.absolute_paths import in_full
+    from shards.presets.evidence import EVIDENCE
     from shards.run import Run
     from shards.run_toml import apply_sets, parse_config, read_preset
     from train.objectives.settings import check_settings
@@ -109,6 +110,7 @@ def init(
     created = Run.create(run, config)
     done = f"written from preset {preset}" if created.is_new else "is there already, with the same values"
     say(f"{created.config_path}: {done}; read it, change what you like")
+    say(f"preset {preset}: {EVIDENCE[preset]}")
     for sentence in said:
         say(sentence)
     say(f"next: rushes loop {in_shell(run)} --iterations 10")

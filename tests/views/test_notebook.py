@@ -144,9 +144,9 @@ def public_methods() -> list[tuple[str, Any]]:
 
 
 def test_the_page_is_made_from_the_docstrings() -> None:
-    from bench.api_page import PAGE, page
+    from bench.pages import PAGE, page
 
-    assert PAGE.read_text(encoding="utf-8") == page(), "`python -m bench.api_page` writes it again"
+    assert PAGE.read_text(encoding="utf-8") == page(), "`python -m bench.pages` writes it again"
     for name, _ in public_methods():
         assert f"## `.{name}(" in page()
 

@@ -1,4 +1,7 @@
-"""The API page of the documentation, made from the docstrings: `python -m bench.api_page` writes docs/python.md."""
+"""Parts of the documentation that are made from the code: `python -m bench.pages` writes them.
+
+docs/python.md comes from docstrings, the table of README.md and docs/presets.md from shards/presets/evidence.py.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,12 @@ from typing import Any
 
 import shards
 from shards.notebook.view import RunView
+from shards.presets.evidence import evidence_table
 
-PAGE = Path(__file__).parents[1] / "docs" / "python.md"
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "python.md"
+WITH_EVIDENCE = (ROOT / "README.md", ROOT / "docs" / "presets.md")
+MARKS = ("<!-- begin evidence -->\n", "<!-- end evidence -->\n")
 HEAD = """# Python
 
 `import shards` reads a run in a notebook or a script: its tables as pandas frames, its videos as bytes, arrays or HTML.
@@ -28,8 +35,15 @@ run.play(best)                                 # the last line of a cell: the no
 `examples/notebook.ipynb` goes through all of it. [Questions to a run](inspect.md) has three queries on the same table,
 and [Format](format.md) the files below it, for those who read them without rushes.
 
-<!-- made by `python -m bench.api_page` from the docstrings; edit those -->
+<!-- made by `python -m bench.pages` from the docstrings; edit those -->
 """
+
+
+def with_evidence(path: Path) -> str:
+    """A page with the table of evidence between its marks."""
+    before, _, rest = path.read_text(encoding="utf-8").partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    return before + MARKS[0] + evidence_table() + MARKS[1] + after
 
 
 def page() -> str:
@@ -54,3 +68,5 @@ def _entry(name: str, function: Any) -> Iterator[str]:
 
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
+    for one in WITH_EVIDENCE:
+        one.write_text(with_evidence(one), encoding="utf-8")
