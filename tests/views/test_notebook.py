@@ -151,6 +151,17 @@ def test_the_page_is_made_from_the_docstrings() -> None:
         assert f"## `.{name}(" in page()
 
 
+def test_the_pictures_of_the_readme_are_made_from_a_run(run: RunView) -> None:
+    from bench.pictures import FOLDER, GAP, SCALE, frames
+
+    picture = frames(run)
+    assert picture.width == GAP + 2 * (SCALE * 64 + GAP)  # two prompts
+    assert len(picture.getcolors(2**24)) > 100
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert {path.name for path in FOLDER.iterdir()} == {*re.findall(r"docs/pictures/([\w.]+)\)", readme)}
+    assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 400_000
+
+
 def test_the_notebook_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its cells in their order, as a notebook runs them, on the tiny run in place of the demo."""
     notebook = json.loads((ROOT / "examples" / "notebook.ipynb").read_text(encoding="utf-8"))
