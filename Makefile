@@ -6,7 +6,7 @@ DEMO ?= runs/demo
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup demo test lint types docs clean
+.PHONY: setup demo test first-hour lint types docs clean
 
 setup: .venv/.ready
 
@@ -21,6 +21,10 @@ demo: setup
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
+
+# A user's first hour in about a minute, from a fresh clone to an exported policy, with the time of each step.
+first-hour: setup
+	$(BIN)/python -m pytest -m long -s tests/docs/test_first_hour.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,7 +1,8 @@
 """The pictures of README.md: `python -m bench.pictures RUN` writes docs/pictures/ from a run that was evaluated.
 
-`frames.png` has the same held-out prompts and the same noise before and after: prompts at equal distances in the
-evaluation, not chosen ones, with their rewards. `report.png` is the top of the page of `rushes report`, in a headless Chromium.
+`frames.png` has the same held-out prompts and the same noise before and after, with their rewards: prompts at equal
+distances in the evaluation, not chosen ones. `report.png` is the top of the page of `rushes report`, in a headless
+Chromium.
 """
 
 from __future__ import annotations
