@@ -1,4 +1,4 @@
-"""The first hour of a user, step by step, as README and guide tell it: from a fresh clone to a policy that was exported.
+"""The first hour of a user, step by step, as README and guide tell it: from a fresh clone to an exported policy.
 
 Everything is a process that the installed `rushes` starts. One of two workers is killed while it samples, and training
 under torchrun is killed after a checkpoint. `make first-hour` shows the time of each step.
@@ -42,6 +42,7 @@ class Walk:
         self.bin = self.clone / ".venv" / "bin"
         self.run = folder / "runs" / "mine"
         self.times: list[tuple[str, float]] = []
+        self.started: list[subprocess.Popen[str]] = []
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
@@ -56,10 +57,12 @@ class Walk:
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         environment |= {"PATH": f"{self.bin}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
         with (self.folder / "said").open("a") as said:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 [str(word) for word in command], cwd=self.folder, env=environment, text=True,
                 stdout=subprocess.PIPE, stderr=said, start_new_session=True,
             )  # fmt: skip
+        self.started.append(process)
+        return process
 
     def ends(self, process: subprocess.Popen[str], code: int = 0) -> str:
         """What a command printed. Fails unless it ends with this exit code."""
@@ -100,6 +103,9 @@ def send(process: subprocess.Popen[str], number: int) -> None:
 def walk(tmp_path: Path) -> Iterator[Walk]:
     found = Walk(tmp_path)
     yield found
+    for process in found.started:
+        if process.poll() is None:  # the test failed
+            send(process, signal.SIGKILL)
     print(f"{sum(seconds for _, seconds in found.times):7.1f} s  all of it")
 
 
