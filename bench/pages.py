@@ -32,7 +32,7 @@ best = table.loc[table["reward"].idxmax(), "key"]
 run.play(best)                                 # the last line of a cell: the notebook plays the video
 ```
 
-`examples/notebook.ipynb` goes through all of it. [Questions to a run](inspect.md) has three queries on the same table,
+`examples/notebook.ipynb` goes through all of it. [Querying a run](inspect.md) has three queries on the same table,
 and [Format](format.md) the files below it, for those who read them without rushes.
 
 <!-- made by `python -m bench.pages` from the docstrings; edit those -->
