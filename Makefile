@@ -22,7 +22,7 @@ demo: setup
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
-# A user's first hour in about a minute, from a fresh clone to an exported policy, with the time of each step.
+# A user's first hour in a few minutes, from a fresh clone to an exported policy, with the time of each step.
 first-hour: setup
 	$(BIN)/python -m pytest -m long -s tests/docs/test_first_hour.py
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas
+import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -94,9 +95,12 @@ def until(found: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
 
 
 def send(process: subprocess.Popen[str], number: int) -> None:
-    """A signal to a command and everything that it started."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, number)
+    """A signal to a command and everything that it started: torchrun gives each rank a session of its own."""
+    with suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(process.pid)
+        for one in (parent, *parent.children(recursive=True)):
+            with suppress(psutil.NoSuchProcess):
+                one.send_signal(number)
 
 
 @pytest.fixture
