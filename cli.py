@@ -187,7 +187,7 @@ def train(
 @stoppable()
 def loop(
     run: RunPath,
-    iterations: Annotated[int, typer.Option(help="iterations the run shall have when this ends", show_default=False)],
+    iterations: Annotated[int, typer.Option(help="number of iterations in the run when this ends", show_default=False)],
     wait: Wait = False,
     sets: Sets = [],  # noqa: B006
 ) -> None:

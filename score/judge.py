@@ -14,7 +14,7 @@ from score.reward import Chosen, Reward, Scored, Video, choose
 from shards.errors import UserError
 from shards.text.cleaning import clean
 
-ONE_FOR_ALL = "give it once for all videos, or as often as there are videos"
+ONE_FOR_ALL = "give it once for all videos, or once per video"
 
 
 def judge(

@@ -82,7 +82,7 @@ class Remote:
         url, format = options["url"], options["format"]
         if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
             raise UserError(
-                f"reward 'remote': {url!r} is no http or https address", "for example http://host:8000/score"
+                f"reward 'remote': {url!r} is not an http or https address", "for example http://host:8000/score"
             )
         if format not in ("mp4", "png"):
             raise UserError(f"reward 'remote' has no format {format!r}", "there are mp4 and png")
@@ -164,7 +164,7 @@ class Remote:
         try:
             return json.loads(data)
         except ValueError:
-            raise _Failed(f"the answer of {self.url} is no JSON") from None
+            raise _Failed(f"the answer of {self.url} is not JSON") from None
 
     def _scored(self, answer: Any, numbers: Sequence[int]) -> Scored:
         """The score that an answer holds. Raises _Failed when it holds none."""
