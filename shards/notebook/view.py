@@ -22,17 +22,23 @@ if TYPE_CHECKING:
 class RunView:
     """A run, read-only. Every call reads the files again, so a run that is at work can be followed.
 
-    `run` is the run directory as `shards.run.Run` describes it. A key such as `i000003-p000017-s05` names one sample;
+    `path` is what was opened, and `run` the run directory as `shards.run.Run` describes it. A key such as `i000003-p000017-s05` names one sample;
     keys of rollouts and of evaluations look alike, so the methods that take one have the argument `evaluation`.
     Errors are `shards.errors.UserError`, with what to do, and `shards.errors.Damaged` for a broken file.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.run = Run.open(path)
+        self.path = path
+        Run.open(path)
 
     def __repr__(self) -> str:
-        iterations, evaluations = len(self.run.iterations()), len(self.run.evaluations())
-        return f"<run {self.run.path}: {iterations} iterations, {evaluations} evaluations>"
+        run = self.run
+        return f"<run {self.path}: {len(run.iterations())} iterations, {len(run.evaluations())} evaluations>"
+
+    @property
+    def run(self) -> Run:
+        """The run directory; of a run at a URL the working copy, brought up to date."""
+        return Run.open(self.path)
 
     def table(self, iteration: int | None = None, evaluation: bool = False) -> pandas.DataFrame:
         """Samples with their rewards and advantages: one row per sample.
@@ -43,7 +49,7 @@ class RunView:
         `log_prob` (lists, one item per stochastic step), `bytes`, `seconds`, `host`, `shard`. What does not exist yet
         is NaN.
         """
-        return query.of_kind(table.samples(self.run.path, iteration), evaluation)
+        return query.of_kind(table.samples(self.path, iteration), evaluation)
 
     def groups(self, iteration: int | None = None, evaluation: bool = False) -> pandas.DataFrame:
         """Groups with the spread of their rewards: one row per group.
@@ -61,7 +67,8 @@ class RunView:
         """
         import pandas
 
-        stages = [self.run.iteration(number) for number in self.run.iterations()]
+        run = self.run
+        stages = [run.iteration(number) for number in run.iterations()]
         return pandas.DataFrame([record for stage in stages for record in read_json_lines(stage.metrics_path)])
 
     def evaluations(self) -> pandas.DataFrame:
@@ -95,15 +102,15 @@ class RunView:
         The keys are `file`, `record`, `judgement`, `scores`, `text`, `steps` (one item per denoising step) and
         `latents` (dtype, shape, the states stored).
         """
-        return sample.describe(self.run.path, key, evaluation)
+        return sample.describe(self.path, key, evaluation)
 
     def video(self, key: str, evaluation: bool = False) -> bytes:
         """The video of a sample: the bytes of an mp4 file, as they are stored."""
-        return sample.read_video(self.run.path, key, evaluation)
+        return sample.read_video(self.path, key, evaluation)
 
     def frames(self, key: str, evaluation: bool = False) -> Frames:
         """The frames of a sample: uint8 RGB, an array [T, H, W, 3]."""
-        return sample.read_frames(self.run.path, key, evaluation)
+        return sample.read_frames(self.path, key, evaluation)
 
     def play(self, key: str, evaluation: bool = False, width: int = 320) -> Player:
         """The video of a sample as a cell of a notebook shows it, `width` pixels wide, with its prompt and reward.
@@ -118,7 +125,8 @@ class RunView:
 
     def _scored_alike(self) -> tuple[list[Stage], str]:
         """The evaluations that were scored as the last one was, and the specification of their advantages."""
-        stages = [self.run.evaluation(number) for number in self.run.evaluations()]
+        run = self.run
+        stages = [run.evaluation(number) for number in run.evaluations()]
         for stage in reversed(stages):
             specification = table.meant(stage)
             if specification and stage.summary_path(specification).exists():
