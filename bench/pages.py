@@ -54,7 +54,7 @@ def page() -> str:
 def _class(view: type) -> Iterator[str]:
     yield from ("## The run", "", inspect.cleandoc(view.__doc__ or ""), "")
     for name, method in vars(view).items():
-        if not name.startswith("_"):
+        if not name.startswith("_") and callable(method):
             yield from _entry(f".{name}", method)
 
 

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 class RunView:
     """A run, read-only. Every call reads the files again, so a run that is at work can be followed.
 
-    `path` is what was opened, and `run` the run directory as `shards.run.Run` describes it. A key such as `i000003-p000017-s05` names one sample;
-    keys of rollouts and of evaluations look alike, so the methods that take one have the argument `evaluation`.
+    `path` is what was opened, and `run` the run directory as `shards.run.Run` describes it. A key such as
+    `i000003-p000017-s05` names one sample; keys of rollouts and of evaluations look alike, so the methods that take one
+    have the argument `evaluation`.
     Errors are `shards.errors.UserError`, with what to do, and `shards.errors.Damaged` for a broken file.
     """
 
