@@ -22,9 +22,10 @@ demo: setup
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
-# A user's first hour in a few minutes, from a fresh clone to an exported policy, with the time of each step.
+# What `make test` leaves out: a user's first hour in a few minutes, from a fresh clone to an exported policy, with the
+# time of each step; and the first iteration of the demo from the wheel.
 first-hour: setup
-	$(BIN)/python -m pytest -m long -s tests/docs/test_first_hour.py
+	$(BIN)/python -m pytest -m long -s tests/docs
 
 lint: setup
 	$(BIN)/ruff check .

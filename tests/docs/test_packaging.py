@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -68,27 +69,43 @@ def test_the_wheel_holds_code_and_data(wheel: Path) -> None:
     assert not [name for name in names if name.startswith(("tests/", "bench/", "docs/"))]
 
 
-def test_the_wheel_runs_where_it_is_installed(wheel: Path, tmp_path: Path) -> None:
-    """In a folder of its own, in front of the packages that this environment has."""
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def installed(wheel: Path, tmp_path: Path) -> Run:
+    """A Python command where the wheel is installed: a folder in front of the packages that this environment has."""
+    here = tmp_path / "here"
     pip = [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--quiet", "--no-compile"]
-    subprocess.run([*pip, "--target", tmp_path / "here", wheel], check=True, capture_output=True)
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "here"), "PYTHONDONTWRITEBYTECODE": "1"}
+    subprocess.run([*pip, "--target", here, wheel], check=True, capture_output=True)
+    environment = {**os.environ, "PYTHONPATH": str(here), "PYTHONDONTWRITEBYTECODE": "1"}
 
     def run(*command: str) -> str:
+        arguments = [sys.executable, *(str(here / "bin" / "rushes") if one == "rushes" else one for one in command)]
         result = subprocess.run(
-            [sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-        )
+            arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )  # fmt: skip
         assert result.returncode == 0, result.stderr
         return result.stdout
 
     assert run("-c", "import cli, shards; print(cli.__file__, shards.__file__)").split() == [
-        str(tmp_path / "here" / "cli.py"), str(tmp_path / "here" / "shards" / "__init__.py")
+        str(here / "cli.py"), str(here / "shards" / "__init__.py")
     ]  # fmt: skip
-    script = tmp_path / "here" / "bin" / "rushes"
-    assert "rollout" in run(str(script), "--help")
-    assert run(str(script), "--version").split() == ["rushes", PROJECT["version"]]
-    run(str(script), "init", "run", "--preset", "words")
+    return run
+
+
+def test_the_wheel_runs_where_it_is_installed(installed: Run, tmp_path: Path) -> None:
+    assert "rollout" in installed("rushes", "--help")
+    assert installed("rushes", "--version").split() == ["rushes", PROJECT["version"]]
+    installed("rushes", "init", "run", "--preset", "words")
     assert (tmp_path / "run" / "run.toml").is_file()
+
+
+@pytest.mark.long
+def test_the_first_iteration_of_the_demo_runs_from_the_wheel(installed: Run, tmp_path: Path) -> None:
+    installed("rushes", "init", "run", "--preset", "words")
+    installed("rushes", "loop", "run", "--iterations", "1")
+    assert (tmp_path / "run" / "iter-0000" / "policy" / "policy.json").is_file()
 
 
 def test_the_dockerfile_installs_what_it_copies() -> None:
