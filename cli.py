@@ -103,6 +103,7 @@ def init(
     """Make a run directory with its run.toml, from a preset."""
     from score.tables import select
     from shards.absolute_paths import in_full
+    from shards.presets.evidence import EVIDENCE
     from shards.run import Run
     from shards.run_toml import apply_sets, parse_config, read_preset
     from shards.settings.trust import named_by, own_files, trust
@@ -116,6 +117,7 @@ def init(
     created = Run.create(run, config)
     done = f"written from preset {preset}" if created.is_new else "is there already, with the same values"
     say(f"{created.config_path}: {done}; read it, change what you like")
+    say(f"preset {preset}: {EVIDENCE[preset]}")
     for sentence in said:
         say(sentence)
     say(f"next: rushes loop {in_shell(run)} --iterations 10")
@@ -197,7 +199,7 @@ def train(
 @stoppable()
 def loop(
     run: RunPath,
-    iterations: Annotated[int, typer.Option(help="iterations the run shall have when this ends", show_default=False)],
+    iterations: Annotated[int, typer.Option(help="number of iterations in the run when this ends", show_default=False)],
     wait: Wait = False,
     sets: Sets = [],  # noqa: B006
 ) -> None:
@@ -327,6 +329,7 @@ def inspect(
     ] = "table",
     out: Annotated[Path | None, typer.Option(help="write here instead of to the terminal")] = None,
     frames: Annotated[Path | None, typer.Option(help="with KEY: folder of the frames, else RUN/frames/KEY")] = None,
+    video: Annotated[Path | None, typer.Option(help="with KEY: write its mp4 here; frames only with --frames")] = None,
 ) -> None:
     """Show samples, scores and advantages as one table, or one sample in full."""
     from shards.inspect import query, sample, table
@@ -334,17 +337,23 @@ def inspect(
     if key:
         if where or sort or columns or group_by or out or format not in ("table", "json"):
             raise UserError(
-                f"{key} is one sample, not a table", "with KEY there are --eval, --frames and --format json"
+                f"{key} is one sample, not a table", "with KEY there are --eval, --frames, --video and --format json"
             )
         print(sample.show(path, key, format, evaluation), end="", flush=True)
+        if video:
+            query.write_out(video, sample.read_video(path, key, evaluation))
+            say(f"{video}: {video.stat().st_size} bytes" if video.is_file() else f"{video}: written")
+            if not frames:
+                return
         try:
             written = sample.write_frames(path, key, frames, evaluation)
         except RunFailed as error:  # a run that may only be read, above all
             raise RunFailed(error.problem, "--frames FOLDER writes them elsewhere") from error
         say(f"{written[0].parent}: {len(written)} frames")
         return
-    if frames:
-        raise UserError("--frames needs the KEY of a sample", "`rushes inspect RUN --columns key` lists the keys")
+    if frames or video:
+        option = "--frames" if frames else "--video"
+        raise UserError(f"{option} needs the KEY of a sample", "`rushes inspect RUN --columns key` lists the keys")
     found = query.of_kind(table.samples(path, iteration), evaluation)
     query.emit(query.select(found, where, sort, columns, group_by), format, out, sys.stdout, fit=not columns)
 

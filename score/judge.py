@@ -15,7 +15,7 @@ from shards.errors import UserError
 from shards.pointers import refuse_pointer
 from shards.text.cleaning import clean
 
-ONE_FOR_ALL = "give it once for all videos, or as often as there are videos"
+ONE_FOR_ALL = "give it once for all videos, or once per video"
 
 
 def judge(

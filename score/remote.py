@@ -87,7 +87,7 @@ class Remote:
         url, format = options["url"], options["format"]
         if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
             raise UserError(
-                f"reward 'remote': {url!r} is no http or https address", "for example http://host:8000/score"
+                f"reward 'remote': {url!r} is not an http or https address", "for example http://host:8000/score"
             )
         place = urlsplit(url)
         if place.username is not None or place.password is not None:
@@ -186,7 +186,7 @@ class Remote:
         try:
             return json.loads(data)
         except ValueError:
-            raise _Failed(f"the answer of {self.url} is no JSON") from None
+            raise _Failed(f"the answer of {self.url} is not JSON") from None
 
     def _without_token(self, text: str) -> str:
         """What a service says, without the token that it may repeat: reasons are stored."""

@@ -202,7 +202,7 @@ def check_missing(reasons: Sequence[str], samples: int, max_missing: float, stag
     reason, count = Counter(reasons).most_common(1)[0]
     raise RunFailed(
         f"{stage.path}: {len(reasons)} of {samples} samples have no reward, {count} of them because: {reason}",
-        f"mend that and score again; [score].max_missing = {max_missing:g} is the share that is accepted",
+        f"fix that and score again; [score].max_missing = {max_missing:g} is the accepted share",
     )
 
 

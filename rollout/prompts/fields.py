@@ -119,7 +119,7 @@ def chat_text(messages: Sequence[Any], where: str) -> str:
     texts: dict[str, list[str]] = {}
     for message in messages:
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-            problem = f"{where}: the prompt is a list with {shortened(message)}, which is no chat message"
+            problem = f"{where}: the prompt is a list with {shortened(message)}, which is not a chat message"
             raise UserError(problem, 'a message is {"role": "user", "content": "a sign"}')
         role = str(message["role"])
         more = sorted(name for name, value in message.items() if name not in ("role", "content") and value)
@@ -149,7 +149,7 @@ def _content(content: Any, role: str, where: str) -> str:
         more = [name for name, value in part.items() if name not in used and value] if isinstance(part, Mapping) else []
         if not isinstance(text, str) or more:
             problem = f"{where}: the prompt is a chat whose {role} message holds {shortened(part)}"
-            raise UserError(problem, "a prompt is text alone; an image stands in the field `image` of the record")
+            raise UserError(problem, "a prompt is text alone; an image belongs in the field `image` of the record")
         texts.append(text)
     return " ".join(texts)
 

@@ -6,7 +6,7 @@ import io
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shards.errors import UserError
 from shards.inspect import table
@@ -18,6 +18,9 @@ from shards.store.files import files_at
 from shards.store.urls import shown
 from shards.text.visible import visible, visible_json
 from shards.video import decode_mp4
+
+if TYPE_CHECKING:
+    from shards.video import Frames
 
 BY_STEP = ("sigmas", "timesteps", "experts", "guidance", "window", "log_prob")  # shown as the table of steps
 
@@ -80,6 +83,18 @@ def describe(path: str | Path, key: str, evaluation: bool = False) -> dict[str, 
     }
 
 
+def read_video(path: str | Path, key: str, evaluation: bool = False) -> bytes:
+    """The mp4 file of a sample, as it is stored. Raises as `describe` does."""
+    stage, shard = find(path, key, evaluation)
+    with open_shard(stage, shard) as opened:
+        return opened.video(key)
+
+
+def read_frames(path: str | Path, key: str, evaluation: bool = False) -> Frames:
+    """The frames of a sample, uint8 RGB [T, H, W, 3]. Raises as `describe` does."""
+    return decode_mp4(read_video(path, key, evaluation), f"{shown(str(path))}: {key}.mp4")
+
+
 def write_frames(path: str | Path, key: str, folder: Path | None = None, evaluation: bool = False) -> list[Path]:
     """Write the frames of a sample as `frame-000.png`, …; returns their paths.
 
@@ -87,14 +102,12 @@ def write_frames(path: str | Path, key: str, folder: Path | None = None, evaluat
     """
     from PIL import Image
 
-    stage, shard = find(path, key, evaluation)
     if folder is None:
+        stage, _ = find(path, key, evaluation)
         folder = stage.run_path / "frames" / ("eval" if stage.kind == "eval" else "") / key
     files, folder = files_at(folder)
-    with open_shard(stage, shard) as opened:
-        frames = decode_mp4(opened.video(key), f"{opened.path}: {key}.mp4")
     written = []
-    for number, frame in enumerate(frames):
+    for number, frame in enumerate(read_frames(path, key, evaluation)):
         sink = io.BytesIO()
         Image.fromarray(frame).save(sink, "PNG")
         written.append(folder / f"frame-{number:03d}.png")

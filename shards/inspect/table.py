@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +65,11 @@ def groups(frame: pandas.DataFrame) -> pandas.DataFrame:
 
 
 def write(frame: pandas.DataFrame, format: str) -> bytes:
-    """The table as bytes to print: table (for eyes), csv, json, jsonl or parquet. Raises UserError for another name."""
+    """The table as bytes to print: table (for eyes), csv, json, jsonl or parquet. Raises UserError for another name.
+
+    JSON has every number to its last bit; what is missing (NaN) is null, and an infinite number a string, "Infinity"
+    or "-Infinity", because JSON has no other way to write it.
+    """
     if format == "parquet":
         sink = io.BytesIO()
         frame.to_parquet(sink, index=False)
@@ -73,9 +79,9 @@ def write(frame: pandas.DataFrame, format: str) -> bytes:
     if format == "csv":
         return frame.to_csv(index=False).encode()
     if format in ("json", "jsonl"):
-        lines = format == "jsonl"
-        text = frame.to_json(orient="records", lines=lines, force_ascii=False, double_precision=15)
-        return visible_json(text if text.endswith("\n") else text + "\n").encode()
+        rows = [json.dumps(_exact(row), ensure_ascii=False) for row in frame.to_dict("records")]
+        text = "[" + ",\n".join(rows) + "]\n" if format == "json" else "".join(f"{row}\n" for row in rows)
+        return visible_json(text).encode()
     raise UserError(f"{format!r} is no format", f"choose from {', '.join(FORMATS)}")
 
 
@@ -145,7 +151,7 @@ def _judgement(stage: Stage, hashes: dict[int, str], scores: dict[str, pandas.Da
     import pandas
 
     columns = ["reward", "advantage", "weight", "reason"]
-    specification = _meant(stage)
+    specification = specification_meant(stage)
     table = _tables(stage.advantage_dir(specification), hashes) if specification else None
     if table is not None:
         return table[columns]
@@ -165,7 +171,7 @@ def _status(own: Any, keys: Any, tables: list[pandas.DataFrame]) -> Any:
     return status if tables else status.where(status != "ok", NOT_SCORED)
 
 
-def _meant(stage: Stage) -> str | None:
+def specification_meant(stage: Stage) -> str | None:
     """Of several specifications the one that was trained on, or that an evaluation has by the run's [score].
 
     Else the one whose folder was written to last; only what is shown depends on this clock.
@@ -222,6 +228,17 @@ def _to_pandas(table: pyarrow.Table) -> pandas.DataFrame:
         if pyarrow.types.is_list(field.type):  # lists, not arrays: they print, compare and turn into JSON
             frame[field.name] = table.column(field.name).to_pylist()
     return frame
+
+
+def _exact(value: Any) -> Any:
+    """A value as JSON holds it without loss."""
+    if isinstance(value, dict):
+        return {str(name): _exact(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_exact(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
 
 
 def _for_eyes(frame: pandas.DataFrame) -> pandas.DataFrame:

@@ -96,7 +96,7 @@ def recogniser_of(options: Mapping[str, Any]) -> Recogniser:
     folders = [options.get(name) or "" for name in ("model_storage_directory", "user_network_directory")]
     for value in (network, *folders):
         if not isinstance(value, str):
-            raise UserError(f"{SETTING}: {value!r} is no name", "give the name of a network or a folder as text")
+            raise UserError(f"{SETTING}: {value!r} is not a name", "give the name of a network or a folder as text")
     return _recogniser(languages, network, *folders, _home())
 
 

@@ -386,7 +386,7 @@ def test_bad_input_is_named(tiny_t2v2: Path, tmp_path: Path) -> None:
         "--reward ocr=2: ocr is given twice (hint: give each reward, and its options, once)"
     )
     assert refused("score", tmp_path / "a", "--reward", "ocr=much").startswith(
-        "--reward ocr=much: the weight is no number"
+        "--reward ocr=much: the weight is not a number"
     )
     assert not (tmp_path / "a").exists()
 

@@ -195,7 +195,7 @@ def test_nobody_there_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     ("answer", "words"),
     [
         ((404, {}, b""), "status 404"),
-        ((200, {}, b"<html>"), "is no JSON"),
+        ((200, {}, b"<html>"), "is not JSON"),
         ((200, {}, b'{"scores": {"other": 1}}'), "has no number 'score'"),
         ((200, {}, b'{"scores": {"score": true}}'), "has no number 'score'"),
         ((200, {}, b"[1]"), "has no number 'score'"),
@@ -244,9 +244,9 @@ def test_frames_that_mp4_cannot_hold_are_missing(server: Server) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"url": "file:///etc/passwd"}, "no http or https address"),
-        ({"url": "ftp://host/x"}, "no http or https address"),
-        ({"url": "http://"}, "no http or https address"),
+        ({"url": "file:///etc/passwd"}, "not an http or https address"),
+        ({"url": "ftp://host/x"}, "not an http or https address"),
+        ({"url": "http://"}, "not an http or https address"),
         ({"url": "http://h", "format": "gif"}, "no format 'gif'"),
         ({"url": "http://h", "names": " "}, "a name of its own"),
         ({"url": "http://h", "names": "a a"}, "a name of its own"),
