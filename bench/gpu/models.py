@@ -30,6 +30,8 @@ MODELS: dict[str, dict[str, Any]] = {  # configurations as diffusers' convert_wa
     "1.3b": {**FULL, "num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
     "a14b": {**FULL, "num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40},
     "i2v-a14b": {**FULL, "num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40, "in_channels": 36},
+    "5b": {**FULL, "num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30, "in_channels": 48,
+           "out_channels": 48},
 }  # fmt: skip
 SMALL_LAYERS = {"attention_head_dim": 12, "text_dim": 16, "freq_dim": 16, "num_attention_heads": 2, "ffn_dim": 64,
                 "num_layers": 2, "rope_max_seq_len": 32}  # fmt: skip

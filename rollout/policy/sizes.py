@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import UMT5Config, UMT5EncoderModel
@@ -50,7 +51,7 @@ class Pass:
     dtype: str
     guided: bool
     rank: int = 0
-    """Of the adapter; 0 trains all weights."""
+    """Of the adapter; 0 stands for none, and trains all weights."""
     train: bool = False
     checkpointing: bool = False
     per_token: bool = False
@@ -105,7 +106,7 @@ def working_bytes(config: Mapping[str, Any], run: Pass) -> int:
     for layers in (1, 2):
         module = _cast(meta_expert(config, layers), run.dtype)
         module.requires_grad_(run.train and run.rank == 0)
-        if run.train and run.rank:
+        if run.rank:
             add_adapter(module, run.rank, run.rank, 0)
         if run.checkpointing:
             module.enable_gradient_checkpointing()
@@ -154,12 +155,12 @@ def peak_bytes(function: Callable[[], Any], *modules: nn.Module) -> int:
 
 @contextlib.contextmanager
 def fused_attention() -> Iterator[None]:
-    """Inside, attention is one fused kernel on every device; on the meta device it would else count scores in full."""
+    """Inside, attention is one fused kernel on every device; meta and fake tensors would else count scores in full."""
     functional: Any = torch.nn.functional
     original = functional.scaled_dot_product_attention
 
     def fused(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-        if query.device.type != "meta":
+        if query.device.type != "meta" and not isinstance(query, FakeTensor):
             return original(query, key, value, **options)  # type: ignore[no-any-return]
         return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]  # type: ignore[no-any-return]
 
