@@ -4,11 +4,11 @@
     OMP_NUM_THREADS=1 python bench/memory_fake.py --preset wan21-1.3b --row update
 
 The models are those of the presets, at their shapes. What runs is the product's own: `take_step` with the adapter on,
-`Policy.decode`, `Policy.encode`, `ExpertTrainer.update`. Fake tensors on `cuda` stand for those of a device. Updates run
-on fake tensors of the CPU with the kernels of a GPU, as autograd of fake CUDA tensors asks for a CUDA context. Steps
-and updates are tracked with one and with two blocks, and the difference stands for each of the others. Decoding has its
-whole expert, the text encoder all its layers. On 8 ranks FSDP2 shards the expert over a process group that sends
-nothing. What kernels and cuDNN take for scratch space is in neither column.
+`Policy.decode`, `Policy.encode`, `ExpertTrainer.update`. Fake tensors on `cuda` stand for those of a device. Updates
+run on fake tensors of the CPU with the kernels of a GPU, as autograd of fake CUDA tensors asks for a CUDA context.
+Steps and updates are tracked with one and with two blocks, and the difference stands for each of the others. Decoding
+has its whole expert, the text encoder all its layers. On 8 ranks FSDP2 shards the expert over a process group that
+sends nothing. What kernels and cuDNN take for scratch space is in neither column.
 """
 
 from __future__ import annotations
