@@ -67,9 +67,10 @@ def rollout(
 
 
 def _hand_out(run: Run, stage: Stage, parts: list[Part], devices: list[str]) -> list[Future[Counts]]:
-    """Give each helper its part and its device. When one has ended since the last stage, new ones take the place of all.
+    """Give each helper its part and its device.
 
-    When one ends while this gives out work, nobody gets any: new helpers start with the next stage.
+    When one has ended since the last stage, new ones take the place of all. When one ends while this gives out work,
+    nobody gets any: new helpers start with the next stage.
     """
     executor = _start(len(parts))
     job = (str(run.path), run.sets, stage.kind, stage.iteration)

@@ -55,12 +55,14 @@ class NoHostReads(TorchDispatchMode):
 
 def onto(module: nn.Module, device: str) -> nn.Module:
     """Put fake weights of a device in the place of a module's own; inside a FakeTensorMode."""
+    made: dict[Tensor, nn.Parameter] = {}  # weights that two modules share stay one
     for part in module.modules():
-        for name, value in [*part._parameters.items()]:
-            if value is not None:
-                fake = torch.empty(value.shape, dtype=value.dtype, device=device)
-                part._parameters[name] = nn.Parameter(fake, requires_grad=value.requires_grad)
-        for name, value in [*part._buffers.items()]:
-            if value is not None:
-                part._buffers[name] = torch.empty(value.shape, dtype=value.dtype, device=device)
+        for name, weight in [*part._parameters.items()]:
+            if weight is not None:
+                fake = torch.empty(weight.shape, dtype=weight.dtype, device=device)
+                own = made.setdefault(weight, nn.Parameter(fake, requires_grad=weight.requires_grad))
+                part._parameters[name] = own
+        for name, buffer in [*part._buffers.items()]:
+            if buffer is not None:
+                part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
     return module

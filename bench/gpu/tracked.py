@@ -149,7 +149,7 @@ def encoding(model: Model, text: Mapping[str, Any]) -> int:
 
 
 def updating(model: Model, mesh: DeviceMesh | None = None) -> int:
-    """Bytes in the second of two updates on two batches each, with everything training keeps.
+    """Bytes in an update on two batches that is not the first, with everything training keeps.
 
     Autograd of fake CUDA tensors asks for a CUDA context, so these are fake tensors of the CPU, with the kernels that a
     GPU would take: fused attention, and AdamW over all weights at once. With a mesh FSDP holds the expert.
@@ -165,8 +165,8 @@ def updating(model: Model, mesh: DeviceMesh | None = None) -> int:
             with tracker:
                 trainer = _trainer(model, policy)
                 slots = [Slot(unit, True) for unit in trainer.inputs.rollouts.units()]
-                for _ in range(2):
-                    trainer.update([slot.unit for slot in slots], slots)
+                _have_updated(trainer)
+                trainer.update([slot.unit for slot in slots], slots)
                 trainer.losses.ahead.close()
             return tracker.peak("cpu")
 
@@ -181,6 +181,14 @@ def _trainer(model: Model, policy: Policy) -> ExpertTrainer:
     trainer.state.optimizer.param_groups[0]["foreach"] = True  # as it is by default on a GPU
     trainer.losses.read = lambda unit, following=None: _batch(model, unit)  # type: ignore[method-assign]
     return trainer
+
+
+def _have_updated(trainer: ExpertTrainer) -> None:
+    """As after the first update: the optimizer has its moments, and the policy that sampled is another one."""
+    for value in trainer.state.parameters.values():
+        value.grad = torch.zeros_like(value)
+    trainer.state.optimizer.step()
+    trainer.moved = True
 
 
 def _batch(model: Model, unit: Unit) -> Batch:

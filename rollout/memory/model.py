@@ -82,6 +82,7 @@ def lora_state(parameters: int, *, average: bool) -> dict[str, int]:
         "AdamW": 8 * parameters,
         "average": 4 * parameters if average else 0,
         "weights of the rollout": 4 * parameters,
+        "half a gradient": 4 * parameters,  # of the first batches of an update, which the others are compared with
     }
 
 
