@@ -145,7 +145,7 @@ def shape(text: str) -> Case:
     match = SHAPE.fullmatch(text)
     if match is None or match[1] not in MODELS:
         raise argparse.ArgumentTypeError(f"{text!r}: MODEL:HxWxFRAMES[:BLOCKS], MODEL one of {', '.join(MODELS)}")
-    return Case(match[1], *(int(part) for part in match.groups()[1:4]), layers=int(match[5] or 0))
+    return Case(match[1], int(match[2]), int(match[3]), int(match[4]), layers=int(match[5] or 0))
 
 
 def parse(words: list[str]) -> argparse.Namespace:

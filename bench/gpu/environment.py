@@ -58,10 +58,10 @@ def _attention(
     device: torch.device, shape: tuple[int, int, int, int], dtype: torch.dtype, name: str, gradient: bool
 ) -> str:
     """Milliseconds of one kernel, or why it does not run."""
-    inputs = [torch.randn(shape, device=device).to(dtype).requires_grad_(gradient) for _ in range(3)]
+    query, key, value = (torch.randn(shape, device=device).to(dtype).requires_grad_(gradient) for _ in range(3))
 
     def once() -> None:
-        out = scaled_dot_product_attention(*inputs)
+        out = scaled_dot_product_attention(query, key, value)
         if gradient:
             out.sum().backward()
 

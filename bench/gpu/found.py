@@ -55,8 +55,10 @@ class Place:
         key = (case.model, case.layers)
         if key not in self._policies:
             self.forget()
-            options = {"dtype": case.dtype, "device": str(self.device), "text_length": case.text_length}
-            self._policies[key] = Policy.of(ModelConfig(path=str(self.folder(case)), **options))
+            model = ModelConfig(
+                path=str(self.folder(case)), dtype=case.dtype, device=str(self.device), text_length=case.text_length
+            )
+            self._policies[key] = Policy.of(model)
         return self._policies[key]
 
     def forget(self) -> None:

@@ -21,6 +21,7 @@ from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 from rollout.policy.folder import DTYPES
 from shards.config import ModelConfig, RolloutConfig, RunConfig, TrainConfig
 from shards.files import publish_replace
+from shards.plan import Dtype
 from shards.run import Run
 
 WORDS = ("FILM", "OPEN", "GATE", "SALE", "MOON", "BIRD", "LAMP", "RAIN")
@@ -55,7 +56,7 @@ class Case:
     batch: int = 1
     rank: int = 64
     text_length: int = 512
-    dtype: str = "bfloat16"
+    dtype: Dtype = "bfloat16"
     small: bool = False
     """Tiny layers, for a CPU."""
 

@@ -18,7 +18,7 @@ from rollout.policy import Policy
 from rollout.ranks.world import World
 from shards.run import Run
 from tests.support import training
-from tests.support.tiny_models import save
+from tests.support.tiny_models import TEXT_LENGTH, save
 from train.run import TrainReport, train
 
 PUBLISHED: dict[str, Any] = {"estimator": "noise", "error_weight": "derived", "proximal": 0.0, "clip_range": 1e-3}
@@ -60,7 +60,7 @@ class _Runs:
         self.copies = 0
 
     @property
-    def model(self) -> dict[str, str]:
+    def model(self) -> dict[str, Any]:
         return {"device": str(self.place.device), "dtype": "float32" if self.place.small else "bfloat16"}
 
     def policy(self, layout: str) -> Policy:
@@ -68,8 +68,7 @@ class _Runs:
             folder = self.place.out / f"tiny-{layout}"
             if not folder.is_dir():
                 save(layout, folder)
-            options = {**self.model, "text_length": training.TEXT_LENGTH}
-            self.policies[layout] = Policy.load(folder, **options)
+            self.policies[layout] = Policy.load(folder, **self.model, text_length=TEXT_LENGTH)
         return self.policies[layout]
 
     def run(self, layout: str, rollout: dict[str, Any], settings: dict[str, Any]) -> Run:
@@ -99,8 +98,8 @@ def two_experts(place: Place) -> Iterator[Finding]:
     yield Finding(2, "the idle expert is on the host", text, where == [{place.device.type}, {"cpu"}])
     policy.use(None)
 
-    def kill(done: int, total: int, unit: str, text: str) -> None:
-        if unit == "updates" and text.startswith("low_noise"):
+    def kill(done: int, total: int, unit: str, note: str = "") -> None:
+        if unit == "updates" and note.startswith("low_noise"):
             raise _Killed
 
     try:
@@ -181,9 +180,10 @@ def _train_sharded(paths: dict[str, str]) -> list[Finding]:
     """In a process of its own: the training of each run by experts that FSDP holds."""
     runs = {name: Run.open(Path(path)) for name, path in paths.items()}
     cuda = any(torch.device(run.config.model.device).type == "cuda" for run in runs.values())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     try:
-        found = []
+        found: list[Finding] = []
         for name, run in runs.items():
             found += _checked(4, f"{name}, sharded", run, train(run, 0, _Sharded.of(run.config.model)))
         return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,8 +54,8 @@ def velocity(policy: Policy, case: Case) -> Tensor:
     """The guided velocity of a state and embeddings drawn on the host."""
     draw = torch.Generator().manual_seed(5)
     shape = policy.latent_shape(case.height, case.width, case.frames)
-    module = policy.module(0)
-    width = module.config.text_dim  # type: ignore[union-attr]
+    module: Any = policy.module(0)
+    width = int(module.config.text_dim)
     x = torch.randn(case.batch, *shape, generator=draw).to(policy.device)
     prompt, negative = (
         torch.randn(case.batch, case.text_length, width, generator=draw).to(policy.device) for _ in range(2)
