@@ -98,22 +98,25 @@ def measured(row: str, model: Model) -> int:
         dist.destroy_process_group()
 
 
-def planned(row: str, run: Run) -> Need:
-    """What `rushes plan-memory` says of it."""
+def planned(row: str, run: Run, known: dict[int, list[Need]]) -> Need:
+    """What `rushes plan-memory` says of a row; `known` keeps its answers by the number of ranks."""
     stage = {"step": "rollout", "decode": "decode", "encode": "encode prompts"}.get(row, "train LoRA, checkpointing")
-    needs = plan_memory(run, RANKS if "ranks" in row else 0)
-    return next(need for need in needs if need.stage == stage)
+    ranks = RANKS if "ranks" in row else 0
+    if ranks not in known:
+        known[ranks] = plan_memory(run, ranks)
+    return next(need for need in known[ranks] if need.stage == stage)
 
 
-def compare(presets: list[str], rows: list[str], sets: list[str], told: Callable[[str], None]) -> list[str]:
-    """Lines of the table, each told as it is there."""
-    lines = []
+def compare(presets: list[str], rows: list[str], sets: list[str], told: Callable[[list[str]], None]) -> list[str]:
+    """Lines of the table; `told` gets those that are there after each of them."""
+    lines: list[str] = []
     for preset in presets:
         with tempfile.TemporaryDirectory(prefix="rushes-fake-") as folder:
             run = make_run(Path(folder), preset, sets)
             model, video = read_model(run.config), run.config.rollout
+            known: dict[int, list[Need]] = {}
             for row in rows:
-                need, found = planned(row, run), measured(row, model)
+                need, found = planned(row, run, known), measured(row, model)
                 ratio = need.device / found
                 shape = f"{video.height}×{video.width}×{video.frames}"
                 verdict = "yes" if LOW <= ratio <= HIGH else "**no**"
@@ -121,7 +124,7 @@ def compare(presets: list[str], rows: list[str], sets: list[str], told: Callable
                     f"| {PRESETS[preset][0]}, {shape} | {row} | {need.device / GIB:.2f} | {found / GIB:.2f} | "
                     f"{ratio:.2f} | {verdict} |"
                 )
-                told(lines[-1])
+                told(lines)
     return lines
 
 
@@ -136,18 +139,26 @@ def main(words: list[str] | None = None) -> list[str]:
     arguments = parser.parse_args(words)
     warnings.filterwarnings("ignore", module=r"torch\..*")
     presets, rows = arguments.preset or list(PRESETS), arguments.row or list(ROWS)
-    lines = compare(presets, rows, arguments.sets, lambda line: print(line, flush=True))
-    text = "\n".join([
+
+    def told(lines: list[str]) -> None:
+        print(lines[-1], flush=True)
+        if arguments.page is not None:
+            replace_section(arguments.page, "memory", render(words, lines))
+
+    return compare(presets, rows, arguments.sets, told)
+
+
+def render(words: list[str], lines: list[str]) -> str:
+    """The section of the page."""
+    return "\n".join([
         f"`python bench/memory_fake.py {' '.join(words)}`, torch {torch.__version__}: GiB alive on one device at the "
         f"peak. Goal: predicted / tracked between {LOW} and {HIGH}.",
         "",
         "| model, shape of its preset | what | predicted | tracked | ratio | in the goal |",
         "|-|-|-|-|-|-|",
         *lines,
+        "",
     ])  # fmt: skip
-    if arguments.page is not None:
-        replace_section(arguments.page, "memory", text + "\n")
-    return lines
 
 
 if __name__ == "__main__":
