@@ -38,6 +38,8 @@ class Place:
     def __init__(self, out: Path, device: torch.device, small: bool, minutes: float) -> None:
         self.out, self.device, self.small = out, device, small
         self.ends = time.monotonic() + 60 * minutes
+        self.warm: set[Case] = set()
+        """Cases of which a whole iteration has run in this process."""
         self._policies: dict[tuple[str, int], Policy] = {}
 
     @property
@@ -51,10 +53,11 @@ class Place:
         return path if path.is_dir() else build(path, case, self.device)
 
     def policy(self, case: Case) -> Policy:
-        """The model of a case, loaded once. Another one that was there is forgotten."""
+        """The model of a case, loaded once; others that are there leave the device."""
         key = (case.model, case.layers)
+        for other in self._policies.values():
+            other.release()
         if key not in self._policies:
-            self.forget()
             model = ModelConfig(
                 path=str(self.folder(case)), dtype=case.dtype, device=str(self.device), text_length=case.text_length
             )
