@@ -27,7 +27,7 @@ Tensors = dict[str, Tensor]
 
 @dataclass
 class State:
-    """A chunk on its way, in host memory."""
+    """A chunk on its way, in host memory but for the time that `Sampler.advance` takes."""
 
     x: Tensor
     """[B,C,F,H,W] fp32, rounded to the storage dtype"""
@@ -51,6 +51,12 @@ class State:
         for part in parts:
             part[~whole] = 0
         return whole.tolist()
+
+    def to_host(self) -> None:
+        """Bring everything to the host: once a phase, so that no step waits for the one before."""
+        self.x, self.clean = self.x.cpu(), None if self.clean is None else self.clean.cpu()
+        for part in (self.kept, self.log_prob, self.x0_prev):
+            part.update({step: value.cpu() for step, value in part.items()})
 
     def row(self, index: int) -> Tensors:
         """One sample of the chunk as named tensors, for the spool."""
@@ -114,7 +120,7 @@ class Sampler:
         """The chunk as noise, rounded to the storage dtype."""
         noises = [noise(self.shape, seed=self._seed(chunk.group, sample, INITIAL)) for sample in chunk.samples]
         state = State(torch.stack(noises).to(self.storage).float())
-        self._keep(chunk, state, 0)
+        self._keep(chunk, state, 0, state.x)
         return state
 
     @torch.no_grad()
@@ -129,15 +135,15 @@ class Sampler:
             inputs = StepInputs(x, prompt, negative, condition, clean)
             taken = take_step(self.policy, self.schedule, step, inputs, drawn, self.storage)
             if taken.log_prob is not None:
-                state.log_prob[step] = taken.log_prob.cpu()
+                state.log_prob[step] = taken.log_prob
                 if self.schedule.law == "dpm-sde-2m":
-                    state.x0_prev[step] = torch.zeros_like(x).cpu() if clean is None else clean.cpu()
+                    state.x0_prev[step] = torch.zeros_like(x) if clean is None else clean
             x, clean = taken.x, taken.clean if self.looks_back else None
             if step == self.schedule.steps - 1:
                 x = self.policy.impose(x, condition).to(self.storage).float()
-            state.x = x.cpu()
-            self._keep(chunk, state, step + 1)
-        state.clean = None if clean is None else clean.cpu()
+            self._keep(chunk, state, step + 1, x)
+        state.x, state.clean = x, clean
+        state.to_host()
         state.seconds += time.monotonic() - began
 
     def finish(self, chunk: Chunk, state: State) -> list[Sample]:
@@ -155,11 +161,11 @@ class Sampler:
             sample.meta["status"] = "ok" if ok else "its latents or log-probs are not finite"
         return samples
 
-    def _keep(self, chunk: Chunk, state: State, number: int) -> None:
-        """Keep state `number` if it is stored: before and after every window step, and the last."""
+    def _keep(self, chunk: Chunk, state: State, number: int, x: Tensor) -> None:
+        """Keep state `number`, x, if it is stored: before and after every window step, and the last."""
         window = self.groups[chunk.group].window
         if number in window or number - 1 in window or number == self.schedule.steps:
-            state.kept[number] = state.x.to(self.storage)
+            state.kept[number] = x.to(self.storage)
 
     def _noise(self, chunk: Chunk, step: int, device: torch.device) -> Tensor | None:
         """Fresh noise of a window step [B,C,F,H,W]; None for the other steps."""

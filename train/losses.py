@@ -91,14 +91,16 @@ class Losses:
     @torch.no_grad()
     def _prepare_gains(self, units: Sequence[Unit], moved: bool) -> None:
         """The gain of every sample of these units, on all ranks: partners of a pair may be in different batches."""
-        found: dict[tuple[str, int], float] = {}
+        keys: list[tuple[str, int]] = []
+        gains: list[Tensor] = []
         for unit, following in zip(units, [*units[1:], units[0]], strict=True):
             batch = self.read(unit, following)
             x = self.forwards.state(batch)
             old = self.forwards.old_velocity(batch, x)
             velocity = self.forwards.velocity(batch, x) if moved else old
-            gain = self.forwards.error(batch, x, velocity) - self.forwards.error(batch, x, old)
-            found |= {(key, unit.step): value for key, value in zip(batch.keys, gain.tolist(), strict=True)}
+            gains.append(self.forwards.error(batch, x, velocity) - self.forwards.error(batch, x, old))
+            keys += [(key, unit.step) for key in batch.keys]
+        found = dict(zip(keys, torch.cat(gains).tolist(), strict=True))
         self.gains = {name: value for part in self.world.gather_data(found) for name, value in part.items()}
 
     def _group_size(self, unit: Unit) -> int:

@@ -93,7 +93,7 @@ class ExpertTrainer:
         norm = self._step()
         size = sum(value.numel() for value in self.state.parameters.values())
         return (
-            _summary(self._of_all_ranks(collected))
+            _summary(self._of_all_ranks(_on_host(collected)))
             | signal
             | {
                 "gradient_norm": norm,
@@ -109,6 +109,7 @@ class ExpertTrainer:
     ) -> dict[str, Tensor]:
         """Add the gradient of one batch at one step, its rows weighted and divided by `total`; returns its rows.
 
+        Those that count, on the device: the host waits for nothing here.
         FSDP averages gradients over all ranks. What is wanted is their sum over samples and over parts of the token
         sequence, so the loss is multiplied by the number of ranks. Without `counts` every row has weight 0.
         `following` is the unit of the next call, to be read in the meantime.
@@ -122,7 +123,8 @@ class ExpertTrainer:
         (loss * self.world.size if self.world.size > 1 else loss).backward()
         if measure and self.config.is_published and not self.config.ratio_norm and self.world.data_rank > 0:
             rows.shift = None  # all ranks measured it, to stay in step; the first batch of the minibatch tells it
-        return _detached(rows, advantage, weight)
+        kept = [index for index, pair in enumerate(pairs) if counts and pair[1] > 0]
+        return _detached(rows, advantage, weight, None if len(kept) == len(pairs) else kept)
 
     def recompute_log_probs(self, units: Sequence[Unit]) -> None:
         """Take the old log-probs of these units from the rollout's weights on this machine, not from the shards."""
@@ -170,7 +172,9 @@ class ExpertTrainer:
 
     def _zero_everywhere(self, tensors: Mapping[str, Tensor | None]) -> list[str]:
         """Names of tensors that are missing, or hold nothing but zeros on any rank."""
-        moved = {name: value is not None and bool(local(value).any()) for name, value in tensors.items()}
+        there = {name: local(value).any() for name, value in tensors.items() if value is not None}
+        flags = torch.stack([*there.values()]).tolist() if there else []
+        moved = dict.fromkeys(tensors, False) | dict(zip(there, flags, strict=True))
         everywhere = self.world.gather(moved)
         return [name for name in tensors if not any(found[name] for found in everywhere)]
 
@@ -241,15 +245,22 @@ def _new_state(parameters: dict[str, torch.nn.Parameter], config: TrainConfig) -
     return TrainerState(parameters, optimizer, ema)
 
 
-def _detached(rows: Rows, advantage: Tensor, weight: Tensor) -> dict[str, Tensor]:
-    """Rows that count, on the CPU, for the metrics."""
-    counts = weight > 0
+def _detached(rows: Rows, advantage: Tensor, weight: Tensor, kept: list[int] | None) -> dict[str, Tensor]:
+    """Rows for the metrics, fp32: those at the indices `kept`, or all."""
     found = {"weight": weight, "loss": rows.loss, "ratio": rows.ratio, "clipped": rows.clipped, "kl": rows.kl}
     found["advantage"] = advantage
     found |= rows.more
     if rows.shift is not None:
         found["shift"] = rows.shift
-    return {name: value.detach()[counts].float().cpu() for name, value in found.items()}
+    everything = {name: value.detach().float() for name, value in found.items()}
+    return everything if kept is None else {name: value[kept] for name, value in everything.items()}
+
+
+def _on_host(collected: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Rows of all batches on the host, which waits for the device once."""
+    values = [value for rows in collected for value in rows.values()]
+    pieces = iter(torch.cat(values).cpu().split([len(value) for value in values]))
+    return [{name: next(pieces) for name in rows} for rows in collected]
 
 
 def _summary(collected: list[dict[str, Tensor]]) -> dict[str, float]:

@@ -60,11 +60,11 @@ class ExpertWeights:
         self._active = expert
 
     def distribute(self, world: World) -> None:
-        """Shard the experts, and the base model's beside them, over ranks; a process alone keeps them as they are.
+        """Shard the experts, and the base model's beside them, over ranks; without a mesh they stay as they are.
 
         What shall be trained must be on them by now. `become` gives each rank plain experts again.
         """
-        if world.size == 1:
+        if world.fsdp_mesh is None:
             return
         assert self._sharded is None, "experts are distributed once"
         self.use(None)

@@ -29,10 +29,17 @@ class Policy:
     """
 
     def __init__(
-        self, layout: Layout, dtype: str, device: torch.device, text_length: int, base_lora: BaseLora | None = None
+        self,
+        layout: Layout,
+        dtype: str,
+        device: torch.device,
+        text_length: int,
+        base_lora: BaseLora | None = None,
+        experts: ExpertWeights | None = None,
     ) -> None:
+        """`experts` are those of the model folder if absent, with `base_lora` merged into them."""
         self.layout, self.dtype, self.device = layout, dtype, device
-        self.experts = ExpertWeights(layout, dtype, device, base_lora)
+        self.experts = experts or ExpertWeights(layout, dtype, device, base_lora)
         self.text = TextEncoder(layout, dtype, device, text_length)
         self.vae = Vae(layout, device)
 
@@ -68,6 +75,8 @@ class Policy:
         if dtype not in DTYPES:
             raise UserError(f"model.dtype: {dtype!r} is unknown", f"one of {', '.join(DTYPES)}")
         where = find_device(device, dtype)
+        if where.index is not None and where.type == "cuda":
+            torch.cuda.set_device(where)  # what libraries make without a device of ours would else lie on the first GPU
         layout = read_layout(find_folder(str(path)))
         start = open_start(lora, lora_2, layout)
         policy = cls(layout, dtype, where, text_length, open_base(base_lora, base_lora_2, base_lora_scale, layout))
