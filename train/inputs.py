@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from shards.config import TrainConfig
 from shards.errors import UserError
-from shards.files import publish_new
 from shards.process.progress import counted
 from shards.records.kinds import read_summary, read_train_plan
 from shards.records.reading import CHECKSUM, sealed
@@ -42,7 +41,7 @@ def freeze(run: Run, stage: Stage, advantage: str = "") -> Inputs:
     _check_advantages(stage, rollouts, specification)
     selected = select_samples(_advantages(stage, specification), run.config.train)  # told before anything is written
     ours = _plan(run.config, stage, rollouts, specification)
-    publish_new(path, sealed(ours, path))
+    stage.files.publish_new(path, sealed(ours, path))
     differing = _differences(ours, asdict(read_train_plan(path)))
     if differing:
         raise UserError(

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shards.files import publish_replace
+from shards.files import Files, LocalFiles
 from shards.records.opening import refuse_escape
 from shards.records.updates import read_updates, update_line
 from shards.run import METRICS
-from shards.store import mirror
+from shards.trackers.live import track_update
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -25,14 +25,14 @@ class MetricsLog:
     The JSON lines are the truth; the TensorBoard folder is made from them again whenever training begins or resumes.
     """
 
-    def __init__(self, policy_dir: Path, kept: Mapping[str, int]) -> None:
+    def __init__(self, policy_dir: Path, kept: Mapping[str, int], files: Files | None = None) -> None:
         """Keep the records of updates that a checkpoint covers (`kept`: expert name -> updates) and drop later ones."""
-        self.path = policy_dir / METRICS
-        mirror.look(self.path)
+        self.path, self.files = policy_dir / METRICS, files or LocalFiles()
+        self.files.look(self.path)
         self.records = [
             record for record in read_updates(self.path) if record["update"] <= kept.get(record["expert"], 0)
         ]
-        publish_replace(self.path, "".join(update_line(record) for record in self.records).encode())
+        self.files.publish_replace(self.path, "".join(update_line(record) for record in self.records).encode())
         self._board = _board(policy_dir / "tensorboard")
         for record in self.records:
             self._show(record)
@@ -40,10 +40,10 @@ class MetricsLog:
     def add(self, record: Record) -> None:
         """Append the record of one update. It needs `expert`, `update` and `total_updates` besides the numbers."""
         self.records.append(record)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(update_line(record))
-        mirror.put(self.path, self.path)
+        self.files.append(self.path, update_line(record))
         self._show(record)
+        self._board.flush()  # who watches sees it now
+        track_update(record)
 
     def close(self) -> None:
         """Write what TensorBoard still holds back."""

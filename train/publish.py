@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from shards.files import publish_new
 from shards.records.reading import sealed
 from shards.run import AVERAGE
-from shards.store import mirror
+from shards.store.files import of_policy
 
 if TYPE_CHECKING:
     from rollout.policy import Policy
@@ -24,20 +23,20 @@ def publish(policy: Policy, stage: Stage, averages: dict[int, dict[str, Tensor]]
 
     Returns the fingerprint of the new policy, on all ranks. RunFailed when the disk is full.
     """
-    policy.use(None)
-    policy.save(stage.policy_dir)
+    policy.experts.use(None)
+    policy.experts.save(stage.policy_dir)
     if ema:
-        policy.save(stage.policy_dir / AVERAGE, averages)
+        policy.experts.save(stage.policy_dir / AVERAGE, averages)
     fingerprint = ""
     with world.together():
         if world.is_first:
-            identity = policy.fingerprint(stage.policy_dir)
-            mirror.put_folder(stage.policy_dir, wanted=lambda name: not mirror.ASIDE.search(name))
+            identity = policy.experts.fingerprint(stage.policy_dir)
+            stage.files.put_folder(stage.policy_dir, wanted=of_policy)
             path = stage.policy_record_path
             record = {"schema": SCHEMA, "iteration": stage.iteration, **identity}
             if ema:
-                average = policy.fingerprint(stage.policy_dir / AVERAGE)
+                average = policy.experts.fingerprint(stage.policy_dir / AVERAGE)
                 record["average"] = {name: average[name] for name in ("fingerprint", "adapters")}
-            publish_new(path, sealed(record, path))
+            stage.files.publish_new(path, sealed(record, path))
             fingerprint = str(identity["fingerprint"])
     return world.broadcast(fingerprint)

@@ -161,18 +161,20 @@ def _train(
     with world.together():
         start = starting_policy(run, stage.iteration)
     policy, lag = _ready(run, inputs.rollouts, policy, start, world)
-    covered = {name: found[0] for name in EXPERT_NAMES if (found := checkpoint.latest(stage.trainer_dir(name)))}
+    covered = {
+        name: found[0] for name in EXPERT_NAMES if (found := checkpoint.latest(stage.trainer_dir(name), stage.files))
+    }
     replayed = None
     if not covered and _must_prove(config.train, inputs.rollouts, lag):
         limit = replay_limit(policy, config.train.replay_limit, max(world.ulysses, config.rollout.ulysses))
         replayed = prove(
             policy, inputs.rollouts, samples=config.train.replay_samples, limit=limit, progress=progress, world=world
         )
-    log = MetricsLog(stage.policy_dir, covered) if world.is_first else None
+    log = MetricsLog(stage.policy_dir, covered, stage.files) if world.is_first else None
     try:
-        with Checkpoints(config.train.keep_checkpoints, config.train.async_checkpoints) as checkpoints:
+        with Checkpoints(config.train.keep_checkpoints, config.train.async_checkpoints, stage.files) as checkpoints:
             work = Work(policy, inputs, config, world, start, log, checkpoints, progress, held)
-            trained = {expert: _train_expert(work, expert) for expert in policy.expert_ids}
+            trained = {expert: _train_expert(work, expert) for expert in policy.layout.expert_ids}
     finally:
         if log:
             log.close()
@@ -185,7 +187,7 @@ def _train(
     report = TrainReport(
         skipped=False,
         fingerprint=fingerprint,
-        updates={EXPERT_NAMES[expert]: updates[EXPERT_NAMES[expert]] for expert in policy.expert_ids},
+        updates={EXPERT_NAMES[expert]: updates[EXPERT_NAMES[expert]] for expert in policy.layout.expert_ids},
         advantages=inputs.specification,
         replay=replayed.largest if replayed else None,
         warnings=notes(run, inputs, records, unmoved, lag) if world.is_first else [],
@@ -200,14 +202,14 @@ def _ready(run: Run, rollouts: Rollouts, policy: Policy | None, start: Path | No
     with world.together():
         policy = policy or Policy.of(run.config.model)
         policy.check_model(run.model_path)
-        policy.become(start)
-        fingerprint = policy.fingerprint(start)["fingerprint"]
+        policy.experts.become(start)
+        fingerprint = policy.experts.fingerprint(start)["fingerprint"]
         lag = check_policy(rollouts, fingerprint, settings)
         _check_lag(settings, lag)
         _make_trainable(policy, run.config, start)
-        policy.check_ulysses(*rollouts.plan.video.size, world)
+        policy.experts.check_ulysses(*rollouts.plan.video.size, world)
     world.agree("policy", fingerprint)
-    policy.distribute(world)
+    policy.experts.distribute(world)
     return policy, lag
 
 
@@ -268,13 +270,14 @@ def _restore(trainer: ExpertTrainer, folder: Path, start: Path | None) -> int:
 
     Returns the number of updates of this iteration that are done.
     """
-    found = checkpoint.latest(folder)
+    files = trainer.inputs.rollouts.stage.files
+    found = checkpoint.latest(folder, files)
     if found is not None:
         checkpoint.load(found[1], trainer.state)
         trainer.masters.publish()
         trainer.moved = found[0] > 0
         return found[0]
-    before = checkpoint.latest(trainer_dir(start, trainer.name)) if start else None
+    before = checkpoint.latest(trainer_dir(start, trainer.name), files) if start else None
     if before is not None:
         masters = checkpoint.load(before[1], trainer.state, weights=False)
         with trainer.world.together():
@@ -294,17 +297,17 @@ def _must_prove(settings: TrainConfig, rollouts: Rollouts, lag: int) -> bool:
 def _make_trainable(policy: Policy, config: RunConfig, start: Path | None) -> None:
     """Adapters, fresh ones where the start has none, or all weights; the kind cannot change within a run."""
     settings = config.train
-    if settings.full and policy.has_lora:
+    if settings.full and policy.experts.has_lora:
         source = f"{start} holds a LoRA" if start else f"model.lora = {config.model.lora}"
         hint = "begin a new run" if start else "name it in model.base_lora instead, which merges it into the model"
         raise UserError(f"train.full trains all weights, but {source}", hint)
-    if not settings.full and policy.is_full:
+    if not settings.full and policy.experts.is_full:
         source = str(start or config.model.lora)
         raise UserError(f"train.full is off, but {source} holds all weights", "set train.full = true, as it was before")
     if settings.full:
-        policy.train_all()
-    elif not policy.has_lora:
-        policy.add_lora(settings.lora_rank, settings.lora_alpha, config.rollout.seed)
+        policy.experts.train_all()
+    elif not policy.experts.has_lora:
+        policy.experts.add_lora(settings.lora_rank, settings.lora_alpha, config.rollout.seed)
 
 
 def _check_lag(settings: TrainConfig, lag: int) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from shards.errors import RunFailed, UserError
-from shards.files import publish_replace
 from shards.records.opening import refuse_escape
 from shards.report import facts as report_facts
 from shards.report import tracked_clips
@@ -41,7 +40,7 @@ def write_board(run: Run) -> Path:
         writer.write(_shown(facts, clip.iteration, Summary.Value(tag=f"{clip.tag} clip", image=image)))
     folder = run.report_dir / "tensorboard"
     refuse_escape(folder / NAME, root=run.path)
-    publish_replace(folder / NAME, sink.getvalue())
+    run.files.publish_replace(folder / NAME, sink.getvalue())
     return folder
 
 
@@ -65,6 +64,7 @@ def send_wandb(run: Run) -> str:
         video = wandb.Video(io.BytesIO(clip.video), caption=clip.caption, format="mp4")
         steps[clip.iteration][f"{clip.tag} clip"] = video
     folder = run.report_dir
+    refuse_escape(folder, root=run.path)
     folder.mkdir(parents=True, exist_ok=True)
     name, project = run.path.resolve().name, os.environ.get("WANDB_PROJECT") or "rushes"
     try:

@@ -41,9 +41,9 @@ def frozen_problems(stage: Stage) -> Iterator[Problem]:
             yield Problem("damaged", f"{path}: {name} is not that of {stage.plan_path}", ANEW)
 
 
-def model_problems(root: Path, stages: list[Stage]) -> Iterator[Problem]:
+def model_problems(run: Run, stages: list[Stage]) -> Iterator[Problem]:
     """model.json names the model that the plans name."""
-    path = Run(root).model_path
+    path = run.model_path
     if not os.path.lexists(path):
         return
     record, problems = result(read_model_record, path)

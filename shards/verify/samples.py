@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from shards import tensors
 from shards.errors import REPAIR, Damaged
@@ -13,7 +13,7 @@ from shards.video import check_mp4
 if TYPE_CHECKING:
     from shards.plan import RolloutPlan
 
-CODES = {"F32": "f", "I32": "i", "U8": "B"}
+CODES: dict[str, Literal["f", "i", "B"]] = {"F32": "f", "I32": "i", "U8": "B"}
 EXPONENTS = {"F32": ("u4", 0x7F800000), "F16": ("u2", 0x7C00), "BF16": ("u2", 0x7F80), "F64": ("u8", 0x7FF << 52)}
 """Unsigned type and exponent bits of each type of numbers; all of those set is infinite or no number."""
 AT_ONCE = 2**22  # bytes of a tensor that are looked at together

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shards import spool
-from shards.files import TEMPORARY, is_abandoned
+from shards.locks import TEMPORARY, is_abandoned
 from shards.workers import owners
 
 if TYPE_CHECKING:

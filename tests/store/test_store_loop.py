@@ -13,10 +13,10 @@ from score.run import score
 from shards.config import ModelConfig, WorkersConfig
 from shards.records.updates import read_updates
 from shards.run import Run
-from shards.store import mirror, objects
 from shards.store.urls import working_copy
 from tests.support.s3_server import KEYS, Fault, Proxy, proxied, served
 from tests.support.store_machines import SETTINGS, assert_same, die_in_second_update, look, take_over
+from tests.support.stores import client, forget_clients
 from tests.support.training import make_run
 from train.run import train
 
@@ -29,11 +29,11 @@ def s3(tiny_t2v2: Path) -> Iterator[Proxy]:
     with served() as port, proxied(port) as proxy, pytest.MonkeyPatch.context() as patch:
         for name, value in {**KEYS, "AWS_ENDPOINT_URL": proxy.url}.items():
             patch.setenv(name, value)
-        objects._open.cache_clear()
-        objects._store(URL).mkdir("bucket")
-        objects._store(URL).put(str(tiny_t2v2), "bucket/tiny", recursive=True)
+        forget_clients()
+        client(URL).mkdir("bucket")
+        client(URL).put(str(tiny_t2v2), "bucket/tiny", recursive=True)
         yield proxy
-        objects._open.cache_clear()
+        forget_clients()
 
 
 def sampled_and_scored(run: Run, iteration: int, policy: Policy) -> None:
@@ -76,7 +76,6 @@ def test_two_iterations_on_two_machines_equal_a_local_run(
     # a third one looks, without torch, and proves every byte
     look(URL, [key for k in (0, 1) for key in _keys(run, k)], RUSHES_CACHE=str(tmp_path / "third"))
     assert not list(working_copy(URL).glob("*.tmp-*"))
-    mirror._looked.clear()
 
 
 def _model(config: ModelConfig) -> ModelConfig:
