@@ -69,7 +69,7 @@ def refuse_escape(path: str | Path, hint: str = COPY, root: Path | None = None) 
 
     The run directory itself may be reached by links: it is named by the person at the keyboard, what lies in it is not.
     """
-    root = root or run_of(path)
+    root = root or run_above(path)
     if root is None:
         return
     step = root
@@ -79,7 +79,7 @@ def refuse_escape(path: str | Path, hint: str = COPY, root: Path | None = None) 
             raise Damaged(f"{step}: a link that leads out of the run", f"replace it by what it stands for, or {hint}")
 
 
-def run_of(path: str | Path) -> Path | None:
+def run_above(path: str | Path) -> Path | None:
     """The run directory of a path in one of its stages, by the names alone; None for any other path."""
     parts = Path(path).parts
     for at in range(len(parts) - 1, -1, -1):

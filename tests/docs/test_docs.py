@@ -177,7 +177,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_scores(stage, shard, "videoalign-5e6f7a8b", scored(stage, shard, VIDEOALIGN), {})
         write_advantages(stage, shard, "0123abcd", advised(stage, shard), {})
     (run / "run.toml").write_text('schema = 1\npreset = "words"\n', encoding="utf-8")
-    lines = [{"iteration": 0, "expert": name, "update": 1, **METRICS} for name in ("high_noise", "low_noise")]
+    update = {"iteration": 0, "update": 1, "total_updates": 1, **METRICS}
+    lines = [update | {"expert": name} for name in ("high_noise", "low_noise")]
     stage.policy_dir.mkdir()
     (stage.policy_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     shim = folder / "bin" / "rushes"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import struct
 from pathlib import Path
 from typing import get_args
@@ -14,7 +13,7 @@ from shards.plan import Law
 from shards.run import Run, Stage
 from shards.settings.frozen import TWO_FORMS
 from shards.settings.without_effect import without_effect
-from tests.support.shard_fixtures import make_plan, planned_stage
+from tests.support.shard_fixtures import make_plan, planned_stage, write_train_plan
 
 SINGLE = struct.unpack("f", struct.pack("f", 4.1))[0]  # as a plan has it
 
@@ -99,8 +98,7 @@ def test_nothing_is_scored_for_advantages_alone(stage: Stage) -> None:
 
 
 def test_a_trained_policy_keeps_its_settings(stage: Stage) -> None:
-    stage.train_dir.mkdir()
-    (stage.train_dir / "plan.json").write_text(json.dumps({"train": {"lora_rank": 4, "clip_range": 1e-3}}))
+    write_train_plan(stage, train={"lora_rank": 4, "clip_range": 1e-3})
     assert said(stage, "train", "train.lora_rank=8") == ""  # training refuses it
     stage.policy_dir.mkdir()
     (stage.policy_dir / "policy.json").write_text("{}")

@@ -169,6 +169,7 @@ def sha256(path: Path) -> str:
         data = json.dumps(json.loads(data[8 : 8 + length]), sort_keys=True).encode() + data[8 + length :]
     elif "trainer" in path.parts and path.name == "commit.json":
         record = json.loads(data)
+        record.pop("content_sha256", None)  # of these hashes, too
         data = json.dumps({**record, "sha256": sorted(record["sha256"])}, sort_keys=True).encode()
     elif path.name == "stdout.txt":
         # `status` shows rates by the times of files

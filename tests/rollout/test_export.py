@@ -57,6 +57,7 @@ def trained(path: Path, model: Path, dtype: str = "float32", alpha: float = 8.0,
     publish_new(stage.policy_dir / "policy.json", to_json(record, path))
     for number, reward in enumerate((0.25, 0.75)):
         summary = {"specification": {"weights": {"ocr": 1.0}}, "mean_reward": reward, "std_reward": 0.5, "samples": 100}
+        summary["schema"] = 1
         where = run.evaluation(number).summary_path("0a1b2c3d")
         publish_new(where, to_json(summary, where))
     return run

@@ -26,6 +26,7 @@ def score(stage: Stage, more: float) -> None:
         sidecar.write_advantages(stage, shard, NAME, frame.assign(reward=frame["reward"] + more), {})
     specification = Run(stage.run_path).config.score.specification()
     summary = {"mean_reward": 0.1 + more, "std_reward": 0.1, "samples": 6, "groups": 2, "used_groups": 2}
+    summary["schema"] = 1
     stage.summary_path(NAME).write_text(json.dumps(summary | {"specification": specification}), encoding="utf-8")
 
 

@@ -44,11 +44,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             sidecar.write_advantages(stage, shard, "0123abcd", advantages, {})
         rewards = sidecar.read_advantages(stage, "0123abcd")["reward"]
         summary = {"mean_reward": rewards.mean(), "std_reward": rewards.std(ddof=1), "samples": 6, "missing": 0}
-        summary |= {"groups": 2, "used_groups": 2, "schema": 1}
+        summary |= {"groups": 2, "used_groups": 2, "schema": 1, "specification": {}}
         stage.summary_path("0123abcd").write_bytes(to_json(summary, "summary"))
         if not evaluation:
             stage.policy_dir.mkdir()
-            lines = [{"iteration": number, "expert": name, "update": 1} for name in ("high_noise", "low_noise")]
+            update = {"iteration": number, "update": 1, "total_updates": 1}
+            lines = [update | {"expert": name} for name in ("high_noise", "low_noise")]
             stage.metrics_path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 

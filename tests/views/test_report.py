@@ -81,7 +81,8 @@ def write_updates(stage: Stage, **changed: float) -> None:
         "gradient_norm": 0.5,
     }
     records = [
-        {"iteration": stage.iteration, "expert": expert, "update": update, "seconds": 1.5, "peak_memory_bytes": 2.0**31}
+        {"iteration": stage.iteration, "expert": expert, "update": update, "total_updates": update}
+        | {"seconds": 1.5, "peak_memory_bytes": 2.0**31}
         | values
         | changed
         for expert in ("high_noise", "low_noise")
@@ -261,7 +262,9 @@ def test_a_damaged_record_of_the_settings_is_refused(tmp_path: Path) -> None:
     run = make_run(tmp_path / "signs", iterations=1)
     path = run.iteration(0).train_plan_path
     path.parent.mkdir()
-    for text, words in (("{}", "it has no train"), ('{"train": {"clip_range": "wide"}}', "clip_range")):
+    write_train_plan(run.iteration(0), train={"clip_range": "wide"})
+    wide = path.read_text(encoding="utf-8")
+    for text, words in ((wide.replace('"train"', '"trained"'), "it has no train"), (wide, "clip_range")):
         path.write_text(text, encoding="utf-8")
         with pytest.raises(UserError, match=words) as caught:
             report_facts.gather(run)
@@ -417,7 +420,7 @@ def test_the_settings_of_the_iterations_are_told(tmp_path: Path) -> None:
     for k, (objective, rate) in enumerate((("nft", 1e-3), ("grpo", 2e-3))):
         run.iteration(k).train_dir.mkdir()
         frozen = {"objective": objective, "learning_rate": rate, "clip_range": 1e-3}
-        run.iteration(k).train_plan_path.write_text(json.dumps({"train": frozen}), encoding="utf-8")
+        write_train_plan(run.iteration(k), train=frozen)
     run.config_path.write_text('schema = 1\npreset = "words"\n[train]\nlearning_rate = 2e-3\n', encoding="utf-8")
     text = write_report(Run.open(run.path)).read_text(encoding="utf-8")
     assert "NFT → GRPO" in text
@@ -444,6 +447,7 @@ def test_evaluations_are_compared_prompt_by_prompt(tmp_path: Path) -> None:
             frame = advantage_frame(stage, shard)
             sidecar.write_advantages(stage, shard, "0123abcd", frame.assign(reward=frame["reward"] + k / 10), {})
         summary = {"mean_reward": 0.05 + k / 10, "std_reward": 0.05, "samples": 4, "groups": 2, "used_groups": 2}
+        summary |= {"schema": 1, "specification": {}}
         stage.summary_path("0123abcd").write_text(json.dumps(summary), encoding="utf-8")
     text = write_report(run).read_text(encoding="utf-8")
     [row] = re.findall(r"<tr><td>1</td>(.*?)</tr>", text)

@@ -96,7 +96,7 @@ def test_rates_come_from_the_clock_of_the_file_system_alone(stage: Stage) -> Non
 def test_updates_of_the_training_are_counted(stage: Stage) -> None:
     stage.policy_dir.mkdir()
     log = stage.policy_dir / "metrics.jsonl"
-    rows = [{"expert": "high_noise", "update": 1}, {"expert": "high_noise", "update": 2}]
+    rows = [{"iteration": 0, "expert": "high_noise", "update": one, "total_updates": one} for one in (1, 2)]
     log.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"expert": "hi')
     stage.train_dir.mkdir()
     stage.train_plan_path.write_text("{}")
@@ -197,8 +197,8 @@ def test_rewards_are_shown_by_the_weights_of_the_run(stage: Stage) -> None:
     assert status(run).rewards == []
     for iteration, mean, weights in ((0, 0.25, {"ocr": 1.0}), (1, 0.375, {"ocr": 1.0}), (2, 0.9, {"motion": 1.0})):
         record = {
-            "specification": {"weights": weights}, "samples": 17, "missing": 1, "groups": 4, "used_groups": 3,
-            "mean_reward": mean, "std_reward": 0.2,
+            "schema": 1, "specification": {"weights": weights}, "samples": 17, "missing": 1, "groups": 4,
+            "used_groups": 3, "mean_reward": mean, "std_reward": 0.2,
         }  # fmt: skip
         for of in (run.iteration, run.evaluation):
             path = of(iteration).summary_path("00000000")
