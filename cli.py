@@ -170,12 +170,15 @@ def train(
     advantage: Annotated[
         str, typer.Option(metavar="NAME", help="a folder in iter-*/advantage, when there are several")
     ] = "",
+    expert: Annotated[
+        str, typer.Option(metavar="NAME", help="high_noise or low_noise alone; the last to finish publishes")
+    ] = "",
     sets: Sets = [],  # noqa: B006
 ) -> None:
     """Prove that the shards replay exactly, then update the policy."""
     opened = open_run(run, sets)
     with ranks(opened):
-        do_train(opened, stage_of(opened, iteration).iteration, None, advantage)
+        do_train(opened, stage_of(opened, iteration).iteration, None, advantage, expert)
 
 
 @app.command(
@@ -555,14 +558,18 @@ def do_score(
 
 
 @stoppable()
-def do_train(run: Run, iteration: int, policy: Policy | None, advantage: str = "") -> None:
-    """Train one iteration and say what happened."""
+def do_train(run: Run, iteration: int, policy: Policy | None, advantage: str = "", expert: str = "") -> None:
+    """Train one iteration, or one of its experts, and say what happened."""
+    from train.experts.at_once import train_at_once
     from train.run import train as run_train
 
     if world_size() == 1:  # ranks stop together, which training sees to
         check(f"before iter-{iteration:04d} train")
     with show(f"iter-{iteration:04d} train") as report:
-        result = run_train(run, iteration, policy, report, advantage)
+        if expert:
+            result = run_train(run, iteration, policy, report, advantage, expert)
+        else:
+            result = train_at_once(run, iteration, policy, report, advantage)
     say(f"iter-{iteration:04d} train: {result}")
 
 

@@ -68,7 +68,7 @@ def _hand_out(run: Run, stage: Stage, parts: list[Part]) -> list[Future[Counts]]
 
     When one ends while this gives out work, nobody gets any: new helpers start with the next stage.
     """
-    executor = _start(len(parts))
+    executor = start_helpers(len(parts))
     job = (str(run.path), run.sets, stage.kind, stage.iteration)
     try:
         return [executor.submit(_sample, *job, part) for part in parts]
@@ -77,7 +77,7 @@ def _hand_out(run: Run, stage: Stage, parts: list[Part]) -> list[Future[Counts]]
         return []
 
 
-def _start(count: int) -> ProcessPoolExecutor:
+def start_helpers(count: int) -> ProcessPoolExecutor:
     """So many helpers, with our number of threads: another one could give other bits."""
     return helpers.of(count, torch.get_num_threads())
 
@@ -95,7 +95,18 @@ def _join(futures: list[Future[Counts]], seconds: float | None) -> Counts:
     return sum(done for done, _ in counts), sum(broken for _, broken in counts)
 
 
-_loaded: dict[str, Policy] = {}
+_loaded: dict[tuple[str, str], Policy] = {}
+
+
+def loaded(run: Run, device: str = "") -> Policy:
+    """The model of a run in a helper, which keeps it from one piece of work to the next; on another device than
+    model.device where one is named."""
+    model = run.config.model.model_copy(update={"device": device or run.config.model.device})
+    name = str(run.path), model.device
+    if name not in _loaded:
+        _loaded.clear()
+        _loaded[name] = Policy.of(model)
+    return _loaded[name]
 
 
 def _sample(path: str, sets: tuple[Setting, ...], kind: Kind, iteration: int, part: Part) -> Counts:
@@ -104,8 +115,5 @@ def _sample(path: str, sets: tuple[Setting, ...], kind: Kind, iteration: int, pa
     stage = run.iteration(iteration) if kind == "rollout" else run.evaluation(iteration)
     if stage.is_complete():
         return 0, 0
-    if path not in _loaded:
-        _loaded.clear()
-        _loaded[path] = Policy.of(run.config.model)
-    report = rollout_run.rollout(run, stage, _loaded[path], None, part)
+    report = rollout_run.rollout(run, stage, loaded(run), None, part)
     return report.done, report.broken

@@ -11,8 +11,9 @@ from shards import diagnosis, sidecar
 from shards.config import TrainConfig
 from shards.diagnosis import Limits, Move
 from shards.errors import Damaged
-from shards.files import read_json, read_json_lines
+from shards.files import read_json
 from shards.inspect import table
+from shards.measures import read_metrics
 from shards.reader import read_manifest
 from shards.report.points import Point
 from shards.run import Run, Stage
@@ -76,11 +77,6 @@ def gather(run: Run) -> Facts:
         guard_moves(samples),
         {k: _limits(run, run.iteration(k)) for k in trained},
     )
-
-
-def read_metrics(stage: Stage) -> list[dict[str, Any]]:
-    """The updates of an iteration, as training wrote them down."""
-    return read_json_lines(stage.metrics_path)
 
 
 def components(samples: pandas.DataFrame) -> list[str]:

@@ -28,7 +28,9 @@ SMALL = (".json", ".jsonl", ".parquet", ".toml")  # fetched whenever a stage loo
 ASIDE = re.compile(r"(^|/)(trainer|tensorboard|report|frames|work)/")  # never fetched along
 PLAN = re.compile(r"/iter-\d{4,}/plan\.json$")
 # what has its name here only after the store has it, so that it is gone when the store lacks it
-PUBLISHED = re.compile(r"(^|/)((run|plan|policy|model|_summary)\.(json|toml)|shard-\d{6}\.(json|parquet))$")
+PUBLISHED = re.compile(
+    r"(^|/)((run|plan|policy|model|_summary|(high|low)_noise)\.(json|toml)|shard-\d{6}\.(json|parquet))$"
+)
 RUN = re.compile(r"(/eval)?/iter-\d{4,}/.*|/[^/]+$")  # what follows the URL of the run in that of one of its files
 LOOK_AGAIN = 1.0  # s between two looks at the same folder of the store
 AT_ONCE = 8  # transfers
@@ -269,6 +271,17 @@ def remove(folder: Path, keep: Iterable[str] = ()) -> None:
     # records that make a folder count go first
     _at_once(lambda name: objects.remove(f"{url}/{name}"), [name for name in names if name.endswith(".json")])
     _at_once(lambda name: objects.remove(f"{url}/{name}"), [name for name in names if not name.endswith(".json")])
+
+
+def remove_files(paths: Iterable[Path]) -> None:
+    """Delete files, in the store too, where it has them."""
+    chosen = list(paths)
+    urls = [url for url in map(url_of, chosen) if url]
+    for path in chosen:
+        path.unlink(missing_ok=True)
+    if urls and objects.in_commits(urls[0]):
+        return objects.change({}, urls)
+    _at_once(objects.remove, urls)
 
 
 # --- Both ------------------------------------------------------------------------------------------------------------
