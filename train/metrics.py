@@ -77,7 +77,9 @@ def joined_logs(stage: Stage, experts: Iterable[str]) -> Iterator[list[Record]]:
         if url_of(path):
             mirror.agree(path)
     records = read_metrics(stage)
-    publish_replace(stage.metrics_path, _lines(records))
+    lines = _lines(records)
+    if not stage.metrics_path.exists() or stage.metrics_path.read_bytes() != lines:
+        publish_replace(stage.metrics_path, lines)
     yield records
     _forget_own_logs(stage)
 

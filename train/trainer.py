@@ -93,7 +93,7 @@ class ExpertTrainer:
         norm = self._step()
         size = sum(value.numel() for value in self.state.parameters.values())
         return (
-            _summary(self._of_all_ranks(collected))
+            _summary(self._of_all_ranks(_on_host(collected)))
             | signal
             | {
                 "gradient_norm": norm,
@@ -230,26 +230,41 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _new_state(parameters: dict[str, torch.nn.Parameter], config: TrainConfig) -> TrainerState:
+    """A new optimizer, in one kernel on a GPU; on a CPU that would change the last bits."""
+    on_gpu = bool(parameters) and all(value.device.type == "cuda" for value in parameters.values())
     optimizer = torch.optim.AdamW(
         parameters.values(),
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.epsilon,
         weight_decay=config.weight_decay,
+        fused=on_gpu or None,
     )
     ema = {name: value.detach().float().clone() for name, value in parameters.items()} if config.ema > 0 else {}
     return TrainerState(parameters, optimizer, ema)
 
 
 def _detached(rows: Rows, advantage: Tensor, weight: Tensor) -> dict[str, Tensor]:
-    """Rows that count, on the CPU, for the metrics."""
-    counts = weight > 0
+    """What the metrics take of a batch, all rows [B] fp32, still where they were computed: nothing waits for them."""
     found = {"weight": weight, "loss": rows.loss, "ratio": rows.ratio, "clipped": rows.clipped, "kl": rows.kl}
     found["advantage"] = advantage
     found |= rows.more
     if rows.shift is not None:
         found["shift"] = rows.shift
-    return {name: value.detach()[counts].float().cpu() for name, value in found.items()}
+    return {name: value.detach().float() for name, value in found.items()}
+
+
+def _on_host(collected: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """The rows that count of all batches of an update, on the CPU, brought there at once."""
+    tables = [torch.stack([*rows.values()]) for rows in collected]  # [names, B] each
+    flat = torch.cat([table.flatten() for table in tables]).cpu()
+    parts = flat.split([table.numel() for table in tables])
+    found = []
+    for rows, table, part in zip(collected, tables, parts, strict=True):
+        whole = dict(zip(rows, part.view(table.shape), strict=True))
+        counts = whole["weight"] > 0
+        found.append({name: value[counts] for name, value in whole.items()})
+    return found
 
 
 def _summary(collected: list[dict[str, Tensor]]) -> dict[str, float]:

@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from rollout import helpers
 from rollout.policy import Policy
 from shards.errors import RunFailed, StillBusy, UserError
-from shards.files import read_json
+from shards.files import read_json, sha256_file
 from shards.measures import read_metrics
 from shards.run import Run
 from shards.workers import owners
 from shards.workers.claims import claim
-from tests.house.golden_run import sha256
 from tests.support import training
 from train import run as train_run
 from train.experts import at_once
@@ -69,13 +69,24 @@ def no_helpers_left() -> Iterator[None]:
 
 
 def contents(run: Run, iteration: int = 0) -> dict[str, str]:
-    """sha256 of all that training left of an iteration, without the measured costs; how many TensorBoard logs counts
-    not."""
+    """What training left of an iteration, by file: sha256, and of logs and checkpoints what they say. Left out are
+    measured costs, the random generator of the process, which nothing draws from, and TensorBoard's logs."""
     folder = run.iteration(iteration).policy_dir
-    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    found = {name: sha256(path) for name, path in files.items() if "metrics" not in name and "tensorboard" not in name}
-    logs = {name: path.read_text().splitlines() for name, path in files.items() if "metrics" in name}
-    return found | {name: repr([_without_costs(line) for line in lines]) for name, lines in logs.items()}
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and "tensorboard" not in path.parts):
+        name = path.relative_to(folder).as_posix()
+        if path.suffix == ".jsonl":
+            found[name] = repr([_without_costs(line) for line in path.read_text().splitlines()])
+        elif "trainer" in path.parts:
+            found[name] = _state(path) if path.suffix == ".safetensors" else ""
+        else:
+            found[name] = sha256_file(path)
+    return found
+
+
+def _state(path: Path) -> str:
+    tensors = load_file(path).items()
+    return repr(sorted((name, value.numpy().tobytes()) for name, value in tensors if not name.startswith("generator")))
 
 
 def _without_costs(line: str) -> dict[str, Any]:
