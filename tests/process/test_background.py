@@ -41,11 +41,16 @@ def test_the_first_error_is_the_one_that_is_told() -> None:
     def fail() -> None:
         raise RunFailed("disk full")
 
-    with pytest.raises(RunFailed, match="disk full"), Background() as background:
-        background.add(fail)
-    with pytest.raises(UserError, match="stopped"), Background() as background:
-        background.add(fail)
-        raise UserError("stopped")
+    def work(error: Exception | None) -> None:
+        with Background() as background:
+            background.add(fail)
+            if error:
+                raise error
+
+    with pytest.raises(RunFailed, match="disk full"):
+        work(None)
+    with pytest.raises(UserError, match="stopped"):
+        work(UserError("stopped"))
     assert not any(name.startswith("background") for name in names())
 
 

@@ -135,9 +135,7 @@ def test_all_weights_in_a_process_each(rolled: Run, policy: Policy, tmp_path: Pa
     assert contents(two) == contents(one)
 
 
-def test_the_optimizers_go_on_in_the_next_iteration(
-    trained: Run, policy: Policy, tmp_path: Path
-) -> None:
+def test_the_optimizers_go_on_in_the_next_iteration(trained: Run, policy: Policy, tmp_path: Path) -> None:
     run = training.fork(trained, tmp_path / "run")
     training.advise(training.roll(run, 1, policy))
     two = training.fork(run, tmp_path / "two")
@@ -156,11 +154,18 @@ def test_one_process_goes_on_where_two_were_and_two_where_one_was(
     training.killed(lambda: train(run, 0, policy, at_update(1, training.kill_self), expert="high_noise"))
     assert train(run, 0, policy).updates == {"high_noise": 2, "low_noise": 2}
     assert contents(run) == contents(trained)
+    assert {path.suffix for path in tensorboard(run)} == {".0"}  # one log of both
     other_way = training.fork(rolled, tmp_path / "other way")
     training.killed(lambda: train(other_way, 0, policy, at_update(1, training.kill_self)))
     for expert in EXPERTS:
         train(other_way, 0, policy, expert=expert)
     assert contents(other_way) == contents(trained)
+    assert sorted(path.suffix for path in tensorboard(other_way)) == [".high_noise", ".low_noise"]
+
+
+def tensorboard(run: Run) -> list[Path]:
+    """What TensorBoard reads of iteration 0."""
+    return sorted((run.iteration(0).policy_dir / "tensorboard").iterdir())
 
 
 # --- Killed, and there twice -----------------------------------------------------------------------------------------
@@ -234,7 +239,7 @@ def test_the_record_of_another_training_is_refused(rolled: Run, policy: Policy, 
 
 
 def test_an_expert_that_is_not_there_is_refused(rolled: Run, policy: Policy, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--expert middle: .* has no such expert") as caught:
+    with pytest.raises(UserError, match=r"--expert middle: .* has no such expert") as caught:
         train(rolled, 0, policy, expert="middle")
     assert caught.value.hint == "it has high_noise and low_noise"
     assert not rolled.iteration(0).policy_dir.exists()
