@@ -16,6 +16,7 @@ import pytest
 from safetensors.torch import load_file
 
 from rollout import helpers
+from rollout.memory.needs import Need
 from rollout.policy import Policy
 from shards.errors import RunFailed, StillBusy, UserError
 from shards.files import read_json, sha256_file
@@ -302,6 +303,8 @@ def test_what_ends_a_helper_is_told(
 
 
 def test_where_two_processes_train(rolled: Run, policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(at_once, "train_need", lambda _: Need("train", device=2000, host=1000, parts={}))
+
     def device(workers: int, wanted: bool | str, cores: int = 2, memory: int | None = None) -> str | None:
         config = rolled.config
         settings = {
@@ -315,11 +318,11 @@ def test_where_two_processes_train(rolled: Run, policy: Policy, monkeypatch: pyt
         return second_device(run, policy)
 
     assert device(2, "auto") == "cpu"
-    assert device(2, "auto", memory=2**30) == "cpu"
-    assert device(2, "auto", memory=2**10) is None
+    assert device(2, "auto", memory=3001) == "cpu"
+    assert device(2, "auto", memory=3000) is None
     assert device(2, "auto", cores=1) is None
     assert device(1, "auto") is None
-    assert device(1, True, cores=1, memory=2**10) == "cpu"
+    assert device(1, True, cores=1, memory=3000) == "cpu"
     assert device(2, False) is None
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert device(2, True) is None

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rollout.helpers import helpers, loaded, start_helpers
-from rollout.memory.needs import train_need
+from rollout.memory.needs import Need, train_need
 from rollout.policy import Policy
 from shards.errors import StillBusy, Stopped
 from shards.process.peak_memory import available_memory_bytes
@@ -84,9 +84,14 @@ def second_device(run: Run, policy: Policy | None) -> str | None:
     return second if wanted is True or (room and _has_memory(run, device)) else None
 
 
+_needs: dict[tuple[str, str], Need] = {}  # by run and settings: counting takes a moment
+
+
 def _has_memory(run: Run, device: torch.device) -> bool:
     """Whether this machine has room for one more process that trains; true where nobody can say."""
-    available, need = available_memory_bytes(), train_need(run)
+    name = str(run.path), run.config.model_dump_json()
+    available, need = available_memory_bytes(), _needs[name] if name in _needs else train_need(run)
+    _needs[name] = need
     return available is None or need.host + (need.device if device.type == "cpu" else 0) < available
 
 
