@@ -14,7 +14,7 @@ SigmaGrid = Literal["shifted", "unipc", "euler"]
 Window = Literal["random", "fixed", "progressive"]
 Objective = Literal["grpo", "nft", "dpo", "sft"]
 Estimator = Literal["noise", "endpoint", "fresh"]
-AtOnce = Literal["auto"] | bool
+AtOnce = Literal["auto", True, False]
 ErrorWeight = Literal["derived", "calibrated", "velocity", "adaptive"]
 
 

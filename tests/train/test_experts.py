@@ -155,7 +155,7 @@ def test_one_process_goes_on_where_two_were_and_two_where_one_was(
     training.killed(lambda: train(run, 0, policy, at_update(1, training.kill_self), expert="high_noise"))
     assert train(run, 0, policy).updates == {"high_noise": 2, "low_noise": 2}
     assert contents(run) == contents(trained)
-    assert {path.suffix for path in tensorboard(run)} == {".0"}  # one log of both
+    assert len(tensorboard(run)) == 1
     other_way = training.fork(rolled, tmp_path / "other way")
     training.killed(lambda: train(other_way, 0, policy, at_update(1, training.kill_self)))
     for expert in EXPERTS:
