@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,8 +94,12 @@ def read_metrics(stage: Stage) -> list[dict[str, Any]]:
     """
     own: dict[str, list[dict[str, Any]]] = {}
     if not stage.policy_record_path.exists():
-        paths = {name: stage.expert_metrics_path(name) for name in EXPERT_NAMES}
-        own = {name: read_json_lines(path) for name, path in paths.items() if path.exists()}
+        for name in EXPERT_NAMES:
+            path = stage.expert_metrics_path(name)
+            with suppress(FileNotFoundError):  # it goes when its lines are in the common log
+                found = read_json_lines(path)
+                if found or path.exists():
+                    own[name] = found
     # read last: a log that was gone has its lines in this one by now
     common = [record for record in read_json_lines(stage.metrics_path) if record.get("expert") not in own]
     found = [*common, *(record for records in own.values() for record in records)]

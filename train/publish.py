@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from shards.errors import ANEW, RunFailed
+from shards.errors import ANEW, RunFailed, UserError
 from shards.files import publish_new, read_json, sha256_file, to_json
 from shards.run import AVERAGE, EXPERT_NAMES, METRICS
 from shards.store import mirror
@@ -75,7 +75,12 @@ def read_record(stage: Stage, expert: int) -> Trained | None:
     path = stage.expert_record_path(EXPERT_NAMES[expert])
     if not mirror.look(path):
         return None
-    record = read_json(path)
+    try:
+        record = read_json(path)
+    except UserError:
+        if path.exists():
+            raise
+        return None  # the policy has just been published
     if record.get("schema") != SCHEMA or record.get("train_plan") != _train_plan(stage):
         raise RunFailed(f"{path} is of another training than {stage.train_plan_path}", ANEW)
     return Trained(**{name: record[name] for name in ("adapters", "average", "unmoved", "replay")})
