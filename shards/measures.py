@@ -103,7 +103,7 @@ def read_metrics(stage: Stage) -> list[dict[str, Any]]:
     # read last: a log that was gone has its lines in this one by now
     common = [record for record in read_json_lines(stage.metrics_path) if record.get("expert") not in own]
     found = [*common, *(record for records in own.values() for record in records)]
-    return sorted(found, key=_place) if own else found
+    return sorted(found, key=_place)
 
 
 def _place(record: dict[str, Any]) -> int:
