@@ -49,6 +49,7 @@ from shards.run_toml import Setting, apply_sets, parse_config, read_preset
 from train import run as train_run
 from train.data import Rollouts
 from train.order import plan_ranks
+from train.replay import prove
 
 MIDDLE = {"patch_size": (1, 2, 2), "num_attention_heads": 8, "attention_head_dim": 64, "in_channels": 16,
           "out_channels": 16, "text_dim": 64, "freq_dim": 256, "ffn_dim": 2048, "num_layers": 12,
@@ -204,7 +205,6 @@ def one_round(run: Run, policy: Policy) -> Round:
     rollouts = Rollouts.open(stage)
     bare_sampling = bare_rollout(policy, rollouts, run)
     advise(stage)
-    prove = train_run.prove
 
     def proving(*arguments: Any, **named: Any) -> Any:
         began = time.monotonic()
