@@ -6,7 +6,7 @@ DEMO ?= runs/demo
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup demo test lint types docs clean
+.PHONY: setup demo test first-hour lint types docs clean
 
 setup: .venv/.ready
 
@@ -21,6 +21,11 @@ demo: setup
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
+
+# What `make test` leaves out: a user's first hour in a few minutes, from a fresh clone to an exported policy, with the
+# time of each step; and the first iteration of the demo from the wheel.
+first-hour: setup
+	$(BIN)/python -m pytest -m long -s tests/docs
 
 lint: setup
 	$(BIN)/ruff check .

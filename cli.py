@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -21,6 +22,7 @@ from shards.process.progress import counted, show
 from shards.process.signals import INTERRUPTED, check, stoppable
 from shards.process.torchrun import is_first, rank, run_to_end, world_size
 from shards.store.urls import in_shell, shown
+from shards.text.visible import visible
 from shards.workers.share import ALL, Share
 
 if TYPE_CHECKING:
@@ -36,7 +38,6 @@ Misuse: type[Exception] = typer.BadParameter.__mro__[1]  # the usage error of wh
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Offline GRPO post-training for Wan video models: rollout, score, train, with immutable files in between.",
@@ -64,7 +65,7 @@ Wait = Annotated[
 def say(text: str) -> None:
     """Talk goes to stderr; stdout is data. Of several ranks only the first one talks."""
     if is_first():
-        print(shown(text), file=sys.stderr, flush=True)
+        print(visible(shown(text)), file=sys.stderr, flush=True)
 
 
 def version(wanted: bool) -> None:
@@ -91,24 +92,32 @@ def options(
 def init(
     run: RunPath,
     preset: Annotated[
-        str, typer.Option(help="words, wan21-1.3b, wan21-14b, wan22-a14b, wan22-i2v or wan22-ti2v-5b")
+        str,
+        typer.Option(
+            help="words, wan21-1.3b, wan21-14b, wan22-a14b, wan22-i2v or wan22-ti2v-5b",
+            autocompletion=lambda incomplete: beginning(incomplete),
+        ),
     ] = "words",
     sets: Sets = [],  # noqa: B006
 ) -> None:
     """Make a run directory with its run.toml, from a preset."""
     from score.tables import select
     from shards.absolute_paths import in_full
+    from shards.presets.evidence import EVIDENCE
     from shards.run import Run
     from shards.run_toml import apply_sets, parse_config, read_preset
+    from shards.settings.trust import named_by, own_files, trust
     from train.objectives.settings import check_settings
 
     values, said = in_full(apply_sets(read_preset(preset), sets))
     config = parse_config(values, f"preset {preset}")
     check_settings(config)
     select(config.score, content=False)  # files that its options name may lie on another machine
+    said += [f"trusted: {file} (sha256 {trust(file)[:12]}…)" for file in own_files(named_by(sets))]
     created = Run.create(run, config)
     done = f"written from preset {preset}" if created.is_new else "is there already, with the same values"
     say(f"{created.config_path}: {done}; read it, change what you like")
+    say(f"preset {preset}: {EVIDENCE[preset]}")
     for sentence in said:
         say(sentence)
     say(f"next: rushes loop {in_shell(run)} --iterations 10")
@@ -131,8 +140,10 @@ def rollout(
     stage = stage_of(opened, iteration)
     # what cannot be trained, or not be scored, is better refused before it is sampled
     check_settings(opened.config)
+    check_rewards(opened)
     select(opened.config.score, content=False)
     if not dry_run:
+        warn(opened, stage, "rollout")
         share = Share.of(worker, wait)
         with ranks(opened):
             report = do_rollout(opened, stage, None, share)
@@ -158,6 +169,7 @@ def score(
     opened = open_run(run, [*sets, *reward_settings(reward)])
     stage = stage_of(opened, iteration)
     share = Share.of(worker, wait)
+    warn(opened, stage, "score", advantages_only)
     with ranks(opened) as barrier:
         report = do_score(opened, stage, share, barrier, advantages_only)
     share.end(report.nothing_done, f"{stage.name} score")
@@ -177,8 +189,10 @@ def train(
 ) -> None:
     """Prove that the shards replay exactly, then update the policy."""
     opened = open_run(run, sets)
+    stage = stage_of(opened, iteration)
+    warn(opened, stage, "train")
     with ranks(opened):
-        do_train(opened, stage_of(opened, iteration).iteration, None, advantage, expert)
+        do_train(opened, stage.iteration, None, advantage, expert)
 
 
 @app.command(
@@ -188,7 +202,7 @@ def train(
 @stoppable()
 def loop(
     run: RunPath,
-    iterations: Annotated[int, typer.Option(help="iterations the run shall have when this ends", show_default=False)],
+    iterations: Annotated[int, typer.Option(help="number of iterations in the run when this ends", show_default=False)],
     wait: Wait = False,
     sets: Sets = [],  # noqa: B006
 ) -> None:
@@ -201,6 +215,7 @@ def loop(
     opened = open_run(run, sets)
     with ranks(opened) as barrier:
         first = stage_of(opened)
+        warn(opened, first, "loop")
         policy = load_policy(opened, first) if first.iteration < iterations else None
         for k in range(iterations):
             stage = opened.iteration(k)
@@ -234,6 +249,7 @@ def evaluate(
     with ranks(opened) as barrier:
         policy = None if all(stage.is_complete() for stage in stages) else load_policy(opened, stages[0])
         for stage in stages:
+            warn(opened, stage, "eval")
             do_rollout(opened, stage, policy, Share.of("", wait))
             scored = do_score(opened, stage, Share.of("", wait), barrier)
     if is_first():
@@ -307,9 +323,16 @@ def inspect(
     sort: Annotated[str, typer.Option(help="columns to sort by; -column for descending")] = "",
     columns: Annotated[str, typer.Option(help="columns to show, separated by commas")] = "",
     group_by: Annotated[str, typer.Option(help="columns to group by, for example prompt: count, mean, spread")] = "",
-    format: Annotated[str, typer.Option(help="table, csv, json, jsonl or parquet (the last needs --out)")] = "table",
+    format: Annotated[
+        str,
+        typer.Option(
+            help="table, csv, json, jsonl or parquet (the last needs --out); csv has texts as they are, also those "
+            "that a spreadsheet takes for a formula: import them as text"
+        ),
+    ] = "table",
     out: Annotated[Path | None, typer.Option(help="write here instead of to the terminal")] = None,
     frames: Annotated[Path | None, typer.Option(help="with KEY: folder of the frames, else RUN/frames/KEY")] = None,
+    video: Annotated[Path | None, typer.Option(help="with KEY: write its mp4 here; frames only with --frames")] = None,
 ) -> None:
     """Show samples, scores and advantages as one table, or one sample in full."""
     from shards.inspect import query, sample, table
@@ -317,17 +340,23 @@ def inspect(
     if key:
         if where or sort or columns or group_by or out or format not in ("table", "json"):
             raise UserError(
-                f"{key} is one sample, not a table", "with KEY there are --eval, --frames and --format json"
+                f"{key} is one sample, not a table", "with KEY there are --eval, --frames, --video and --format json"
             )
         print(sample.show(path, key, format, evaluation), end="", flush=True)
+        if video:
+            query.write_out(video, sample.read_video(path, key, evaluation))
+            say(f"{video}: {video.stat().st_size} bytes" if video.is_file() else f"{video}: written")
+            if not frames:
+                return
         try:
             written = sample.write_frames(path, key, frames, evaluation)
         except RunFailed as error:  # a run that may only be read, above all
             raise RunFailed(error.problem, "--frames FOLDER writes them elsewhere") from error
         say(f"{written[0].parent}: {len(written)} frames")
         return
-    if frames:
-        raise UserError("--frames needs the KEY of a sample", "`rushes inspect RUN --columns key` lists the keys")
+    if frames or video:
+        option = "--frames" if frames else "--video"
+        raise UserError(f"{option} needs the KEY of a sample", "`rushes inspect RUN --columns key` lists the keys")
     found = query.of_kind(table.samples(path, iteration), evaluation)
     query.emit(query.select(found, where, sort, columns, group_by), format, out, sys.stdout, fit=not columns)
 
@@ -357,6 +386,7 @@ def status(
     while True:
         found = look(opened, iteration, quick)
         text = json.dumps(found.as_dict()) if as_json else render(found, width=terminal_width())
+        text = visible(text)
         print(in_place(text, watch) if redraw else text, flush=True)
         if not watch:
             return
@@ -369,6 +399,10 @@ def status(
 )
 def report(
     run: RunPath,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="write nothing, but serve a page that follows the run, for this machine")
+    ] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="with --watch: of 127.0.0.1; 0: any that is free")] = 0,
     megabytes: Annotated[float, typer.Option(help="most that clips may take; the page says what was left out")] = 48.0,
     tensorboard: Annotated[bool, typer.Option(help="also write rewards, guards and clips for TensorBoard")] = False,
     wandb: Annotated[bool, typer.Option(help="also log them to Weights & Biases, where that is installed")] = False,
@@ -377,6 +411,8 @@ def report(
     from shards.report.page import write_report
 
     opened = open_run(run, [])
+    if watch:
+        return follow(opened, megabytes, port)
     path = write_report(opened, megabytes)
     say(f"{path}: {path.stat().st_size / 1e6:.1f} MB, open it in a browser")
     if tensorboard:
@@ -388,6 +424,32 @@ def report(
         from shards.report.trackers import send_wandb
 
         say(f"Weights & Biases: {send_wandb(opened)}")
+
+
+@app.command(
+    short_help="Runs side by side: settings that differ, curves.",
+    epilog="Example:  rushes compare runs/signs runs/other --page compared.html",
+)
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN…", help="two to six runs", show_default=False)],
+    page: Annotated[Path | None, typer.Option(help="also write an HTML page, with the same clips of each")] = None,
+    megabytes: Annotated[float, typer.Option(min=0, help="most that clips may take in the page")] = 48.0,
+    as_json: AsJson = False,
+) -> None:
+    """Show the settings that differ and the rewards of some runs, paired where they evaluated alike."""
+    from shards.compare.runs import compare_runs
+    from shards.compare.terminal import text_of
+    from shards.process.progress import terminal_width
+
+    found = compare_runs(runs)
+    if page is not None:
+        from shards.compare.page import write_comparison
+
+        say(f"{write_comparison(found, page, megabytes)}: open it in a browser")
+    if as_json:
+        print_json(found.as_dict())
+    else:
+        print(visible(text_of(found, terminal_width())))
 
 
 @app.command(
@@ -421,6 +483,94 @@ def verify(
 
 
 @app.command(
+    short_help="From a mean reward back to its videos, seeds and weights.",
+    epilog="Example:  rushes audit runs/signs --number eval/iter-0024",
+)
+def audit(
+    run: RunPath,
+    number: Annotated[
+        str, typer.Option(metavar="STAGE", help="whose mean reward, like iter-0003; the last evaluation if absent")
+    ] = "",
+    advantage: Annotated[
+        str, typer.Option(metavar="NAME", help="a folder in STAGE/advantage, when there are several")
+    ] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Follow a mean reward back through advantages, scores, videos, seeds and policies to the base model.
+
+    Means, advantages and hashes are computed again, and every file on the way is read. Exit code 1 when something does
+    not fit.
+    """
+    from score.audit.chain import chain_of, chain_sha256
+    from score.audit.show import render_chain
+
+    opened = open_run(run, [])
+    links = chain_of(opened, named_stage(opened, number), advantage, lambda name: say(f"{name}: reading its files"))
+    faults = [fault for link in links for fault in link.faults]
+    if as_json:
+        print_json({"links": [asdict(link) for link in links], "sha256": chain_sha256(links)})
+    else:
+        print(render_chain(links), flush=True)
+    if faults:
+        raise RunFailed(f"{shown(str(opened.path))}: {counted(len(faults), 'fault')} in this chain", faults[0])
+
+
+@app.command(
+    short_help="Let runs use a reward in a file of your own.",
+    epilog="Example:  rushes trust colour.py",
+)
+def trust(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE…", help="Python files of rewards", show_default=False)],
+) -> None:
+    """Trust Python files as they are now, so that a run.toml that names a reward in them may run it.
+
+    Trust ends when the file changes. `rushes init` trusts the files that its own --set names.
+    """
+    from shards.settings.trust import trust as trust_file
+
+    for file in files:
+        say(f"trusted: {file.resolve()} (sha256 {trust_file(file)[:12]}…)")
+
+
+@app.command(
+    short_help="Make a stored sample again from its seeds, and compare.",
+    epilog="Example:  rushes regenerate runs/signs i000003-p000017-s05 --video again.mp4",
+)
+def regenerate(
+    run: RunPath,
+    key: Annotated[str, typer.Argument(metavar="KEY", help="of a stored sample", show_default=False)],
+    evaluation: Annotated[bool, typer.Option("--eval", help="of an evaluation instead of a rollout")] = False,
+    video: Annotated[Path | None, typer.Option(help="write the video made again to this mp4 file")] = None,
+    within: Annotated[
+        float, typer.Option(min=0.0, help="largest difference allowed; on another device numbers round otherwise")
+    ] = 0.0,
+    as_json: AsJson = False,
+) -> None:
+    """Make a stored sample again from its seeds alone, and compare record, tensors and video bit for bit.
+
+    Exit code 1 when a part differs by more than --within. With --within the video is not compared: one pixel that
+    rounds otherwise changes the file.
+    """
+    from rollout.run import compare_with_stored
+    from rollout.run import regenerate as make_again
+    from shards.files import publish_replace
+    from shards.inspect.sample import find
+
+    opened = open_run(run, [])
+    stage, shard = find(opened.path, key, evaluation)
+    sample = make_again(opened, stage, key, load_policy(opened))
+    if video is not None:
+        publish_replace(video, sample.video)
+    found = compare_with_stored(stage, shard, sample, exact=within == 0.0)
+    if as_json:
+        numbers = {name: value if isfinite(value) else None for name, value in found.differences.items()}
+        print_json({"key": key, "differences": numbers, "within": within})
+    if found.largest() > within:
+        raise RunFailed(str(found), "another device, library or model: `rushes verify` checks files and fingerprints")
+    say(str(found))
+
+
+@app.command(
     short_help="Write the policy as plain diffusers loads it.",
     epilog="Example:  rushes export runs/signs --out exports/signs",
 )
@@ -428,7 +578,8 @@ def export(
     run: RunPath,
     out: Annotated[Path, typer.Option(help="folder to be made, with a model card in it", show_default=False)],
     iteration: Annotated[
-        int | None, typer.Option(min=0, help="iteration that trained it, from 0; the last one")
+        int | None,
+        typer.Option(min=0, help="the policy after that many iterations, as in `eval`; the last one if absent"),
     ] = None,
     average: Annotated[bool, typer.Option(help="the averaged weights, where training kept them")] = True,
     fuse: Annotated[bool, typer.Option(help="whole weights as a plain pipeline folder, instead of LoRA")] = False,
@@ -441,9 +592,8 @@ def export(
     from rollout.export.export import export as run_export
 
     opened = open_run(run, [])
-    last = max(opened.next_iteration() - 1, 0)
-    number = last if iteration is None else iteration
-    report = run_export(opened, number, out, average=average, fuse=fuse, format=format)
+    wanted = max(opened.next_iteration(), 1) if iteration is None else iteration
+    report = run_export(opened, wanted, out, average=average, fuse=fuse, format=format)
     say(f"export: {report}")
     if as_json:
         print_json({**asdict(report), "path": shown(str(report.path))})
@@ -472,6 +622,27 @@ def plan_memory(
         print(render(opened, found, ranks))
 
 
+@app.command(
+    short_help="What this machine has of all that is needed.",
+    epilog="Example:  rushes doctor runs",
+)
+def doctor(
+    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="where runs shall lie")] = Path("."),
+    as_json: AsJson = False,
+) -> None:
+    """Look at what a run needs on this machine, one line each; exit code 1 when something needed is missing."""
+    from shards.doctor.checks import enough, examine
+
+    found = examine(folder)
+    if as_json:
+        print_json({"folder": str(folder), "enough": enough(found), "checks": [asdict(check) for check in found]})
+    else:
+        print("\n".join(map(str, found)))
+    if not enough(found):
+        missing = ", ".join(check.name for check in found if check.needed and not check.ok)
+        raise RunFailed(f"a plain run cannot work here: {missing}", "each line says what to do")
+
+
 # --- What the commands share -----------------------------------------------------------------------------------------
 
 
@@ -487,6 +658,41 @@ def stage_of(run: Run, iteration: int | None = None) -> Stage:
     return run.iteration(run.next_iteration() if iteration is None else iteration)
 
 
+def named_stage(run: Run, name: str) -> Stage:
+    """The stage that a name like `iter-0003` or `eval/iter-0024` means; the last evaluation when there is no name."""
+    stages = {stage.name: stage for stage in map(run.iteration, run.iterations())}
+    stages |= {stage.name: stage for stage in map(run.evaluation, run.evaluations())}
+    if not stages:
+        raise UserError(f"{shown(str(run.path))} has no stages yet", f"`rushes loop {in_shell(run.path)}` makes some")
+    if name and name not in stages:
+        raise UserError(f"--number {name}: this run has no such stage", f"it has {', '.join(stages)}")
+    return stages[name or list(stages)[-1]]
+
+
+def check_rewards(run: Run) -> None:
+    """UserError where run.toml names a reward in a file that this person has not trusted."""
+    from shards.settings.trust import check_trust
+
+    check_trust(run, run.config.score.rewards)
+
+
+def beginning(incomplete: str) -> list[str]:
+    """Presets whose names begin so, for the completion of a shell."""
+    from shards.run_toml import presets
+
+    return [name for name in presets() if name.startswith(incomplete)]
+
+
+def follow(run: Run, megabytes: float, port: int) -> None:
+    """Serve the report of a run until Ctrl-C."""
+    from shards.report.live import served
+
+    with served(run, megabytes, port) as server:
+        host, number = server.server_address[:2]
+        say(f"http://{host!s}:{number}/ shows the run as it goes on; Ctrl-C ends it")
+        server.serve_forever()
+
+
 def what_next(run: Run) -> str:
     """What to do with a run that was trained: one command a line, with its path."""
     path = shlex.quote(shown(str(run.path)))
@@ -498,6 +704,14 @@ def what_next(run: Run) -> str:
     return "next: " + "\n      ".join(lines)
 
 
+def warn(run: Run, stage: Stage, command: str, advantages_only: bool = False) -> None:
+    """Say in one line which settings have no effect on a stage."""
+    from shards.settings.without_effect import without_effect
+
+    if sentence := without_effect(run, stage, command, advantages_only):
+        say(sentence)
+
+
 def load_policy(run: Run, stage: Stage | None = None) -> Policy:
     """The model of a run, to be kept over several stages; what `stage` cannot be is refused before it is loaded."""
     from rollout.plan import check_stage
@@ -506,6 +720,7 @@ def load_policy(run: Run, stage: Stage | None = None) -> Policy:
     from train.objectives.settings import check_settings
 
     if stage is not None:
+        check_rewards(run)
         for reward in select(run.config.score).rewards.values():  # better told before hours of sampling
             reward.check_files()
         check_settings(run.config)
@@ -534,7 +749,9 @@ def do_score(
 ) -> ScoreReport:
     """Score what is missing of one stage and say what happened. Its summary is there on the first rank alone."""
     from score.run import score as run_score
+    from shards.trackers.live import track_reward
 
+    check_rewards(run)
     check(f"before {stage.name} score")
     with show(f"{stage.name} score") as report:
         result = run_score(
@@ -550,6 +767,8 @@ def do_score(
     say(f"{stage.name} score: {result}")
     if result.reward:
         say(f"{stage.name} {result.reward}")
+        if result.advantages_written:
+            track_reward(result.reward)
     if result.pending:
         raise StillBusy(
             f"{stage.name}: {counted(len(result.pending), 'shard')} not sampled or not scored yet", "run it again later"
@@ -577,22 +796,25 @@ def do_train(run: Run, iteration: int, policy: Policy | None, advantage: str = "
 def ranks(run: Run) -> Iterator[Barrier]:
     """Join the other ranks that torchrun started, see that all mean the same run, and give their barrier.
 
-    Without torchrun nothing is loaded, and the barrier does nothing.
+    Without torchrun nothing is loaded, and the barrier does nothing. Meanwhile metrics go to the run's trackers.
     """
+    from shards.trackers.live import tracking
+
     if world_size() == 1:
-        yield lambda: None
+        with tracking(run):
+            yield lambda: None
         return
     from rollout.ranks.meet import meet
     from train.ranks import lost_ranks
 
-    with lost_ranks():
+    with lost_ranks(), tracking(run):
         world = meet(run)
         yield world.barrier
         world.close()
 
 
 def print_json(value: Any) -> None:
-    """The one document that a command with --json leaves on stdout; what is no number becomes null."""
+    """The one document that a command with --json leaves on stdout. Its values are finite, or None."""
     import json
 
     print(json.dumps(value, allow_nan=False), flush=True)

@@ -38,8 +38,8 @@ from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench.gpu import advise, sync
-from bench.gpu_models import SMALL_LAYERS, SMALL_VAE
+from bench.gpu.iteration import advise, sync
+from bench.gpu.models import SMALL_LAYERS, SMALL_VAE
 from bench.learn import replace_section
 from rollout.policy import Policy
 from rollout.policy.folder import DTYPES
@@ -121,17 +121,17 @@ def build(folder: Path, small: bool) -> Path:
 
 def inputs_of(policy: Policy, expert: int, size: int, run: Run) -> Inputs:
     """What a forward of a batch of that size takes."""
-    video, module = run.config.rollout, policy.module(expert)
+    video, module = run.config.rollout, policy.experts.module(expert)
     dtype, config = DTYPES[policy.dtype], module.config
-    shape = policy.latent_shape(video.height, video.width, video.frames)
+    shape = policy.layout.latent_shape(video.height, video.width, video.frames)
     x = torch.randn(size, *shape, device=policy.device).to(dtype)
-    text = torch.randn(size, policy.text_length, config.text_dim, device=policy.device).to(dtype)  # type: ignore[union-attr, arg-type]
+    text = torch.randn(size, policy.text.length, config.text_dim, device=policy.device).to(dtype)  # type: ignore[union-attr, arg-type]
     return x, torch.full((size,), 500.0, device=policy.device), text
 
 
 def velocity(policy: Policy, expert: int, inputs: Inputs, guidance: float) -> Tensor:
     """One forward, or two and what guidance makes of them."""
-    module = policy.module(expert)
+    module = policy.experts.module(expert)
     found: Tensor = module(*inputs, return_dict=False)[0].float()
     if guidance > 1:
         other = module(*inputs, return_dict=False)[0].float()
@@ -144,33 +144,33 @@ def bare_rollout(policy: Policy, rollouts: Rollouts, run: Run) -> float:
     """Seconds of the forwards of a rollout and the decoding of its videos, and nothing else."""
     plan, schedule = rollouts.plan, rollouts.schedule
     chunks = [chunk for groups in plan.shards for chunk in plan.chunks(groups)]
-    latents = torch.randn(1, *policy.latent_shape(*plan.video.size))
-    sync(policy)
+    latents = torch.randn(1, *policy.layout.latent_shape(*plan.video.size))
+    sync(policy.device)
     began = time.monotonic()
-    for expert in policy.expert_ids:
-        policy.use(expert)
+    for expert in policy.layout.expert_ids:
+        policy.experts.use(expert)
         steps = [step for step in range(schedule.steps) if schedule.experts[step] == expert]
         for chunk in chunks:
             inputs = inputs_of(policy, expert, chunk.count, run)
             for step in steps:
                 velocity(policy, expert, inputs, schedule.guidance[step])
     for chunk in chunks:
-        policy.decode(latents.expand(chunk.count, -1, -1, -1, -1))
-    sync(policy)
+        policy.vae.decode(latents.expand(chunk.count, -1, -1, -1, -1))
+    sync(policy.device)
     return time.monotonic() - began
 
 
 def bare_updates(policy: Policy, rollouts: Rollouts, run: Run) -> float:
     """Seconds of forward, backward and AdamW of an iteration, on the batches of the updates, and nothing else."""
     train, seconds = run.config.train, 0.0
-    for expert in policy.expert_ids:
-        policy.use(expert)
-        parameters = [parameter for _, parameter in policy.trainable(expert)]
+    for expert in policy.layout.expert_ids:
+        policy.experts.use(expert)
+        parameters = [parameter for _, parameter in policy.experts.trainable(expert)]
         optimizer = torch.optim.AdamW(parameters, lr=0.0)
         plan = plan_ranks(rollouts.units(), 1, seed=rollouts.plan.seed, iteration=0, expert=expert,
                           updates=train.updates_per_rollout)  # fmt: skip
         ready = {unit.size: inputs_of(policy, expert, unit.size, run) for batch in plan.batches for unit in batch}
-        sync(policy)
+        sync(policy.device)
         began = time.monotonic()
         for number, batch in enumerate(plan.batches):
             for unit in batch:
@@ -181,7 +181,7 @@ def bare_updates(policy: Policy, rollouts: Rollouts, run: Run) -> float:
                 velocity(policy, expert, ready[unit.size], guidance).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        sync(policy)
+        sync(policy.device)
         seconds += time.monotonic() - began
     return seconds
 
@@ -191,10 +191,10 @@ def bare_updates(policy: Policy, rollouts: Rollouts, run: Run) -> float:
 
 def timed(function: Callable[[], Any], policy: Policy) -> float:
     """Seconds of a call, until the device is done."""
-    sync(policy)
+    sync(policy.device)
     began = time.monotonic()
     function()
-    sync(policy)
+    sync(policy.device)
     return time.monotonic() - began
 
 
@@ -230,7 +230,7 @@ def rounds_of(model: str, objective: str, small: bool, count: int, out: Path) ->
     for number in range(count + 1):
         path = out / "run"
         found = one_round(Run.create(path, config), policy)
-        policy.become(None)
+        policy.experts.become(None)
         shutil.rmtree(path)
         if number:
             yield found

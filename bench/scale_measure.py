@@ -139,7 +139,7 @@ def of_rollout(records: Sequence[dict[str, Any]], videos: int) -> Timed:
 
 def time_training(out: Path, sampled: Run, size: Size, objective: str, ranks: int) -> Timed:
     """Train a copy of a sampled run with so many ranks; advantages alternate, which costs what real ones cost."""
-    from bench.gpu import advise
+    from bench.gpu.iteration import advise
 
     shutil.copytree(sampled.path, out / "run")
     (out / "run" / "run.toml").unlink()

@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.gpu_models import MODELS
+from bench.gpu.models import MODELS
 from bench.scale_simulation import Units
 from rollout.lora.adapter import add_adapter
 from rollout.memory.model import state_bytes, weight_bytes

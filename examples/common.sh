@@ -4,7 +4,7 @@
 sets=()
 for setting in ${SETS:-}; do sets+=(--set "$setting"); done
 
-# begin PRESET [section.key=value …]: make the run, unless it exists already; then every script goes on where it stopped
+# begin PRESET [section.key=value …]: make the run, unless it exists already; so every script resumes where it stopped
 begin() {
   local preset=$1 own=() setting
   shift

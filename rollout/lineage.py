@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shards.errors import ANEW, RunFailed, UserError
-from shards.files import publish_new, read_json, to_json
+from shards.files import read_json, to_json
 from shards.plan import SCHEMA
 from shards.run import AVERAGE, POLICY_RECORD, Run, Stage
 
@@ -62,10 +62,10 @@ def take_policy(run: Run, stage: Stage, policy: Policy) -> dict[str, Any]:
     """
     _check_model(run, policy)
     source = policy_source(run, stage)
-    identity = policy.fingerprint(source)
+    identity = policy.experts.fingerprint(source)
     if source is not None:
         check_committed(source, identity)
-    policy.become(source)
+    policy.experts.become(source)
     return identity
 
 
@@ -90,8 +90,8 @@ def starting_policy(run: Run, iteration: int) -> Path | None:
 def _check_model(run: Run, policy: Policy) -> None:
     """Write down the base model at the first stage of a run; later stages must have the same one."""
     path = run.model_path
-    record = {"schema": SCHEMA, "base": policy.base_fingerprint, "path": run.config.model.path}
-    if policy.base_lora is not None:
-        record |= {"model": policy.model_fingerprint, "base_lora": policy.base_lora.identity()}
-    publish_new(path, to_json(record, path))
+    record = {"schema": SCHEMA, "base": policy.experts.base_fingerprint, "path": run.config.model.path}
+    if policy.experts.base_lora is not None:
+        record |= {"model": policy.experts.model_fingerprint, "base_lora": policy.experts.base_lora.identity()}
+    run.files.publish_new(path, to_json(record, path))
     policy.check_model(path)

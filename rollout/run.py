@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from rollout.lineage import take_policy
 from rollout.plan import check_stage, stage_plan
@@ -20,9 +26,12 @@ from shards.files import read_json
 from shards.plan import SAMPLE_KEY, RolloutPlan
 from shards.process.progress import Progress
 from shards.process.versions import our_version
+from shards.reader import open_shard
 from shards.run import Run, Stage
 from shards.spool import Sample
 from shards.workers.worker import Part, Worker
+
+TIME_AND_PLACE = ("seconds", "host")  # of a record: they differ whenever a sample is made again
 
 
 @dataclass(frozen=True)
@@ -84,7 +93,7 @@ def rollout(
         if tell:
             tell(sentence)
     policy = policy or Policy.of(run.config.model)
-    policy.check_decoder()
+    policy.vae.load()
     identity = take_policy(run, stage, policy)
     plan = stage.publish_plan(stage_plan(run, stage, policy.layout, identity))
     with _sampler(group, policy, plan, stage) as sampler:
@@ -107,7 +116,7 @@ def _sampler(group: UlyssesGroup | None, policy: Policy, plan: RolloutPlan, stag
     """The sampler of a stage; within a group of ranks, that of its leader has the others compute along."""
     identity = policy, plan, stage.plan_sha256()
     with ExitStack() as open_now:
-        open_now.callback(policy.use, None)
+        open_now.callback(policy.experts.use, None)
         if group:
             open_now.enter_context(shared_tokens(policy, plan.video.size, group.world))
         sampler = Leader(group, *identity) if group and group.leads else Sampler(*identity)
@@ -135,9 +144,65 @@ def regenerate(run: Run, stage: Stage, key: str, policy: Policy) -> Sample:
     shared = sampler.group_tensors([group])[group]
     state = sampler.start(chunk)
     for expert, steps in sampler.phases:
-        policy.use(expert)
+        policy.experts.use(expert)
         sampler.advance(chunk, state, shared, steps)
     return sampler.finish(chunk, state)[int(number) - chunk.first]
+
+
+@dataclass(frozen=True)
+class Regenerated:
+    """A stored sample beside the same made again."""
+
+    key: str
+    differences: dict[str, float]
+    """Largest absolute difference of each part that is not the same, by name; infinite where it is no number."""
+
+    def largest(self) -> float:
+        """The largest of all differences; 0 when every part is the same, bit for bit."""
+        return max(self.differences.values(), default=0.0)
+
+    def __str__(self) -> str:
+        """As a line for people."""
+        if not self.differences:
+            return f"{self.key}: the same, bit for bit"
+        found = sorted(self.differences.items())
+        named = ", ".join(f"{name} by {value:.3g}" if math.isfinite(value) else name for name, value in found)
+        return f"{self.key}: differs in {named}"
+
+
+def compare_with_stored(stage: Stage, shard: int, sample: Sample, exact: bool = True) -> Regenerated:
+    """Hold a sample that was made again against the stored one: its record but for time and place, tensors, video.
+
+    Without `exact` the bytes of the video are left out: one pixel that rounds otherwise changes the file. Raises
+    Damaged for a shard that cannot be read.
+    """
+    with open_shard(stage, shard) as opened:
+        stored = opened.meta(sample.key), opened.trajectory(sample.key), opened.video(sample.key)
+    record = json.loads(json.dumps(sample.meta))
+    parts = {name: (stored[0].get(name), record.get(name)) for name in stored[0].keys() | record.keys()}
+    pairs: dict[str, tuple[Any, Any]] = {name: pair for name, pair in parts.items() if name not in TIME_AND_PLACE}
+    pairs |= {
+        name: (stored[1].get(name), sample.tensors.get(name)) for name in stored[1].keys() | sample.tensors.keys()
+    }
+    if exact:
+        pairs["video"] = stored[2], sample.video
+    found = {name: _difference(*pair) for name, pair in pairs.items()}
+    return Regenerated(sample.key, {name: value for name, value in found.items() if value > 0})
+
+
+def _difference(stored: Any, again: Any) -> float:
+    """Largest absolute difference of two numbers, lists of them or tensors; 0 when equal, inf when they are neither."""
+    if not isinstance(stored, Tensor) and stored == again:
+        return 0.0
+    try:
+        one, other = torch.as_tensor(stored).double(), torch.as_tensor(again).double()
+    except (TypeError, ValueError, RuntimeError):  # text, bytes, something that is missing
+        return math.inf
+    if one.shape != other.shape:
+        return math.inf
+    difference = (one - other).abs().nan_to_num(math.inf)
+    difference[one.isnan() & other.isnan()] = 0.0
+    return float(difference.max()) if difference.numel() else 0.0
 
 
 def _check_version(stage: Stage) -> None:

@@ -29,7 +29,7 @@ Tensors = dict[str, Tensor]
 
 @dataclass
 class State:
-    """A chunk on its way, in host memory."""
+    """A chunk on its way, in host memory but for the time that `Sampler.advance` takes."""
 
     x: Tensor
     """[B,C,F,H,W] fp32, rounded to the storage dtype"""
@@ -53,6 +53,12 @@ class State:
         for part in parts:
             part[~whole] = 0
         return whole.tolist()
+
+    def to_host(self) -> None:
+        """Bring everything to the host: once a phase, so that no step waits for the one before."""
+        self.x, self.clean = self.x.cpu(), None if self.clean is None else self.clean.cpu()
+        for part in (self.kept, self.log_prob, self.x0_prev):
+            part.update({step: value.cpu() for step, value in part.items()})
 
     def row(self, index: int) -> Tensors:
         """One sample of the chunk as named tensors, for the spool."""
@@ -93,7 +99,7 @@ class Sampler:
         self.policy, self.plan, self.plan_sha256 = policy, plan, plan_sha256
         self.schedule, self.groups = plan.schedule, plan.by_key
         self.storage = DTYPES[plan.storage_dtype]
-        self.shape = policy.latent_shape(*plan.video.size)
+        self.shape = policy.layout.latent_shape(*plan.video.size)
         self.looks_back = looks_back(self.schedule)
 
     @property
@@ -107,13 +113,13 @@ class Sampler:
         negatives = [self.plan.negative_of(group) for group in groups]
         prompts = [self.groups[group].prompt for group in groups]
         texts = list(dict.fromkeys([*prompts, *negatives]))
-        embeds = dict(zip(texts, self.policy.encode(texts, cleaned=True), strict=True))
+        embeds = dict(zip(texts, self.policy.text.encode(texts, cleaned=True), strict=True))
         result = {}
         for group, prompt, negative in zip(groups, prompts, negatives, strict=True):
             result[group] = {"prompt": embeds[prompt], "negative": embeds[negative]}
             image = self.groups[group].image
             if image is not None:
-                result[group]["condition"] = self.policy.encode_image(image, *self.plan.video.size)
+                result[group]["condition"] = self.policy.vae.encode_image(image, *self.plan.video.size)
         return result
 
     def stay(self) -> None:
@@ -126,14 +132,14 @@ class Sampler:
         """The chunk as noise, rounded to the storage dtype."""
         noises = [noise(self.shape, seed=self._seed(chunk.group, sample, INITIAL)) for sample in chunk.samples]
         state = State(torch.stack(noises).to(self.storage).float())
-        self._keep(chunk, state, 0)
+        self._keep(chunk, state, 0, state.x)
         return state
 
     @torch.no_grad()
     def advance(self, chunk: Chunk, state: State, shared: Tensors, steps: Sequence[int]) -> None:
         """Take the chunk through some steps, all of one expert, which must be in use."""
         began, device = time.monotonic(), self.policy.device
-        prompt, negative = (self.policy.pad(shared[name], chunk.count) for name in ("prompt", "negative"))
+        prompt, negative = (self.policy.text.pad(shared[name], chunk.count) for name in ("prompt", "negative"))
         condition = shared["condition"].to(device) if "condition" in shared else None
         x, clean = state.x.to(device), None if state.clean is None else state.clean.to(device)
         for step in steps:
@@ -141,15 +147,15 @@ class Sampler:
             inputs = StepInputs(x, prompt, negative, condition, clean)
             taken = take_step(self.policy, self.schedule, step, inputs, drawn, self.storage)
             if taken.log_prob is not None:
-                state.log_prob[step] = taken.log_prob.cpu()
+                state.log_prob[step] = taken.log_prob
                 if self.schedule.law == "dpm-sde-2m":
-                    state.x0_prev[step] = torch.zeros_like(x).cpu() if clean is None else clean.cpu()
+                    state.x0_prev[step] = torch.zeros_like(x) if clean is None else clean
             x, clean = taken.x, taken.clean if self.looks_back else None
             if step == self.schedule.steps - 1:
                 x = self.policy.impose(x, condition).to(self.storage).float()
-            state.x = x.cpu()
-            self._keep(chunk, state, step + 1)
-        state.clean = None if clean is None else clean.cpu()
+            self._keep(chunk, state, step + 1, x)
+        state.x, state.clean = x, clean
+        state.to_host()
         state.seconds += time.monotonic() - began
 
     def finish(self, chunk: Chunk, state: State) -> list[Sample]:
@@ -157,13 +163,15 @@ class Sampler:
         return self.put_together(chunk, state, self.decode(state))
 
     def decode(self, state: State) -> Decoded:
-        """The videos of a chunk that took all its steps. A sample that is not finite, as when numbers outgrow float16,
-        becomes zeros."""
+        """The videos of a chunk that took all its steps.
+
+        A sample that is not finite, as when numbers outgrow float16, becomes zeros.
+        """
         began, whole = time.monotonic(), state.blank_broken()
-        return Decoded(self.policy.decode(state.x), whole, time.monotonic() - began)
+        return Decoded(self.policy.vae.decode(state.x), whole, time.monotonic() - began)
 
     def put_together(self, chunk: Chunk, state: State, decoded: Decoded) -> list[Sample]:
-        """The samples of a chunk, their videos encoded; the status of a broken one says so. Any thread may do this."""
+        """The samples of a chunk, their videos encoded, a broken one with its status. Any thread may call this."""
         began, video = time.monotonic(), self.plan.video
         videos = [encode_mp4(rows, video.fps, video.crf) for rows in decoded.frames]
         seconds = round((state.seconds + decoded.seconds + time.monotonic() - began) / chunk.count, 3)
@@ -172,11 +180,11 @@ class Sampler:
             sample.meta["status"] = "ok" if ok else "its latents or log-probs are not finite"
         return samples
 
-    def _keep(self, chunk: Chunk, state: State, number: int) -> None:
-        """Keep state `number` if it is stored: before and after every window step, and the last."""
+    def _keep(self, chunk: Chunk, state: State, number: int, x: Tensor) -> None:
+        """Keep state `number`, x, if it is stored: before and after every window step, and the last."""
         window = self.groups[chunk.group].window
         if number in window or number - 1 in window or number == self.schedule.steps:
-            state.kept[number] = state.x.to(self.storage)
+            state.kept[number] = x.to(self.storage)
 
     def _noise(self, chunk: Chunk, step: int, device: torch.device) -> Tensor | None:
         """Fresh noise of a window step [B,C,F,H,W]; None for the other steps."""

@@ -84,5 +84,5 @@ def follow(group: UlyssesGroup, sampler: Sampler) -> None:
         if told == STAY:
             continue
         chunk, state, shared, steps = told
-        sampler.policy.use(sampler.schedule.experts[steps[0]])
+        sampler.policy.experts.use(sampler.schedule.experts[steps[0]])
         sampler.advance(chunk, state, shared, steps)

@@ -112,7 +112,7 @@ class Work:
             if not self._phase(hand, phase):
                 return False
         if chunks:
-            self.sampler.policy.use(None)
+            self.sampler.policy.experts.use(None)
         self.background.add(lambda: seal(self.stage, shard, self._circumstances(time.monotonic() - began)))
         return True
 
@@ -122,7 +122,7 @@ class Work:
         expert, steps = phases[phase]
         waiting = [chunk for chunk in hand.chunks if phase > 0 or chunk not in hand.states]
         if waiting:
-            self.sampler.policy.use(expert)
+            self.sampler.policy.experts.use(expert)
         for chunk in waiting:
             check(f"in shard {hand.shard} of {self.stage.name}")
             if hand.held.lost:

@@ -99,7 +99,7 @@ def read_head(path: str) -> Layers:
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is no safetensors file: {error}", "fetch or convert the head again") from None
+        raise UserError(f"{path} is not a safetensors file: {error}", "fetch or convert the head again") from None
     names = sorted((name for name in tensors if name.endswith("weight")), key=_natural)
     layers = []
     for name in names:

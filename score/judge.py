@@ -12,9 +12,10 @@ from score.catalogue.argument import EXAMPLE, parse_argument
 from score.ocr.text import NoTarget, target_of
 from score.reward import Chosen, Reward, Scored, Video, choose
 from shards.errors import UserError
+from shards.pointers import refuse_pointer
 from shards.text.cleaning import clean
 
-ONE_FOR_ALL = "give it once for all videos, or as often as there are videos"
+ONE_FOR_ALL = "give it once for all videos, or once per video"
 
 
 def judge(
@@ -39,6 +40,7 @@ def judge(
     for path in videos:
         if not Path(path).is_file():
             raise UserError(f"{path}: no such file", "give the path of a video file")
+        refuse_pointer(Path(path))
     return _records([Path(path) for path in videos], asked, wanted, chosen)
 
 

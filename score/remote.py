@@ -16,9 +16,14 @@ missing and its reason says why. Redirects are not followed: they could lead awa
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.client
+import ipaddress
 import json
 import os
+import socket
+import ssl
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -64,17 +69,17 @@ class Remote:
     ) -> None:
         """names: components of the answer, separated by spaces; the first is the reward. format: `mp4` or `png`.
         frames: at most so many are sent, evenly spread (0: all). label: what answers there, for example a version:
-        another label means that videos are scored again. timeout, pause: seconds. parallel: requests at once.
+        another label means that videos are scored again. timeout: seconds of one
+        request as a whole. pause: seconds. parallel: requests at once.
         """
         given = {"url": url, "format": format, "timeout": timeout, "pause": pause, "frames": frames}
-        self.check_options(given | {"attempts": attempts, "parallel": parallel})
+        self.check_options(given | {"attempts": attempts, "parallel": parallel, "token_env": token_env})
         if token_env and token_env not in os.environ:
             raise UserError(f"reward 'remote': there is no environment variable {token_env}", "put the token there")
         self.url, self.format, self.frames = url, format, frames
         self.names = self.components_for({"names": names})
         self.attempts, self.parallel = attempts, parallel
         self.timeout, self.pause, self.token_env = timeout, pause, token_env
-        self.opener = urllib.request.build_opener(_Stay())
 
     @staticmethod
     def check_options(options: Mapping[str, Any]) -> None:
@@ -82,7 +87,19 @@ class Remote:
         url, format = options["url"], options["format"]
         if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
             raise UserError(
-                f"reward 'remote': {url!r} is no http or https address", "for example http://host:8000/score"
+                f"reward 'remote': {url!r} is not an http or https address", "for example http://host:8000/score"
+            )
+        place = urlsplit(url)
+        if place.username is not None or place.password is not None:
+            raise UserError(
+                f"reward 'remote': the address of {place.hostname} holds a name or a password",
+                "addresses are written into the run: put the secret into an environment variable and name it in "
+                "token_env",
+            )
+        if options.get("token_env") and place.scheme == "http" and not _is_loopback(str(place.hostname)):
+            raise UserError(
+                f"reward 'remote': {url} would carry the token over plain http",
+                "use https, or a service on this machine",
             )
         if format not in ("mp4", "png"):
             raise UserError(f"reward 'remote' has no format {format!r}", "there are mp4 and png")
@@ -146,9 +163,13 @@ class Remote:
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if self.token_env:
             headers["Authorization"] = f"Bearer {os.environ[self.token_env]}"
+        request = urllib.request.Request(self.url, body, headers)
+        deadline = _Deadline(self.timeout)
         try:
-            with self.opener.open(urllib.request.Request(self.url, body, headers), timeout=self.timeout) as response:
+            with deadline, deadline.opener().open(request, timeout=self.timeout) as response:
                 data = response.read(LARGEST_ANSWER + 1)
+                if deadline.passed:  # the rest was cut off, which `read` takes for the end
+                    raise TimeoutError
                 if response.status != 200 or len(data) > LARGEST_ANSWER:
                     raise _Failed(f"status {response.status} with {len(data)} bytes from {self.url}")
         except urllib.error.HTTPError as error:
@@ -159,18 +180,24 @@ class Remote:
             ) from None
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", None) or error
-            what = "no answer in time" if isinstance(reason, TimeoutError) else str(reason) or type(reason).__name__
+            late = deadline.passed or isinstance(reason, TimeoutError)
+            what = "no answer in time" if late else str(reason) or type(reason).__name__
             raise _Failed(f"{what} from {self.url}", again=True) from None
         try:
             return json.loads(data)
         except ValueError:
-            raise _Failed(f"the answer of {self.url} is no JSON") from None
+            raise _Failed(f"the answer of {self.url} is not JSON") from None
+
+    def _without_token(self, text: str) -> str:
+        """What a service says, without the token that it may repeat: reasons are stored."""
+        token = os.environ.get(self.token_env, "") if self.token_env else ""
+        return text.replace(token, "…") if token else text
 
     def _scored(self, answer: Any, numbers: Sequence[int]) -> Scored:
         """The score that an answer holds. Raises _Failed when it holds none."""
         answer = answer if isinstance(answer, dict) else {}
         if isinstance(answer.get("reason"), str) and answer["reason"]:
-            return Scored(reason=answer["reason"][:500])
+            return Scored(reason=self._without_token(answer["reason"])[:500])
         scores = answer.get("scores")
         found = scores if isinstance(scores, dict) else {}
         for name in self.names:
@@ -187,11 +214,77 @@ class _Failed(Exception):
         self.again, self.wait = again, wait
 
 
+class _Deadline:
+    """A time limit for one request as a whole: connecting, sending, and every byte of the answer.
+
+    The timeout of a socket starts anew with each byte that arrives, so that a slow drip never ends it. When the time is
+    over, another thread shuts the connection down, and whoever reads from it gets an error.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.passed = False
+        self._sockets: list[socket.socket] = []
+        self._lock = threading.Lock()
+        self._timer = threading.Timer(seconds, self._end)
+        self._timer.daemon = True
+
+    def __enter__(self) -> None:
+        self._timer.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+
+    def opener(self) -> urllib.request.OpenerDirector:
+        """Makes requests that follow no redirect and end in time."""
+        return urllib.request.build_opener(_Stay(), _handler(self, secure=False), _handler(self, secure=True))
+
+    def watch(self, connection: socket.socket) -> None:
+        """Shut this connection down, too, when the time is over."""
+        with self._lock:
+            self._sockets.append(connection)
+        if self.passed:
+            self._end()
+
+    def _end(self) -> None:
+        self.passed = True
+        with self._lock:
+            for connection in self._sockets:
+                with contextlib.suppress(OSError):  # closed by now
+                    socket.socket.shutdown(connection, socket.SHUT_RDWR)  # that of TLS would say goodbye first
+
+
+def _handler(deadline: _Deadline, secure: bool) -> urllib.request.BaseHandler:
+    """urllib's handler of http or https, whose connections end with the deadline."""
+    parent = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+
+    class Watched(parent):  # type: ignore[misc, valid-type]
+        def connect(self) -> None:
+            super().connect()
+            deadline.watch(self.sock)
+
+    class Http(urllib.request.HTTPHandler):
+        def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+            return self.do_open(Watched, request)
+
+    class Https(urllib.request.HTTPSHandler):
+        def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+            return self.do_open(Watched, request, context=ssl.create_default_context())
+
+    return Https() if secure else Http()
+
+
 class _Stay(urllib.request.HTTPRedirectHandler):
     """Follows no redirect; the status 3xx comes out as the error that it is."""
 
     def redirect_request(self, req: Any, fp: IO[bytes], code: int, msg: str, headers: Any, newurl: str) -> None:
         """No further request."""
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether a host is this machine, so that nobody else can listen."""
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
 
 
 def png(frame: NDArray[np.uint8]) -> bytes:

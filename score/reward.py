@@ -18,10 +18,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 from score.options import resolve
-from shards.absolute_paths import nearest_file
+from shards.absolute_paths import nearest_file, reward_file
 from shards.errors import UserError, nearest
-from shards.store.mirror import fetch_any
-from shards.store.urls import is_stored
+from shards.files import sha256_file
+from shards.store.fetch import local_name
 
 if TYPE_CHECKING:
     import numpy as np
@@ -120,14 +120,23 @@ class Chosen:
     keeps_text: bool = False
     content: Mapping[str, str] = field(default_factory=dict)
     """Digests of the files that options name, by option."""
+    source: str = ""
+    """sha256 of the file of a reward of one's own; "" for one that is installed, whose version counts."""
+
+    @property
+    def stem(self) -> str:
+        """The name as the first part of a directory."""
+        return re.sub(r"[^A-Za-z0-9_]+", "-", module_name(self.name))
 
     @property
     def directory(self) -> str:
-        """`<name>-<8 hex digits>`: the digits stand for version and options, so a changed reward has another one."""
+        """`<stem>-<8 hex digits>`: the digits stand for source, version and options, so that scores of a reward that
+        was changed lie elsewhere."""
         options = {key: self.content.get(key, value) for key, value in self.options.items() if key not in self.neutral}
         name, target = module_name(self.name), module_name(self.target)  # wherever the file lies
-        identity = json.dumps([name, target, self.version, self.components, options], sort_keys=True)
-        return f"{re.sub(r'[^A-Za-z0-9_]+', '-', name)}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+        parts = [name, target, self.version, self.components, options, *([self.source] if self.source else [])]
+        identity = json.dumps(parts, sort_keys=True)
+        return f"{self.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
 
     def build(self) -> Reward:
         """The reward itself."""
@@ -188,7 +197,9 @@ def choose(name: str, options: Mapping[str, Any] | None = None, content: bool = 
         found.check_options(resolved)
     neutral, keeps_text = tuple(getattr(found, "neutral", ())), bool(getattr(found, "keeps_text", False))
     digests = dict(found.identity(_here(resolved))) if content and hasattr(found, "identity") else {}
-    return Chosen(name, target, found.version, components, resolved, neutral, keeps_text, digests)
+    file = reward_file(name)  # None for a registered name, even where its package lies in the current directory
+    source = sha256_file(file) if file else ""
+    return Chosen(name, target, found.version, components, resolved, neutral, keeps_text, digests, source)
 
 
 def known() -> dict[str, str]:
@@ -199,10 +210,7 @@ def known() -> dict[str, str]:
 
 def _here(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options with the local copies of files and folders in place of their URLs in a store."""
-    return {
-        name: str(fetch_any(value)) if isinstance(value, str) and is_stored(value) else value
-        for name, value in options.items()
-    }
+    return {name: local_name(value) if isinstance(value, str) else value for name, value in options.items()}
 
 
 def _registered(name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from score import tables
@@ -41,6 +41,8 @@ class ScoreReport:
     """Seconds of those spent waiting for others."""
     reward: StageReward | None = None
     """The mean reward and its change; None while `summary` is."""
+    edited: Mapping[str, list[str]] = field(default_factory=dict)
+    """Rewards of one's own that scored this stage before in another form, with the folders of those scores."""
 
     @property
     def nothing_done(self) -> bool:
@@ -58,6 +60,7 @@ class ScoreReport:
         words += [f"{counted(len(self.skipped), 'shard')} there already"] if self.skipped else []
         words += [f"{len(self.pending)} are still to come"] if self.pending else []
         words += [f"advantages {self.advantages} written"] if self.advantages_written else []
+        words += [f"{name} has changed since {', '.join(kept)}, which is kept" for name, kept in self.edited.items()]
         return f"{', '.join(words)}; {self.seconds:.1f} s"
 
 
@@ -87,6 +90,7 @@ def score(
     selection = tables.select(config, rewards)
     ours = Worker(stage, "score", worker, run.config.workers.claim_seconds)
     scoring = Scoring(config, stage, plan, selection.scorers, ours, progress)
+    edited = {chosen.name: before for chosen in selection.scorers if (before := tables.edited(stage, chosen))}
     if not advantages_only:
         _check_rewards(selection, plan, stage, config.max_missing)
     everything = range(stage.expected())
@@ -115,6 +119,7 @@ def score(
         advantages_written=written,
         waited=ours.waited,
         reward=stage_reward(run, stage, weights, now) if now else None,
+        edited=edited,
     )
 
 

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from score.advantages import MISSING, NO_SPREAD, NOT_CHOSEN, Specification, advantages
 from score.reward import Chosen, Scored, choose, split_name
 from shards import sidecar
+from shards.absolute_paths import reward_file
 from shards.errors import RunFailed, UserError
-from shards.files import publish_replace, to_json
+from shards.files import sha256_file, to_json
 from shards.plan import SAMPLE_KEY, group_of
 from shards.run import Stage
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from shards.config import ScoreConfig
 
 GUARDS = "guards"
+SOURCE = "_source.py"  # of a reward of one's own, beside its scores
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,24 @@ def provenance(chosen: Chosen) -> dict[str, str]:
         "version": chosen.version,
         "options": json.dumps(dict(chosen.options), sort_keys=True),
         "content": json.dumps(dict(chosen.content), sort_keys=True),
+        **({"source_sha256": chosen.source} if chosen.source else {}),
     }
+
+
+def keep_source(stage: Stage, chosen: Chosen) -> None:
+    """Put the source of a reward of one's own beside its scores, so that the run says how they were made.
+
+    A file that was edited after it was chosen is not kept: it is not what gave the scores.
+    """
+    file = reward_file(chosen.target) if chosen.source else None
+    if file is not None and sha256_file(file) == chosen.source:
+        stage.files.publish_new(stage.scores_dir / chosen.directory / SOURCE, file.read_bytes())
+
+
+def edited(stage: Stage, chosen: Chosen) -> list[str]:
+    """Folders with scores of this stage by another source, version or options of a reward of one's own."""
+    others = [name for name in sidecar.scorers(stage) if name.rpartition("-")[0] == chosen.stem]
+    return [name for name in others if name != chosen.directory] if chosen.source else []
 
 
 def side_by_side(scores: Mapping[str, pd.DataFrame], selection: Selection) -> pd.DataFrame:
@@ -172,7 +191,7 @@ def write_advantages(stage: Stage, selection: Selection, max_missing: float) -> 
         sidecar.write_advantages(stage, int(shard), selection.digest, part, kv)
     summary = summarise(selection, scores, _read_guards(stage), rewards, table)
     path = stage.summary_path(selection.digest)
-    publish_replace(path, to_json(summary, path))
+    stage.files.publish_replace(path, to_json(summary, path))
     return summary
 
 
@@ -183,7 +202,7 @@ def check_missing(reasons: Sequence[str], samples: int, max_missing: float, stag
     reason, count = Counter(reasons).most_common(1)[0]
     raise RunFailed(
         f"{stage.path}: {len(reasons)} of {samples} samples have no reward, {count} of them because: {reason}",
-        f"mend that and score again; [score].max_missing = {max_missing:g} is the share that is accepted",
+        f"fix that and score again; [score].max_missing = {max_missing:g} is the accepted share",
     )
 
 

@@ -198,6 +198,8 @@ class Scoring:
 
     def _publish(self, flight: _InFlight, found: Mapping[str, pd.DataFrame]) -> None:
         provenance = {one.directory: tables.provenance(one) for one in self.scorers}
+        for one in flight.rewards:
+            tables.keep_source(self.stage, one)
         for directory, table in found.items():
             kv = provenance[directory] | flight.cost(directory)
             sidecar.write_scores(self.stage, flight.shard, directory, table, kv)

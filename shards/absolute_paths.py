@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.errors import UserError
-from shards.store.urls import is_url
+from shards.store.urls import full_path, named_here
 
 PROMPTS = (("rollout", "prompts"), ("eval", "prompts"))
 LORAS = (("model", "lora"), ("model", "lora_2"), ("model", "base_lora"), ("model", "base_lora_2"))
@@ -32,8 +32,9 @@ def in_full(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """
     changed, said = copy.deepcopy(values), []
     for name, table, key in _texts(changed):
-        if os.path.exists(table[key]):
-            table[key] = os.path.abspath(table[key])
+        full = full_path(table[key])
+        if full != table[key]:
+            table[key] = full
             said.append(f"{name}: {table[key]}, {IN_FULL}")
     for section, key in PROMPTS:
         section_values: Any = changed.get(section)
@@ -64,6 +65,19 @@ def reward_in_full(name: str) -> str:
     return f"{path}:{rest}" if path else name
 
 
+def reward_file(name: str) -> Path | None:
+    """The file of a reward of one's own, `module:Class` or `/path/file.py:Class`; None for what is installed.
+
+    The file need not be there.
+    """
+    try:
+        module, colon, _ = reward_in_full(name).partition(":")
+    except UserError:
+        module, colon, _ = name.partition(":")
+    own = colon and (module.endswith(".py") or "/" in module)
+    return Path(os.path.abspath(Path(module).expanduser())) if own else None
+
+
 def nearest_file(path: Path) -> str:
     """For hints: the file beside a missing one that is called most like it, or where a relative path counts from."""
     names = [one.name for one in path.parent.iterdir() if one.is_file()] if path.parent.is_dir() else []
@@ -76,9 +90,9 @@ def nearest_file(path: Path) -> str:
 
 
 def _check_prompts(name: str, text: Any) -> None:
-    if isinstance(text, str) and text != EMBEDDED and not is_url(text):
-        path = Path(text).expanduser()
-        if not path.is_file():
+    if isinstance(text, str) and text != EMBEDDED:
+        path = named_here(text)
+        if path and not path.is_file():
             raise UserError(f"{name}: {text}: no such file", nearest_file(path))
 
 
@@ -110,4 +124,4 @@ def _texts(values: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
 
 
 def _is_relative(value: Any) -> bool:
-    return isinstance(value, str) and value not in ("", EMBEDDED, NONE) and not is_url(value) and value[0] not in "/~"
+    return isinstance(value, str) and value not in ("", EMBEDDED, NONE) and value[0] not in "/~"

@@ -242,6 +242,14 @@ class EvalConfig(Section):
     ema: bool = Field(True, description="evaluate the averaged weights, when training keeps them")
 
 
+class TrackConfig(Section):
+    """[track]: who is told the numbers while they come."""
+
+    to: list[str] = Field(
+        [], description="trackers, by accelerate's names (tensorboard, wandb, mlflow, …) or your own as module:Class"
+    )
+
+
 class WorkersConfig(Section):
     """[workers]: how processes that share a run directory keep out of each other's way."""
 
@@ -263,3 +271,4 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     workers: WorkersConfig = WorkersConfig()
+    track: TrackConfig = TrackConfig()

@@ -1,14 +1,17 @@
-"""Locks, and names that only one of several writers can take."""
+"""Locks, names that only one of several writers can take, and private files, locked as long as their writer lives."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
 import os
+import socket
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+TEMPORARY = ".tmp-"  # Arrow, pandas and our own listings skip names that begin with a dot
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}  # what such file systems answer
 AT_FDCWD, RENAME_NOREPLACE = -100, 1  # of Linux' renameat2
 
@@ -110,6 +113,53 @@ def flock(handle: int, *, wait: bool) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def create_temporary(path: Path) -> tuple[Path, int]:
+    """A new private file beside `path` and its descriptor, locked.
+
+    Tries again when a sweep removed it between its creation and its lock.
+    """
+    while True:
+        unique = f"{TEMPORARY}{socket.gethostname()[:40]}-{os.getpid()}-{uuid.uuid4().hex[:8]}-{path.name}"
+        temporary = path.with_name(unique)
+        handle = open_creating(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        with suppress(OSError):  # no locks on this file system: then nothing is ever swept either
+            flock(handle, wait=True)
+        if is_still(temporary, handle):
+            return temporary, handle
+        os.close(handle)
+
+
+def sweep_temporary(directory: str | Path) -> int:
+    """Remove what killed writers left in `directory`; returns how many files.
+
+    A living writer holds a lock on its file, which the kernel drops at its death: no clock and no process id is asked.
+    """
+    removed = 0
+    with suppress(FileNotFoundError):
+        for name in os.listdir(directory):
+            if name.startswith(TEMPORARY):
+                removed += is_abandoned(Path(directory, name), remove=True)
+    return removed
+
+
+def is_abandoned(path: Path, *, remove: bool = False) -> bool:
+    """Whether a private file has no living writer; removes it then when asked to."""
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        if not flock(handle, wait=False):
+            return False
+        if remove:
+            os.unlink(path)
+        return True
+    except OSError:  # no locks on this file system, or another sweep was faster
+        return False
+    finally:
+        os.close(handle)
 
 
 def _rename_new(source: Path, target: Path) -> bool | None:

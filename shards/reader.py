@@ -16,7 +16,6 @@ from shards.files import read_json
 from shards.plan import SCHEMA
 from shards.run import Stage
 from shards.source import open_source, open_tar
-from shards.store import mirror
 from shards.tar import EXTENSIONS, SAMPLE_NAME, group_name, header
 
 if TYPE_CHECKING:
@@ -247,9 +246,13 @@ def webdataset_pipeline(stage: Stage, shards: Sequence[int] | None = None) -> we
     Keys: `__key__`, `json` (dict), `mp4` (uint8 frames [T, H, W, 3]), `traj.safetensors` (dict of tensors). The files
     are opened here and not by name through webdataset, so that no URL scheme and no shell is ever reached, and the
     values are decoded here and not by `.decode()`, so that nothing is ever unpickled: a member of any other type is an
-    error. Raises Damaged for a damaged shard or member.
+    error. Raises Damaged for a damaged shard or member, and UserError where webdataset is not installed.
     """
-    import webdataset
+    try:
+        import webdataset
+    except ImportError:
+        hint = "pip install webdataset; the other readers of shards do not need it"
+        raise UserError("a WebDataset pipeline needs the package webdataset, which is not installed", hint) from None
 
     numbers = stage.shards() if shards is None else shards
     return webdataset.DataPipeline(
@@ -278,7 +281,7 @@ def decode_sample(sample: dict[str, Any]) -> dict[str, Any]:
 
 def _open_tars(stage: Stage, shards: Sequence[int]) -> Iterator[dict[str, Any]]:
     for shard in shards:
-        mirror.look(stage.shard_path(shard))
+        stage.files.look(stage.shard_path(shard))
         with os.fdopen(open_tar(stage, shard, read_manifest(stage, shard)), "rb") as stream:
             yield {"url": str(stage.shard_path(shard)), "stream": stream}
 

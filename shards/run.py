@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shards.errors import UserError
-from shards.files import publish_new, sha256_file, stamp_of, to_json
+from shards.files import Files, LocalFiles, sha256_file, stamp_of, to_json
 from shards.plan import Kind, RolloutPlan
-from shards.store import mirror
-from shards.store.urls import in_shell, shown, url_of, working_copy
+from shards.store.files import files_at, of_policy
+from shards.store.urls import in_shell, shown
 
 if TYPE_CHECKING:
     from shards.config import RunConfig
@@ -29,22 +29,24 @@ COMMIT = "commit.json"  # written last of a checkpoint, which docs/checkpoints.m
 class Run:
     """One run directory. Making the object touches no disk; `open` and `create` do.
 
-    A run at a URL (s3://bucket/runs/first) has a working copy in the local cache, and `path` is that.
+    A run at a URL (s3://bucket/runs/first) has a working copy in the local cache, and `path` is that. `files`, chosen
+    here once and handed down to its stages, is how its files are looked at and published; a test may give its own.
     """
 
-    def __init__(self, path: str | Path, sets: Sequence[Setting] = ()) -> None:
-        self.path = working_copy(path)
+    def __init__(self, path: str | Path, sets: Sequence[Setting] = (), files: Files | None = None) -> None:
+        chosen, self.path = files_at(path)
+        self.files = files or chosen
         self.sets = tuple(sets)
         self.is_new = False  # whether `create` wrote its run.toml
 
     @classmethod
-    def open(cls, path: str | Path, sets: Sequence[Setting] = ()) -> Run:
+    def open(cls, path: str | Path, sets: Sequence[Setting] = (), files: Files | None = None) -> Run:
         """A run that exists, with `section.key=value` settings laid over its run.toml for this call alone.
 
         Raises UserError when `path` is not a run directory. A run at a URL is brought up to date here.
         """
-        run = cls(path, sets)
-        mirror.pull(run.path)
+        run = cls(path, sets, files)
+        run.files.pull(run.path)
         if not run.config_path.is_file():
             above = next((folder for folder in run.path.parents if (folder / "run.toml").is_file()), None)
             make = f"`rushes init {in_shell(run.path)} --preset words` makes one"
@@ -54,20 +56,19 @@ class Run:
         return run
 
     @classmethod
-    def create(cls, path: str | Path, config: RunConfig) -> Run:
+    def create(cls, path: str | Path, config: RunConfig, files: Files | None = None) -> Run:
         """A run with `config` as its run.toml. Raises UserError when there is one already that says something else."""
         from shards.run_toml import dump_config
 
-        run = cls(path)
+        run = cls(path, files=files)
         try:
             in_the_way = next((one for one in (run.path, *run.path.parents) if one.is_file()), None)
         except OSError as error:  # a name that is too long, or a folder that we may not look into
             raise UserError(f"{run.path}: {error.strerror}", "choose another folder") from None
         if in_the_way:
             raise UserError(f"{in_the_way} is a file", "choose another folder")
-        if url_of(run.path):
-            mirror.agree(run.config_path)  # else a run that was deleted in the store would still be there for us
-        run.is_new = publish_new(run.config_path, dump_config(config).encode())
+        run.files.agree(run.config_path)  # else a run that was deleted in the store would still be there for us
+        run.is_new = run.files.publish_new(run.config_path, dump_config(config).encode())
         if not run.is_new and run.config != config:
             names = ", ".join(differences(config.model_dump(), run.config.model_dump())[:8])
             raise UserError(
@@ -104,11 +105,11 @@ class Run:
 
     def iteration(self, number: int) -> Stage:
         """The stage directory `iter-0003`."""
-        return Stage(self.path, f"iter-{number:04d}", number, "rollout")
+        return Stage(self.path, f"iter-{number:04d}", number, "rollout", self.files)
 
     def evaluation(self, number: int) -> Stage:
         """The stage directory `eval/iter-0003`: an evaluation of the policy that iteration 3 rolls out with."""
-        return Stage(self.path, f"eval/iter-{number:04d}", number, "eval")
+        return Stage(self.path, f"eval/iter-{number:04d}", number, "eval", self.files)
 
     def iterations(self) -> list[int]:
         """Numbers of the iterations that have a directory, ascending."""
@@ -140,6 +141,8 @@ class Stage:
     name: str  # relative to the run: iter-0003 or eval/iter-0003
     iteration: int
     kind: Kind
+    files: Files = field(default_factory=LocalFiles, repr=False, compare=False)
+    """Those of the run."""
     _read: dict[tuple[int, ...], RolloutPlan] = field(default_factory=dict, init=False, repr=False, compare=False)
     """The plan that was read last, by what its file was then."""
 
@@ -197,11 +200,11 @@ class Stage:
 
     def trained(self) -> bool:
         """Whether training of this iteration has ended, which policy/policy.json decides."""
-        return mirror.look(self.policy_record_path)
+        return self.files.look(self.policy_record_path)
 
     def fetched_policy(self) -> Path:
         """policy_dir; the weights of a run at a URL are on this machine then. What training keeps for itself is not."""
-        mirror.fetch(self.policy_dir, lambda name: not mirror.ASIDE.search(name))
+        self.files.fetch(self.policy_dir, of_policy)
         return self.policy_dir
 
     def shard_path(self, shard: int) -> Path:
@@ -251,7 +254,7 @@ class Stage:
 
         It is parsed again only when the file is another one than the last time.
         """
-        stamp = stamp_of(self.plan_path) if mirror.look(self.plan_path) else None
+        stamp = stamp_of(self.plan_path) if self.files.look(self.plan_path) else None
         if stamp is None:
             return None
         found = self._read.get(stamp)
@@ -267,7 +270,7 @@ class Stage:
 
     def publish_plan(self, plan: RolloutPlan) -> RolloutPlan:
         """Write the plan unless there is one; returns what is on disk. Raises UserError when that differs from ours."""
-        publish_new(self.plan_path, to_json(plan.to_dict(), self.plan_path))
+        self.files.publish_new(self.plan_path, to_json(plan.to_dict(), self.plan_path))
         found = self.plan()
         assert found is not None
         differing = differences(plan.to_dict(), found.to_dict())
@@ -280,14 +283,14 @@ class Stage:
 
     def shards(self) -> list[int]:
         """Numbers of the committed shards, ascending; for a run at a URL those of all machines."""
-        mirror.refresh(self.rollout_dir)
+        self.files.refresh(self.rollout_dir)
         return _numbers(self.rollout_dir / "manifest", r"shard-(\d{6})\.json")
 
     def is_committed(self, shard: int) -> bool:
         """Whether the shard exists, which its manifest decides."""
         path = self.manifest_path(shard)
         if not path.exists():
-            mirror.refresh(self.rollout_dir)
+            self.files.refresh(self.rollout_dir)
         return path.exists()
 
     def is_complete(self) -> bool:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from shards.config import SCHEMA, RunConfig, Section
 from shards.errors import UserError, nearest
 
+PRESETS = Path(__file__).parent / "presets"
 Setting = str | tuple[str, Any]
 """What a call sets otherwise than run.toml: `section.key=value` as --set has it, or the dotted key and its value."""
 
@@ -47,13 +48,17 @@ def load_config(path: Path, sets: Iterable[Setting] = ()) -> RunConfig:
 
 def read_preset(name: str) -> dict[str, Any]:
     """The values of a preset; raises UserError with the nearest right name for an unknown one."""
-    folder = Path(__file__).parent / "presets"
-    names = sorted(path.stem for path in folder.glob("*.toml"))
+    names = presets()
     if name not in names:
         near = nearest(name, names, 0.0)
         hint = f"did you mean {near}? There are: {', '.join(names)}" if near else f"there are: {', '.join(names)}"
         raise UserError(f"unknown preset {name!r}", hint)
-    return {"preset": name, **tomllib.loads((folder / f"{name}.toml").read_text(encoding="utf-8"))}
+    return {"preset": name, **tomllib.loads((PRESETS / f"{name}.toml").read_text(encoding="utf-8"))}
+
+
+def presets() -> list[str]:
+    """Names of the presets, in order."""
+    return sorted(path.stem for path in PRESETS.glob("*.toml"))
 
 
 def parse_config(values: dict[str, Any], where: str) -> RunConfig:

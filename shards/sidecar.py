@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from shards import parquet
 from shards.errors import Damaged, UserError
-from shards.files import publish_replace, stamp_of, sweep_temporary
+from shards.files import stamp_of
+from shards.locks import sweep_temporary
 from shards.plan import SCHEMA
 from shards.reader import checked_index, read_manifest
 from shards.run import Stage
-from shards.store import mirror
 
 if TYPE_CHECKING:
     import pandas
@@ -86,12 +86,12 @@ def advantaged(stage: Stage, shard: int, specification: str) -> bool:
 
 def scorers(stage: Stage) -> list[str]:
     """Directory names of the scorers that have scored something, sorted."""
-    return _directories(stage.scores_dir)
+    return _directories(stage, stage.scores_dir)
 
 
 def specifications(stage: Stage) -> list[str]:
     """Advantage specifications that have a directory, sorted."""
-    return _directories(stage.advantages_dir)
+    return _directories(stage, stage.advantages_dir)
 
 
 def read_table(path: Path) -> tuple[pyarrow.Table, dict[str, str]]:
@@ -143,7 +143,7 @@ def _write(
     _check_neighbours(path, table.schema)
     sweep_temporary(path.parent)
     kv = {**kv, "schema": str(SCHEMA), "shard_sha256": manifest["tar"]["sha256"], CONTENT: content_sha256(table)}
-    publish_replace(path, parquet.encode(table, kv))
+    stage.files.publish_replace(path, parquet.encode(table, kv))
 
 
 def _as_table(frame: pandas.DataFrame, columns: dict[str, str], where: str) -> pyarrow.Table:
@@ -208,7 +208,7 @@ def _read(stage: Stage, files: list[tuple[int, Path]]) -> pandas.DataFrame:
 
 def _done(stage: Stage, shard: int, path: Path) -> bool:
     if not path.exists():
-        mirror.refresh(path.parent)
+        stage.files.refresh(path.parent)
     if not path.exists():
         return False
     stamp = stamp_of(path)
@@ -228,6 +228,6 @@ def _chosen(stage: Stage, shards: Sequence[int] | None) -> Sequence[int]:
     return stage.shards() if shards is None else shards
 
 
-def _directories(path: Path) -> list[str]:
-    mirror.refresh(path)
+def _directories(stage: Stage, path: Path) -> list[str]:
+    stage.files.refresh(path)
     return sorted(entry.name for entry in path.iterdir() if entry.is_dir()) if path.is_dir() else []

@@ -15,10 +15,8 @@ from typing import Any, Protocol
 
 from shards import index
 from shards.errors import REPAIR, Damaged, RunFailed
-from shards.files import aside
+from shards.files import Ranges, aside
 from shards.run import Stage
-from shards.store import objects
-from shards.store.urls import cache_folder, url_of
 from shards.tar import BLOCK
 
 OPEN = 64  # tars that stay open in a process: it may have 1,024 files, and other things need theirs
@@ -131,8 +129,8 @@ class RemoteTar:
     whoever reads verifies them by the checksums of the index, so a damaged piece is noticed, forgotten and asked for
     again."""
 
-    def __init__(self, url: str, sha256: str) -> None:
-        self.url, self.folder = url, cache_folder() / "pieces" / sha256
+    def __init__(self, ranges: Ranges, sha256: str) -> None:
+        self.read, self.folder = ranges.read, ranges.pieces / sha256
 
     def member(self, name: str, offset: int, size: int) -> tuple[bytes, bytearray]:
         """As Source; header and payload come in one request."""
@@ -147,7 +145,7 @@ class RemoteTar:
         if not missing:
             return
         first, last = missing[0][0], missing[-1][0] + len(missing[-1][1])
-        data = objects.read(self.url, first, last)
+        data = self.read(first, last)
         for at, piece in missing:
             piece[:] = data[at - first : at - first + len(piece)]
             self._keep(at, piece)
@@ -179,16 +177,8 @@ class RemoteTar:
 
 def open_source(stage: Stage, shard: int, manifest: dict[str, Any]) -> Source:
     """The tar of a shard, from this machine where it is here. Raises Damaged when it is not what was committed."""
-    path, size = stage.shard_path(shard), manifest["tar"]["bytes"]
-    url = url_of(path)
-    if url is None or _is_here(path, size):
-        return LocalTar(stage, shard, manifest)
-    entry = objects.head(url)
-    if entry is None:
-        raise Damaged(f"{url}: is not there, but its manifest is", REPAIR)
-    if entry.size != size:
-        raise Damaged(f"{url}: has {entry.size} bytes, committed were {size}", REPAIR)
-    return RemoteTar(url, manifest["tar"]["sha256"])
+    ranges = stage.files.open_range(stage.shard_path(shard), manifest["tar"]["bytes"])
+    return LocalTar(stage, shard, manifest) if ranges is None else RemoteTar(ranges, manifest["tar"]["sha256"])
 
 
 def open_tar(stage: Stage, shard: int, manifest: dict[str, Any]) -> int:
@@ -223,9 +213,3 @@ def map_plain(path: Path) -> memoryview:
         return memoryview(mmap.mmap(handle, 0, access=mmap.ACCESS_READ))
     finally:
         os.close(handle)
-
-
-def _is_here(path: Path, size: int) -> bool:
-    with suppress(FileNotFoundError):
-        return path.stat().st_size == size
-    return False

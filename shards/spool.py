@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from shards import tensors
 from shards.errors import Damaged, UserError
-from shards.files import Buffer, publish_new, sweep_temporary, to_json
+from shards.files import Buffer, to_json
+from shards.locks import sweep_temporary
 from shards.plan import GROUP_KEY, SAMPLE_KEY, SCHEMA
 from shards.run import Stage
 from shards.tar import END, EXTENSIONS, wrap
@@ -61,7 +62,9 @@ def write_sample(stage: Stage, shard: int, sample: Sample) -> bool:
         return False
     payloads: list[list[Buffer]] = [[meta], [sample.video], tensors.encode(sample.tensors)]
     parts = (wrap(f"{sample.key}.{name}", data) for name, data in zip(EXTENSIONS, payloads, strict=True))
-    won = publish_new(sample_path(stage, shard, sample.key), [*(buffer for part in parts for buffer in part), END])
+    won = stage.files.publish_new(
+        sample_path(stage, shard, sample.key), [*(buffer for part in parts for buffer in part), END]
+    )
     with suppress(FileNotFoundError):
         os.unlink(_phase_path(stage, shard, sample.key))
     return won
@@ -71,7 +74,9 @@ def write_group(stage: Stage, shard: int, group: str, values: Mapping[str, Array
     """Put the tensors shared by a group (prompt [L, D], negative [Ln, D], …) into the spool; as write_sample."""
     if not GROUP_KEY.fullmatch(group) or group not in stage.groups(shard):
         raise UserError(f"{group!r} is not a group of shard {shard} of {stage.path}", "plan.json lists its groups")
-    return not stage.is_committed(shard) and publish_new(group_path(stage, shard, group), tensors.encode(values))
+    return not stage.is_committed(shard) and stage.files.publish_new(
+        group_path(stage, shard, group), tensors.encode(values)
+    )
 
 
 def read_group(stage: Stage, shard: int, group: str) -> dict[str, torch.Tensor] | None:
@@ -87,7 +92,9 @@ def write_phase(stage: Stage, shard: int, key: str, values: Mapping[str, Array])
     """Keep the state of an unfinished sample after the high-noise phase; as write_sample."""
     if not SAMPLE_KEY.fullmatch(key):
         raise UserError(f"{key!r} is not a sample key", "keys look like i000003-p000017-s05")
-    return not stage.is_committed(shard) and publish_new(_phase_path(stage, shard, key), tensors.encode(values))
+    return not stage.is_committed(shard) and stage.files.publish_new(
+        _phase_path(stage, shard, key), tensors.encode(values)
+    )
 
 
 def read_phase(stage: Stage, shard: int, key: str) -> dict[str, torch.Tensor] | None:

@@ -10,11 +10,11 @@ from typing import Any
 
 from shards import index
 from shards.errors import Damaged, RunFailed
-from shards.files import Buffer, publish_new, sha256_file, sweep_temporary, to_json
+from shards.files import Buffer, sha256_file, to_json
+from shards.locks import sweep_temporary
 from shards.plan import SCHEMA
 from shards.run import Stage
 from shards.spool import group_path, mapped, sample_path, sweep
-from shards.store.urls import url_of
 from shards.tar import END, Member, group_name, members, padding
 from shards.tar import header as tar_header
 
@@ -51,7 +51,8 @@ def seal(stage: Stage, shard: int, info: dict[str, Any]) -> bool:
     except Damaged as error:
         raise RunFailed(error.problem, f"delete that file and {AGAIN}") from error
     _publish_index(stage, shard, assembly)
-    won = publish_new(stage.manifest_path(shard), to_json(_manifest(stage, shard, assembly, info), stage.path))
+    manifest = to_json(_manifest(stage, shard, assembly, info), stage.path)
+    won = stage.files.publish_new(stage.manifest_path(shard), manifest)
     sweep(stage, shard)
     return won
 
@@ -120,25 +121,24 @@ class _Assembly:
 def _publish_tar(stage: Stage, shard: int, assembly: _Assembly) -> None:
     path = stage.shard_path(shard)
     chunks = assembly.chunks()
-    won = publish_new(path, chunks)
+    won = stage.files.publish_new(path, chunks)
     for _ in chunks:  # not consumed when the tar was there: its hash and rows are needed all the same
         pass
     if won or sha256_file(path) == assembly.digest.hexdigest():
         return
-    if url_of(path):  # of another machine, which has other spools; it may have died before its manifest
-        assembly.adopt(path)
-    else:
+    if stage.files.one_spool:
         raise RunFailed(
             f"{path} is not what its spool {stage.work_path(shard)} makes, and no manifest vouches for it",
             f"delete {path} and {AGAIN}",
         )
+    assembly.adopt(path)  # made from another spool by a machine that may have died before its manifest
 
 
 def _publish_index(stage: Stage, shard: int, assembly: _Assembly) -> None:
     path = stage.index_path(shard)
     kv = {"schema": str(SCHEMA), "shard_sha256": assembly.digest.hexdigest(), "plan_sha256": assembly.plan_sha256}
     data = index.to_parquet(assembly.rows, kv)
-    if publish_new(path, data) or path.read_bytes() == data:
+    if stage.files.publish_new(path, data) or path.read_bytes() == data:
         return
     table, found = index.read(path)  # another version of Arrow may write the same table with other bytes
     if found != kv or table.to_pylist() != assembly.rows:

@@ -25,9 +25,8 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from rollout.ranks.world import World
 from shards.errors import RunFailed, UserError
-from shards.files import sha256_file
+from shards.files import Files, LocalFiles, sha256_file
 from shards.run import COMMIT
-from shards.store import mirror
 from train.checkpoint_files import Writer, found
 from train.ranks import is_lost
 
@@ -57,8 +56,8 @@ class Checkpoints:
     All ranks must call `save` and `wait` at the same places. At the end of a `with` block the last one is waited for.
     """
 
-    def __init__(self, keep: int = KEEP, asynchronous: bool = True) -> None:
-        self.keep, self.asynchronous = keep, asynchronous
+    def __init__(self, keep: int = KEEP, asynchronous: bool = True, files: Files | None = None) -> None:
+        self.keep, self.asynchronous, self.files = keep, asynchronous, files or LocalFiles()
         self._flying: tuple[Future[Any], Writer] | None = None
 
     def __enter__(self) -> Checkpoints:
@@ -81,7 +80,7 @@ class Checkpoints:
         ranks = World.joined()
         if ranks.broadcast(_whole(final)):
             return final
-        writer = Writer(final, update, self.keep)
+        writer = Writer(final, update, self.keep, self.files)
         warnings.filterwarnings("ignore", message=_ALONE)
         future = state_dict_saver.async_save(
             {_ROOT: _tensors(state)}, storage_writer=writer, process_group=_writing_group(), no_dist=ranks.size == 1
@@ -120,9 +119,9 @@ def save(directory: Path, state: TrainerState, update: int, keep: int = KEEP) ->
     return Checkpoints(keep, asynchronous=False).save(directory, state, update)
 
 
-def latest(directory: Path) -> tuple[int, Path] | None:
+def latest(directory: Path, files: Files | None = None) -> tuple[int, Path] | None:
     """Number of updates and folder of the newest whole checkpoint, or None; all ranks get what the first one sees."""
-    mirror.fetch_newest(directory, COMMIT)
+    (files or LocalFiles()).fetch_newest(directory, COMMIT)
     whole = [update for update, path in found(directory) if _whole(path)]
     update = World.joined().broadcast(whole[-1] if whole else None)
     return None if update is None else (update, directory / f"update-{update:06d}")

@@ -23,9 +23,8 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from shards.files import sha256_file, sync
+from shards.files import Files, sha256_file, sync
 from shards.run import COMMIT
-from shards.store import mirror
 
 FILE_BYTES = 2**31  # torch holds the bytes of one file in memory beside the tensors while it writes it
 _NAME = re.compile(r"^update-(\d{6})$")
@@ -43,9 +42,9 @@ class Written:
 class Writer(HuggingFaceStorageWriter):
     """Writes one checkpoint as safetensors files under the name `final`, whole or not at all."""
 
-    def __init__(self, final: Path, update: int, keep: int) -> None:
+    def __init__(self, final: Path, update: int, keep: int, files: Files) -> None:
         super().__init__(str(final), save_distributed=True)
-        self.final, self.update, self.keep = final, update, keep
+        self.final, self.update, self.keep, self.files = final, update, keep, files
         self.per_thread_copy_ahead = 0  # no CUDA stream: all is on the host, and a new thread would open the first GPU
         self.folder: Path | None = None  # on the first rank: the folder while it has its private name
 
@@ -100,12 +99,12 @@ class Writer(HuggingFaceStorageWriter):
         shutil.rmtree(self.final, ignore_errors=True)  # if it is there, then damaged
         os.rename(self.folder, self.final)
         sync(self.final.parent)
-        mirror.put_folder(self.final, last=COMMIT)
+        self.files.put_folder(self.final, last=COMMIT)
         kept = found(self.final.parent)[-self.keep :]
         for _, old in found(self.final.parent)[: -self.keep]:
             (old / COMMIT).unlink(missing_ok=True)  # first: without it, nobody takes what is left for damaged
             shutil.rmtree(old, ignore_errors=True)
-        mirror.remove(self.final.parent, keep=[path.name for _, path in kept])
+        self.files.remove(self.final.parent, keep=[path.name for _, path in kept])
 
     def discard(self) -> None:
         """Remove what a failed write left."""

@@ -232,7 +232,7 @@ def to_batch(stored: Stored, policy: Policy) -> Batch:
     like = next(iter(states.values()))
     x0_prev = torch.stack(stored.x0_prev).float().to(policy.device) if stored.x0_prev else None
     condition = stored.text["condition"].to(policy.device) if "condition" in stored.text else None
-    prompt, negative = (policy.pad(stored.text[name], stored.unit.size) for name in ("prompt", "negative"))
+    prompt, negative = (policy.text.pad(stored.text[name], stored.unit.size) for name in ("prompt", "negative"))
     log_prob = row(stored.log_prob, like)
     return Batch(stored.unit, keys_of(stored.unit), states, log_prob, prompt, negative, condition, x0_prev)
 

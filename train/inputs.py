@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from shards.config import TrainConfig
 from shards.errors import UserError
-from shards.files import publish_new, read_json, to_json
+from shards.files import read_json, to_json
 from shards.process.progress import counted
 from shards.sidecar import advantaged, read_advantages, specifications
 from shards.store.urls import in_shell
@@ -38,7 +38,7 @@ def freeze(run: Run, stage: Stage, advantage: str = "") -> Inputs:
     _check_advantages(stage, rollouts, specification)
     selected = select_samples(_advantages(stage, specification), run.config.train)  # told before anything is written
     ours = _plan(run.config, stage, rollouts, specification)
-    publish_new(path, to_json(ours, path))
+    stage.files.publish_new(path, to_json(ours, path))
     differing = _differences(ours, read_json(path))
     if differing:
         raise UserError(

@@ -75,14 +75,14 @@ class Losses:
         One process keeps the answers. Ranks meet other units in later epochs than before, so that what one has kept
         another still misses; they ask anew each time, and so make the same number of forwards.
         """
-        if not (self.policy.is_full and self.config.kl_beta > 0):
+        if not (self.policy.experts.is_full and self.config.kl_beta > 0):
             return
         if self.world.size > 1:
             self.references.clear()
         missing = [unit for unit in units if unit not in self.references]
         if not missing:
             return
-        with torch.no_grad(), self.policy.reference():
+        with torch.no_grad(), self.policy.experts.reference():
             for unit, following in zip(missing, [*missing[1:], units[0]], strict=True):
                 batch = self.read(unit, following)
                 velocity, mean = self._under_reference(batch, self.forwards.state(batch))
@@ -91,14 +91,16 @@ class Losses:
     @torch.no_grad()
     def _prepare_gains(self, units: Sequence[Unit], moved: bool) -> None:
         """The gain of every sample of these units, on all ranks: partners of a pair may be in different batches."""
-        found: dict[tuple[str, int], float] = {}
+        keys: list[tuple[str, int]] = []
+        gains: list[Tensor] = []
         for unit, following in zip(units, [*units[1:], units[0]], strict=True):
             batch = self.read(unit, following)
             x = self.forwards.state(batch)
             old = self.forwards.old_velocity(batch, x)
             velocity = self.forwards.velocity(batch, x) if moved else old
-            gain = self.forwards.error(batch, x, velocity) - self.forwards.error(batch, x, old)
-            found |= {(key, unit.step): value for key, value in zip(batch.keys, gain.tolist(), strict=True)}
+            gains.append(self.forwards.error(batch, x, velocity) - self.forwards.error(batch, x, old))
+            keys += [(key, unit.step) for key in batch.keys]
+        found = dict(zip(keys, torch.cat(gains).tolist(), strict=True))
         self.gains = {name: value for part in self.world.gather_data(found) for name, value in part.items()}
 
     def _group_size(self, unit: Unit) -> int:
@@ -244,7 +246,7 @@ class Losses:
         if batch.unit in self.references:
             velocity, mean = self.references[batch.unit]
             return velocity.to(x.device), mean.to(x.device)
-        with torch.no_grad(), self.policy.reference():
+        with torch.no_grad(), self.policy.experts.reference():
             return self._under_reference(batch, x)
 
     def _under_reference(self, batch: Batch, x: Tensor) -> tuple[Tensor, Tensor]:

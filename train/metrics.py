@@ -8,11 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shards.files import publish_replace
 from shards.measures import read_metrics
 from shards.run import EXPERT_NAMES
-from shards.store import mirror
-from shards.store.urls import url_of
+from shards.trackers.live import track_update
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -35,13 +33,13 @@ class MetricsLog:
 
         `expert` is the only one that this process trains; without it this process is the only one that trains.
         """
-        self.path = stage.expert_metrics_path(expert) if expert else stage.metrics_path
+        self.path, self.files = stage.expert_metrics_path(expert) if expert else stage.metrics_path, stage.files
         for path in (stage.metrics_path, *map(stage.expert_metrics_path, EXPERT_NAMES)):
-            mirror.look(path)
+            self.files.look(path)
         self.records = [record for record in read_metrics(stage) if record["update"] <= kept.get(record["expert"], 0)]
         if expert:
             self.records = [record for record in self.records if record["expert"] == expert]
-        publish_replace(self.path, _lines(self.records))
+        self.files.publish_replace(self.path, _lines(self.records))
         if not expert:
             _forget_own_logs(stage)
         self._board = _board(stage.policy_dir / "tensorboard", expert)
@@ -51,10 +49,10 @@ class MetricsLog:
     def add(self, record: Record) -> None:
         """Append the record of one update. It needs `expert`, `update` and `total_updates` besides the numbers."""
         self.records.append(record)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(_line(record))
-        mirror.put(self.path, self.path)
+        self.files.append(self.path, _line(record))
         self._show(record)
+        self._board.flush()  # who watches sees it now
+        track_update(record)
 
     def close(self) -> None:
         """Write what TensorBoard still holds back."""
@@ -74,19 +72,18 @@ def joined_logs(stage: Stage, experts: Iterable[str]) -> Iterator[list[Record]]:
     processes may do this at once: all write the same.
     """
     for path in map(stage.expert_metrics_path, experts):
-        if url_of(path):
-            mirror.agree(path)
+        stage.files.agree(path)
     records = read_metrics(stage)
     lines = _lines(records)
     if not stage.metrics_path.exists() or stage.metrics_path.read_bytes() != lines:
-        publish_replace(stage.metrics_path, lines)
+        stage.files.publish_replace(stage.metrics_path, lines)
     yield records
     _forget_own_logs(stage)
 
 
 def _forget_own_logs(stage: Stage) -> None:
     """Remove the logs of single experts: their lines are in the common one."""
-    mirror.remove_files([path for path in map(stage.expert_metrics_path, EXPERT_NAMES) if path.exists()])
+    stage.files.remove_files([path for path in map(stage.expert_metrics_path, EXPERT_NAMES) if path.exists()])
 
 
 def _lines(records: Iterable[Record]) -> bytes:

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from shards.errors import ANEW, RunFailed, UserError
-from shards.files import publish_new, read_json, sha256_file, to_json
+from shards.files import read_json, sha256_file, to_json
 from shards.run import AVERAGE, EXPERT_NAMES, METRICS
-from shards.store import mirror
 
 if TYPE_CHECKING:
     from rollout.policy import Policy
@@ -46,16 +45,16 @@ def write_expert(
 
     Returns the sha256 of both, on rank 0; else empty. RunFailed when the disk is full.
     """
-    policy.use(None)
+    policy.experts.use(None)
     folders = [stage.policy_dir]
-    policy.save(stage.policy_dir, expert)
+    policy.experts.save(stage.policy_dir, expert)
     if averages is not None:
         folders.append(stage.policy_dir / AVERAGE)
-        policy.save(stage.policy_dir / AVERAGE, expert, averages)
+        policy.experts.save(stage.policy_dir / AVERAGE, expert, averages)
     found: list[dict[str, str]] = []
     with world.together():
         if world.is_first:
-            found = [policy.hashes(folder, expert) for folder in folders]
+            found = [policy.experts.hashes(folder, expert) for folder in folders]
     return found[0] if found else {}, found[1] if len(found) > 1 else {}
 
 
@@ -64,7 +63,7 @@ def write_record(stage: Stage, expert: int, trained: Trained) -> None:
     name, path = EXPERT_NAMES[expert], stage.expert_record_path(EXPERT_NAMES[expert])
     _put(stage, [expert], [stage.expert_metrics_path(name).name])
     identity = {"schema": SCHEMA, "iteration": stage.iteration, "expert": name, "train_plan": _train_plan(stage)}
-    publish_new(path, to_json(identity | asdict(trained), path))
+    stage.files.publish_new(path, to_json(identity | asdict(trained), path))
 
 
 def read_record(stage: Stage, expert: int) -> Trained | None:
@@ -73,7 +72,7 @@ def read_record(stage: Stage, expert: int) -> Trained | None:
     RunFailed when that was another training than the one frozen in train/plan.json.
     """
     path = stage.expert_record_path(EXPERT_NAMES[expert])
-    if not mirror.look(path):
+    if not stage.files.look(path):
         return None
     try:
         record = read_json(path)
@@ -92,27 +91,27 @@ def publish(policy: Policy, stage: Stage, trained: Mapping[int, Trained], mine: 
     Several processes may do this at once: all write the same. Returns the fingerprint of the new policy. RunFailed when
     the disk is full.
     """
-    identity = policy.identity(_all([one.adapters for one in trained.values()]))
+    identity = policy.experts.identity(_all([one.adapters for one in trained.values()]))
     _put(stage, mine, [METRICS])
     path = stage.policy_record_path
     record = {"schema": SCHEMA, "iteration": stage.iteration, **identity}
     if ema:
-        average = policy.identity(_all([one.average for one in trained.values()]))
+        average = policy.experts.identity(_all([one.average for one in trained.values()]))
         record["average"] = {name: average[name] for name in ("fingerprint", "adapters")}
-    publish_new(path, to_json(record, path))
+    stage.files.publish_new(path, to_json(record, path))
     return str(identity["fingerprint"])
 
 
 def forget_records(stage: Stage) -> None:
     """Remove what single experts said, which policy.json now says of all."""
     paths = map(stage.expert_record_path, EXPERT_NAMES)
-    mirror.remove_files([path for path in paths if path.exists()])
+    stage.files.remove_files([path for path in paths if path.exists()])
 
 
 def _put(stage: Stage, experts: Sequence[int], files: Sequence[str]) -> None:
     """Put what we wrote of these experts to the store, and these files. What we have of others may be older there."""
     ours = tuple(f"{folder}{EXPERT_NAMES[expert]}/" for expert in experts for folder in ("", f"{AVERAGE}/"))
-    mirror.put_folder(stage.policy_dir, wanted=lambda name: name.startswith(ours) or name in files)
+    stage.files.put_folder(stage.policy_dir, wanted=lambda name: name.startswith(ours) or name in files)
 
 
 def _train_plan(stage: Stage) -> str:

@@ -14,7 +14,7 @@ from rollout.ranks.world import World
 from rollout.step import step_log_prob
 from shards.errors import RunFailed
 from shards.run import EXPERT_NAMES
-from train.data import Batch, Rollouts, read_batch
+from train.data import Batch, Rollouts, keys_of, read_batch
 from train.inputs import check_policy
 from train.order import Unit, deal, generator
 from train.ranks import check
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from rollout.policy import Policy
     from shards.process.progress import Progress
     from shards.run import Run
+
+AT_ONCE = 8
+"""Units that are replayed before the host looks at what came out: each look waits for the device."""
 
 
 @dataclass(frozen=True)
@@ -63,25 +66,26 @@ def prove(
     other one in memory for training. Raises RunFailed at the first |log-ratio| above `limit`.
     """
     world = world or World()
-    experts = policy.expert_ids if experts is None else experts
+    experts = policy.layout.expert_ids if experts is None else experts
     chosen = [unit for unit in sample_units(rollouts, samples) if unit.expert in experts]
     per_expert: dict[str, float] = {}
     transitions = 0
     for expert in sorted(experts, reverse=True):
         mine = [unit for unit in chosen if unit.expert == expert]
         if mine:
-            policy.use(expert)
+            policy.experts.use(expert)
         worst = 0.0
-        for turn in deal(len(mine), world.data_parallel):
-            check("while it replayed the rollouts")
-            units = [mine[position] for position in turn.tolist() if position >= 0]
-            own = turn.tolist()[world.data_rank]
-            found = _replay_unit(policy, rollouts, mine[max(own, 0)], world)
-            for unit, (ratio, key) in zip(units, world.gather_data(found), strict=False):  # without the padding
-                if not ratio <= limit:
-                    raise world.one_voice(_failure(rollouts, unit, key, ratio, limit))
-                worst = max(worst, ratio)
-            transitions += sum(unit.size for unit in units)
+        turns = deal(len(mine), world.data_parallel).tolist()
+        for some in (turns[first : first + AT_ONCE] for first in range(0, len(turns), AT_ONCE)):
+            own = [mine[max(turn[world.data_rank], 0)] for turn in some]
+            found = _replay_units(policy, rollouts, own, world)
+            for turn, everyone in zip(some, zip(*world.gather_data(found), strict=True), strict=True):
+                units = [mine[position] for position in turn if position >= 0]
+                for unit, (ratio, key) in zip(units, everyone, strict=False):  # without the padding
+                    if not ratio <= limit:
+                        raise world.one_voice(_failure(rollouts, unit, key, ratio, limit))
+                    worst = max(worst, ratio)
+                transitions += sum(unit.size for unit in units)
             if progress:
                 progress(transitions, sum(unit.size for unit in chosen), "transitions", "replaying the rollouts")
         per_expert[EXPERT_NAMES[expert]] = worst
@@ -97,8 +101,8 @@ def prove_iteration(run: Run, iteration: int, policy: Policy, progress: Progress
     rollouts = Rollouts.open(run.iteration(iteration), partial=True)
     policy.check_model(run.path / "model.json")
     start = starting_policy(run, iteration)
-    policy.become(start)
-    check_policy(rollouts, policy.fingerprint(start)["fingerprint"], run.config.train)
+    policy.experts.become(start)
+    check_policy(rollouts, policy.experts.fingerprint(start)["fingerprint"], run.config.train)
     limit = replay_limit(policy, run.config.train.replay_limit, run.config.rollout.ulysses)
     everything = sum(unit.size for unit in rollouts.units())
     return prove(policy, rollouts, samples=everything, limit=limit, progress=progress).largest
@@ -126,18 +130,28 @@ def log_probs(policy: Policy, rollouts: Rollouts, batch: Batch) -> torch.Tensor:
     return step_log_prob(policy, rollouts.schedule, batch.unit.step, batch.inputs(batch.x), batch.x_next).log_prob
 
 
-def _replay_unit(policy: Policy, rollouts: Rollouts, unit: Unit, world: World) -> tuple[float, str]:
-    """The largest |log-ratio| among the samples of a unit, and whose it is; one that is no number is the largest.
+def _replay_units(policy: Policy, rollouts: Rollouts, units: list[Unit], world: World) -> list[tuple[float, str]]:
+    """Of each unit the largest |log-ratio| among its samples, and whose it is. The host waits for the device once."""
+    found = []
+    for unit in units:
+        check("while it replayed the rollouts")
+        with world.together():
+            batch = read_batch(rollouts, policy, unit)
+        found.append((log_probs(policy, rollouts, batch) - batch.log_prob).abs())
+    ratios = torch.cat(found).cpu().split([unit.size for unit in units])
+    return [_worst(rollouts, unit, one.tolist()) for unit, one in zip(units, ratios, strict=True)]
+
+
+def _worst(rollouts: Rollouts, unit: Unit, ratios: list[float]) -> tuple[float, str]:
+    """The largest |log-ratio| of a unit, and whose it is; one that is no number is the largest.
 
     Samples that failed in the rollout are stored as zeros, and have nothing to prove.
     """
-    with world.together():
-        batch = read_batch(rollouts, policy, unit)
-    ratios = (log_probs(policy, rollouts, batch) - batch.log_prob).abs().tolist()
-    rows = [rollouts.shards[unit.shard].row(key) for key in batch.keys]
+    keys = keys_of(unit)
+    rows = [rollouts.shards[unit.shard].row(key) for key in keys]
     ratios = [ratio if row["status"] == "ok" else 0.0 for ratio, row in zip(ratios, rows, strict=True)]
     worst = max(ratios, key=lambda value: math.inf if math.isnan(value) else value)
-    return worst, batch.keys[ratios.index(worst)]
+    return worst, keys[ratios.index(worst)]
 
 
 def _failure(rollouts: Rollouts, unit: Unit, key: str, ratio: float, limit: float) -> RunFailed:

@@ -114,7 +114,7 @@ def choose_experts(run: Run, policy: Policy | None, expert: str) -> list[int]:
 
     UserError for a name that none of them has.
     """
-    numbers = policy.expert_ids if policy else read_layout(find_folder(run.config.model.path)).expert_ids
+    numbers = policy.layout.expert_ids if policy else read_layout(find_folder(run.config.model.path)).expert_ids
     names = [EXPERT_NAMES[number] for number in numbers]
     if expert and expert not in names:
         problem = f"--expert {expert}: {run.config.model.path} has no such expert"
@@ -144,18 +144,18 @@ def _train(
     with world.together():
         start = starting_policy(run, stage.iteration)
     policy, lag = _ready(run, inputs.rollouts, policy, start, world)
-    alone = len(experts) < len(policy.expert_ids)
+    alone = len(experts) < len(policy.layout.expert_ids)
     there = _trained_before(stage, policy, world)
     mine = [expert for expert in experts if expert not in there]
     names = [EXPERT_NAMES[expert] for expert in mine]
-    covered = {name: found[0] for name in names if (found := checkpoint.latest(stage.trainer_dir(name)))}
+    covered = {name: found[0] for name in names if (found := checkpoint.latest(stage.trainer_dir(name), stage.files))}
     replayed = None
     if mine and not covered and _must_prove(config.train, inputs.rollouts, lag):
         replayed = _prove(config, policy, inputs.rollouts, progress, world, mine)
     kept = covered | {EXPERT_NAMES[expert]: config.train.updates_per_rollout for expert in there}
     log = MetricsLog(stage, kept, EXPERT_NAMES[experts[0]] if alone else "") if world.is_first else None
     try:
-        with Checkpoints(config.train.keep_checkpoints, config.train.async_checkpoints) as checkpoints:
+        with Checkpoints(config.train.keep_checkpoints, config.train.async_checkpoints, stage.files) as checkpoints:
             work = Work(policy, inputs, config, world, start, log, checkpoints, progress, held)
             trained = there | {expert: all_updates(work, expert, replayed) for expert in mine}
     finally:
@@ -187,7 +187,7 @@ def _trained_before(stage: Stage, policy: Policy, world: World) -> dict[int, Tra
     found: dict[int, Trained] = {}
     with world.together():
         if world.is_first:
-            records = {expert: read_record(stage, expert) for expert in policy.expert_ids}
+            records = {expert: read_record(stage, expert) for expert in policy.layout.expert_ids}
             found = {expert: record for expert, record in records.items() if record}
     return world.broadcast(found)
 
@@ -204,7 +204,7 @@ def _say_trained(work: Work, trained: dict[int, Trained], mine: list[int]) -> di
 def _end(run: Run, work: Work, trained: dict[int, Trained], mine: list[int], lag: int, started: float) -> TrainReport:
     """Publish the policy when all its experts are trained, and report; the same on all ranks."""
     policy, inputs, world = work.policy, work.inputs, work.world
-    missing = [EXPERT_NAMES[expert] for expert in policy.expert_ids if expert not in trained]
+    missing = [EXPERT_NAMES[expert] for expert in policy.layout.expert_ids if expert not in trained]
     # who trained the other one may just have published, and taken the records of single experts away
     done = _published(world, inputs.rollouts.stage) if missing else None
     if done:
@@ -247,14 +247,14 @@ def _ready(run: Run, rollouts: Rollouts, policy: Policy | None, start: Path | No
     with world.together():
         policy = policy or Policy.of(run.config.model)
         policy.check_model(run.path / "model.json")
-        policy.become(start)
-        fingerprint = policy.fingerprint(start)["fingerprint"]
+        policy.experts.become(start)
+        fingerprint = policy.experts.fingerprint(start)["fingerprint"]
         lag = check_policy(rollouts, fingerprint, settings)
         _check_lag(settings, lag)
         _make_trainable(policy, run.config, start)
-        policy.check_ulysses(*rollouts.plan.video.size, world)
+        policy.experts.check_ulysses(*rollouts.plan.video.size, world)
     world.agree("policy", fingerprint)
-    policy.distribute(world)
+    policy.experts.distribute(world)
     return policy, lag
 
 
@@ -270,17 +270,17 @@ def _must_prove(settings: TrainConfig, rollouts: Rollouts, lag: int) -> bool:
 def _make_trainable(policy: Policy, config: RunConfig, start: Path | None) -> None:
     """Adapters, fresh ones where the start has none, or all weights; the kind cannot change within a run."""
     settings = config.train
-    if settings.full and policy.has_lora:
+    if settings.full and policy.experts.has_lora:
         source = f"{start} holds a LoRA" if start else f"model.lora = {config.model.lora}"
         hint = "begin a new run" if start else "name it in model.base_lora instead, which merges it into the model"
         raise UserError(f"train.full trains all weights, but {source}", hint)
-    if not settings.full and policy.is_full:
+    if not settings.full and policy.experts.is_full:
         source = str(start or config.model.lora)
         raise UserError(f"train.full is off, but {source} holds all weights", "set train.full = true, as it was before")
     if settings.full:
-        policy.train_all()
-    elif not policy.has_lora:
-        policy.add_lora(settings.lora_rank, settings.lora_alpha, config.rollout.seed)
+        policy.experts.train_all()
+    elif not policy.experts.has_lora:
+        policy.experts.add_lora(settings.lora_rank, settings.lora_alpha, config.rollout.seed)
 
 
 def _check_lag(settings: TrainConfig, lag: int) -> None:

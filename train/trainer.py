@@ -38,19 +38,19 @@ class ExpertTrainer:
     def __init__(
         self, policy: Policy, inputs: Inputs, config: TrainConfig, expert: int, world: World | None = None
     ) -> None:
-        policy.use(expert)
+        policy.experts.use(expert)
         self.policy, self.inputs, self.config, self.expert = policy, inputs, config, expert
         self.world = world or World()
         self.name = EXPERT_NAMES[expert]
-        self.masters = Masters(dict(policy.trainable(expert)), policy.dtypes(expert))
+        self.masters = Masters(dict(policy.experts.trainable(expert)), policy.experts.dtypes(expert))
         self.state = _new_state(self.masters.parameters, config)
         # where weights wait that are not in use
-        away = torch.device("cpu") if policy.is_full else policy.device
+        away = torch.device("cpu") if policy.experts.is_full else policy.device
         self.rolled_out = RolledOut(self.masters.weights, away)
         self.losses = Losses(policy, inputs, config, expert, self.rolled_out, self.world)
         self.moved = False
         if config.gradient_checkpointing:
-            policy.module(expert).enable_gradient_checkpointing()  # type: ignore[operator]
+            policy.experts.module(expert).enable_gradient_checkpointing()  # type: ignore[operator]
 
     def close(self) -> None:
         """Leave the expert as rollout expects it, and end the thread that reads ahead."""
@@ -58,7 +58,7 @@ class ExpertTrainer:
         self.state.optimizer.zero_grad(set_to_none=True)
         self.masters.close()
         if self.config.gradient_checkpointing:
-            self.policy.module(self.expert).disable_gradient_checkpointing()  # type: ignore[operator]
+            self.policy.experts.module(self.expert).disable_gradient_checkpointing()  # type: ignore[operator]
 
     @property
     def base_rate(self) -> float:
@@ -84,7 +84,7 @@ class ExpertTrainer:
         after = [*(slot.unit for slot in slots[1:]), following]
         collected, first_half = [], None
         for index, slot in enumerate(slots):
-            if index == len(slots) // 2 > 0 and not self.policy.is_full:
+            if index == len(slots) // 2 > 0 and not self.policy.experts.is_full:
                 first_half = {name: gradient.clone() for name, gradient in self._gradients().items()}
             collected.append(
                 self.backward(slot.unit, total, measure=index == 0, counts=slot.counts, following=after[index])
@@ -109,6 +109,7 @@ class ExpertTrainer:
     ) -> dict[str, Tensor]:
         """Add the gradient of one batch at one step, its rows weighted and divided by `total`; returns its rows.
 
+        Those that count, on the device: the host waits for nothing here.
         FSDP averages gradients over all ranks. What is wanted is their sum over samples and over parts of the token
         sequence, so the loss is multiplied by the number of ranks. Without `counts` every row has weight 0.
         `following` is the unit of the next call, to be read in the meantime.
@@ -122,7 +123,8 @@ class ExpertTrainer:
         (loss * self.world.size if self.world.size > 1 else loss).backward()
         if measure and self.config.is_published and not self.config.ratio_norm and self.world.data_rank > 0:
             rows.shift = None  # all ranks measured it, to stay in step; the first batch of the minibatch tells it
-        return _detached(rows, advantage, weight)
+        kept = [index for index, pair in enumerate(pairs) if counts and pair[1] > 0]
+        return _detached(rows, advantage, weight, None if len(kept) == len(pairs) else kept)
 
     def recompute_log_probs(self, units: Sequence[Unit]) -> None:
         """Take the old log-probs of these units from the rollout's weights on this machine, not from the shards."""
@@ -141,7 +143,7 @@ class ExpertTrainer:
 
     def unmoved(self) -> list[str]:
         """Layers that no gradient has ever reached: adapters that are still zero, or weights without a moment."""
-        if self.policy.is_full:
+        if self.policy.experts.is_full:
             moments = self.state.optimizer.state
             second = {name: moments.get(one, {}).get("exp_avg_sq") for name, one in self.state.parameters.items()}
             return self._zero_everywhere(second)
@@ -170,7 +172,9 @@ class ExpertTrainer:
 
     def _zero_everywhere(self, tensors: Mapping[str, Tensor | None]) -> list[str]:
         """Names of tensors that are missing, or hold nothing but zeros on any rank."""
-        moved = {name: value is not None and bool(local(value).any()) for name, value in tensors.items()}
+        there = {name: local(value).any() for name, value in tensors.items() if value is not None}
+        flags = torch.stack([*there.values()]).tolist() if there else []
+        moved = dict.fromkeys(tensors, False) | dict(zip(there, flags, strict=True))
         everywhere = self.world.gather(moved)
         return [name for name in tensors if not any(found[name] for found in everywhere)]
 
@@ -244,27 +248,22 @@ def _new_state(parameters: dict[str, torch.nn.Parameter], config: TrainConfig) -
     return TrainerState(parameters, optimizer, ema)
 
 
-def _detached(rows: Rows, advantage: Tensor, weight: Tensor) -> dict[str, Tensor]:
-    """What the metrics take of a batch, all rows [B] fp32, still where they were computed: nothing waits for them."""
+def _detached(rows: Rows, advantage: Tensor, weight: Tensor, kept: list[int] | None) -> dict[str, Tensor]:
+    """Rows for the metrics, fp32: those at the indices `kept`, or all."""
     found = {"weight": weight, "loss": rows.loss, "ratio": rows.ratio, "clipped": rows.clipped, "kl": rows.kl}
     found["advantage"] = advantage
     found |= rows.more
     if rows.shift is not None:
         found["shift"] = rows.shift
-    return {name: value.detach().float() for name, value in found.items()}
+    everything = {name: value.detach().float() for name, value in found.items()}
+    return everything if kept is None else {name: value[kept] for name, value in everything.items()}
 
 
 def _on_host(collected: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """The rows that count of all batches of an update, on the CPU, brought there at once."""
-    tables = [torch.stack([*rows.values()]) for rows in collected]  # [names, B] each
-    flat = torch.cat([table.flatten() for table in tables]).cpu()
-    parts = flat.split([table.numel() for table in tables])
-    found = []
-    for rows, table, part in zip(collected, tables, parts, strict=True):
-        whole = dict(zip(rows, part.view(table.shape), strict=True))
-        counts = whole["weight"] > 0
-        found.append({name: value[counts] for name, value in whole.items()})
-    return found
+    """Rows of all batches on the host, which waits for the device once."""
+    values = [value for rows in collected for value in rows.values()]
+    pieces = iter(torch.cat(values).cpu().split([len(value) for value in values]))
+    return [{name: next(pieces) for name in rows} for rows in collected]
 
 
 def _summary(collected: list[dict[str, Tensor]]) -> dict[str, float]:

@@ -8,6 +8,7 @@ from typing import Any
 from rollout.export.card_code import Base, code, comfyui
 from shards.config import RunConfig
 from shards.measures import Measure, measured
+from shards.process.progress import counted
 from shards.report.points import Point
 from shards.report.svg import Series
 from shards.report.svg import lines as line_chart
@@ -29,7 +30,7 @@ METHODS = {
 
 def model_card(run: Run, record: dict[str, Any], base: Base) -> str:
     """README.md of an export; `record` is its export.json."""
-    config, iteration = run.config, record["iteration"]
+    config, iterations = run.config, record["iterations"]
     kind = "whole weights of both experts" if len(record["experts"]) == 2 else "whole weights"
     if not record["fused"]:
         kind = "a LoRA for each of two experts" if len(record["experts"]) == 2 else "a LoRA"
@@ -38,16 +39,17 @@ def model_card(run: Run, record: dict[str, Any], base: Base) -> str:
     keys = "with the keys of ComfyUI" if record["format"] == "comfyui" else "in the format of plain diffusers"
     rewards = ", ".join(f"`{name}` × {weight:g}" for name, weight in config.score.rewards.items())
     name = run.path.resolve().name
-    curve = ["![mean reward by iterations trained](reward.svg)", ""] if reward_curve(run, iteration) else []
+    curve = ["![mean reward by iterations trained](reward.svg)", ""] if reward_curve(run, iterations) else []
     lines = [
         *_front_matter(base, record["fused"]),
-        f"# {name}, iteration {iteration}",
+        f"# {name}, iteration {iterations}",
         "",
         f"{kind[0].upper()}{kind[1:]}, trained with {method} by rushes, {keys}.",
         "",
         f"- Base model: `{base.name}`, fingerprint `{record['model'][:16]}`",
         *_beneath(record),
-        f"- Run: `{name}`, policy of iteration {iteration}, fingerprint `{record['policy'][:16]}`; weights: {weights}",
+        f"- Run: `{name}`, policy after {counted(iterations, 'iteration')}, fingerprint `{record['policy'][:16]}`; "
+        f"weights: {weights}",
         f"- Rewards: {rewards}",
         f"- Sampled in training with: {_sampling(config)}",
         f"- Checked: {record['checked']}",
@@ -60,7 +62,7 @@ def model_card(run: Run, record: dict[str, Any], base: Base) -> str:
         "## Reward",
         "",
         *curve,
-        *reward_table(run, iteration),
+        *reward_table(run, iterations),
         "",
     ]
     return "\n".join(lines)
@@ -79,14 +81,14 @@ def _beneath(record: dict[str, Any]) -> list[str]:
     return [f"- Base LoRA, {use}: {files}, strength {base_lora['scale']:g}"]
 
 
-def reward_table(run: Run, iteration: int) -> list[str]:
+def reward_table(run: Run, iterations: int) -> list[str]:
     """Lines of a Markdown table: mean reward and its standard error, in rollouts and in evaluations, policy by policy.
 
     Row k is the policy after k iterations; 0 is the one the run began with. What was not measured is left open.
     """
     rows = [
         f"| {k} | {_text(rollout)} | {_text(evaluation)} |"
-        for k, rollout, evaluation in _measures(run, iteration)
+        for k, rollout, evaluation in _measures(run, iterations)
         if rollout or evaluation
     ]
     if not rows:
@@ -95,9 +97,9 @@ def reward_table(run: Run, iteration: int) -> list[str]:
     return [*head, *rows, "", "The rollouts are noisy and of changing prompts; the evaluation is not, and counts."]
 
 
-def reward_curve(run: Run, iteration: int) -> str:
+def reward_curve(run: Run, iterations: int) -> str:
     """The same as a chart, a whole SVG file with standard errors; empty when nothing was measured."""
-    measures = list(_measures(run, iteration))
+    measures = list(_measures(run, iterations))
     rollouts = [_point(k, one) for k, one, _ in measures if one is not None]
     evaluation = [_point(k, one) for k, _, one in measures if one is not None]
     series = [Series("rollouts", "rollouts", rollouts, bars=True)]
@@ -117,10 +119,10 @@ def _point(k: int, one: Measure) -> Point:
     return Point(k, one.mean, one.mean - one.error, one.mean + one.error)
 
 
-def _measures(run: Run, iteration: int) -> Iterator[tuple[int, Measure | None, Measure | None]]:
+def _measures(run: Run, iterations: int) -> Iterator[tuple[int, Measure | None, Measure | None]]:
     """(iterations trained, measure of the rollouts, measure of the evaluation) up to the exported policy."""
     weights = run.config.score.rewards
-    for k in range(iteration + 2):
+    for k in range(iterations + 1):
         yield k, measured(run.iteration(k), weights), measured(run.evaluation(k), weights)
 
 

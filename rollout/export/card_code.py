@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rollout.policy.folder import EXPERT_FOLDERS, Layout
@@ -12,7 +11,7 @@ from rollout.schedule import make_schedule
 from shards.files import read_json
 from shards.plan import HIGH_NOISE, Schedule
 from shards.run import EXPERT_NAMES
-from shards.store.urls import is_url
+from shards.store.urls import last_name
 
 if TYPE_CHECKING:
     from shards.config import RunConfig
@@ -60,8 +59,7 @@ def public_name(path: str) -> str:
     on_hub = re.match(r"hf:/+([^/]+/[^/@]+)", path)
     if on_hub:
         return on_hub[1]
-    local = is_url(path) or Path(path).expanduser().is_dir() or path.startswith((".", "~", "/"))
-    return Path(path).expanduser().resolve().name if local else path
+    return last_name(path) or path
 
 
 def code(record: dict[str, Any], base: Base, config: RunConfig) -> list[str]:

@@ -28,11 +28,11 @@ from rollout.policy.folder import EXPERT_FOLDERS, Layout
 from rollout.policy.full import is_full
 from rollout.policy.plain import probe, round_adapter, save_expert, settle
 from shards.errors import RunFailed, StillBusy, UserError
-from shards.files import TEMPORARY, publish_new, read_json, sha256_file, sync, to_json
-from shards.locks import locked
+from shards.files import publish_new, read_json, sha256_file, sync, to_json
+from shards.locks import TEMPORARY, locked
+from shards.process.progress import counted
 from shards.run import EXPERT_NAMES, Run, Stage
-from shards.store import mirror
-from shards.store.urls import working_copy
+from shards.store.files import files_at
 
 SCHEMA = 2
 FORMATS = ("diffusers", "comfyui")
@@ -46,7 +46,8 @@ class ExportReport:
     """What `export` did."""
 
     path: Path
-    iteration: int
+    iterations: int
+    """Iterations after which the policy was."""
     skipped: bool
     """True when this very export was there already."""
     checked: str
@@ -62,9 +63,9 @@ class ExportReport:
 
 
 def export(
-    run: Run, iteration: int, out: str | Path, *, average: bool = True, fuse: bool = False, format: str = "diffusers"
+    run: Run, iterations: int, out: str | Path, *, average: bool = True, fuse: bool = False, format: str = "diffusers"
 ) -> ExportReport:
-    """Write the policy that `iteration` trained to the new folder `out`, whole or not at all.
+    """Write the policy after so many `iterations` to the new folder `out`, whole or not at all.
 
     A LoRA policy becomes high_noise/ (and low_noise/) with diffusers' own LoRA files, or, in the format `comfyui`, one
     file for each expert under Wan's own names; alpha/rank is multiplied into their weights. With `fuse`, or when all
@@ -72,21 +73,21 @@ def export(
     them. Beside it lie README.md, the model card, and export.json with the sha256 of every file. Before that it is
     loaded by plain diffusers, on the CPU, and must answer as the policy does, bit for bit.
 
-    Raises UserError when the iteration was not trained, `out` is taken or the format cannot hold the policy, RunFailed
-    when the proof fails or the disk is full, StillBusy when another process writes there.
+    Raises UserError for 0, which is the base, for a policy that is not trained yet, when `out` is taken and when the
+    format cannot hold the policy, RunFailed when the proof fails or the disk is full, StillBusy when another process
+    writes there.
     """
-    began, out = time.monotonic(), working_copy(out)
+    began = time.monotonic()
+    files, out = files_at(out)
     _check_format(format, fuse)
-    mirror.fetch(out)
-    stage = run.iteration(iteration)
-    if not stage.trained():
-        raise UserError(f"{stage.policy_dir} holds no finished policy", run.way_to_policy(iteration))
+    files.fetch(out)
+    stage = _stage(run, iterations)
     source = _source(stage, average)
     if format != "diffusers" and is_full(source):
         raise UserError(f"{source} holds all weights, and --format {format} is of LoRA", "leave out --format")
     wanted = {
         "schema": SCHEMA,
-        "iteration": iteration,
+        "iterations": iterations,
         "policy": read_json(stage.policy_record_path)["fingerprint"],
         "average": source != stage.policy_dir,
         "fused": fuse or is_full(source),
@@ -96,13 +97,25 @@ def export(
         if not held:
             raise StillBusy(f"{out} is being written by another process", "wait for it, or choose another folder")
         if out.exists() and _same(out, wanted):
-            return ExportReport(out, iteration, True, read_json(out / RECORD)["checked"])
+            return ExportReport(out, iterations, True, read_json(out / RECORD)["checked"])
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"{out} exists already and is not this export", "choose another folder, or remove it")
         with _published(out) as aside:
             checked, difference = _write(run, stage, source, aside, wanted)
-        mirror.put_folder(out, last=RECORD)
-    return ExportReport(out, iteration, False, checked, difference, time.monotonic() - began)
+        files.put_folder(out, last=RECORD)
+    return ExportReport(out, iterations, False, checked, difference, time.monotonic() - began)
+
+
+def _stage(run: Run, iterations: int) -> Stage:
+    """The iteration that ended with the policy after so many of them."""
+    if iterations < 1:
+        hint = "the first policy of a run is that after 1 iteration; `eval` and `export` count alike"
+        raise UserError(f"iteration {iterations} is the model itself, which needs no export", hint)
+    stage = run.iteration(iterations - 1)
+    if not stage.trained():
+        problem = f"{run.path} has no policy after {counted(iterations, 'iteration')}: {stage.name} is not trained"
+        raise UserError(problem, run.way_to_policy(stage.iteration))
+    return stage
 
 
 def _check_format(format: str, fuse: bool) -> None:
@@ -118,12 +131,15 @@ def _source(stage: Stage, average: bool) -> Path:
 
 
 def _same(out: Path, wanted: dict[str, Any]) -> bool:
-    """Whether `out` is the wanted export, every file of it untouched."""
+    """Whether `out` is the wanted export, every file of it untouched.
+
+    The policy says which it is; older exports have no `iterations`, but `iteration`, which is one less.
+    """
     if not (out / RECORD).is_file():
         return False
     record = read_json(out / RECORD)
     names = [name for name, value in record.get("files", {}).items() if _hash(out / name) != value]
-    return not names and {name: record.get(name) for name in wanted} == wanted
+    return not names and all(record.get(name) == value for name, value in wanted.items() if name != "iterations")
 
 
 def _write(run: Run, stage: Stage, source: Path, aside: Path, wanted: dict[str, Any]) -> tuple[str, float]:
@@ -131,15 +147,15 @@ def _write(run: Run, stage: Stage, source: Path, aside: Path, wanted: dict[str, 
     policy = Policy.of(run.config.model.model_copy(update={"device": "cpu", "lora": "", "lora_2": ""}))
     identity = take_policy(run, run.iteration(stage.iteration + 1), policy)
     if wanted["average"]:
-        check_committed(source, policy.fingerprint(source))
-        policy.become(source)
-    layout, base_lora = policy.layout, policy.base_lora
+        check_committed(source, policy.experts.fingerprint(source))
+        policy.experts.become(source)
+    layout, base_lora = policy.layout, policy.experts.base_lora
     trained = _answers(policy)
     files = _write_pipeline(policy, aside) if wanted["fused"] else _write_lora(run, policy, aside, wanted["format"])
     answers = _answers(policy)
     whole = _weight_bytes(layout) <= SMALL
-    modules = [policy.module(expert) for expert in policy.expert_ids] if whole else []
-    model = policy.model_fingerprint
+    modules = [policy.experts.module(expert) for expert in policy.layout.expert_ids] if whole else []
+    model = policy.experts.model_fingerprint
     del policy  # a large model is in memory once
     exported = Exported(aside, layout, run.config.model.dtype, run.config.model.text_length, files, base_lora)
     prove(exported, answers, modules)
@@ -160,7 +176,7 @@ def _write(run: Run, stage: Stage, source: Path, aside: Path, wanted: dict[str, 
         record["base_lora"] = base_lora.record(beneath is not None)
     record["files"] = {path.relative_to(aside).as_posix(): sha256_file(path) for path in _files(aside)}
     publish_new(aside / "README.md", model_card(run, record, Base.of(run, layout)).encode())
-    if curve := reward_curve(run, stage.iteration):
+    if curve := reward_curve(run, wanted["iterations"]):
         publish_new(aside / "reward.svg", curve.encode())
     publish_new(aside / RECORD, to_json(record, aside / RECORD))
     return checked, difference
@@ -185,31 +201,31 @@ def _checked(whole: bool, wanted: dict[str, Any], difference: float, beneath: fl
 def _write_lora(run: Run, policy: Policy, aside: Path, format: str) -> dict[int, Path]:
     """Write the LoRA of each expert with its whole strength in its weights, and round it as diffusers will."""
     files, name = {}, re.sub(r"[^\w.-]+", "_", run.path.resolve().name)
-    for expert in policy.expert_ids:
+    for expert in policy.layout.expert_ids:
         side = EXPERT_NAMES[expert]
-        fold_strength(policy.module(expert))
+        fold_strength(policy.experts.module(expert))
         if format == "comfyui":
-            file = f"{name}_{side}.safetensors" if len(policy.expert_ids) > 1 else f"{name}.safetensors"
+            file = f"{name}_{side}.safetensors" if len(policy.layout.expert_ids) > 1 else f"{name}.safetensors"
             files[expert] = aside / file
-            save_native(policy.module(expert), files[expert])
+            save_native(policy.experts.module(expert), files[expert])
         else:
             files[expert] = aside / side / WEIGHTS
     if format == "diffusers":
-        policy.save_lora(aside)
-    for expert in policy.expert_ids:
-        round_adapter(policy.module(expert), policy.dtype)
+        policy.experts.save_lora(aside)
+    for expert in policy.layout.expert_ids:
+        round_adapter(policy.experts.module(expert), policy.dtype)
     return files
 
 
 def _write_pipeline(policy: Policy, aside: Path) -> dict[int, Path]:
     """Merge the adapters and write the whole pipeline folder."""
-    layout, adapted = policy.layout, policy.has_lora
+    layout, adapted = policy.layout, policy.experts.has_lora
     for part in layout.parts:
         if part not in EXPERT_FOLDERS:
             shutil.copytree(layout.folder / part, aside / part)
     shutil.copyfile(layout.folder / "model_index.json", aside / "model_index.json")
-    for expert in policy.expert_ids:
-        module = policy.module(expert)
+    for expert in policy.layout.expert_ids:
+        module = policy.experts.module(expert)
         if adapted:
             merge_adapter(module)
             settle(module)
@@ -218,7 +234,7 @@ def _write_pipeline(policy: Policy, aside: Path) -> dict[int, Path]:
 
 
 def _answers(policy: Policy) -> dict[int, Tensor]:
-    return {expert: probe(policy.module(expert), policy.layout) for expert in policy.expert_ids}
+    return {expert: probe(policy.experts.module(expert), policy.layout) for expert in policy.layout.expert_ids}
 
 
 @contextmanager

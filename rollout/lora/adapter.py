@@ -112,8 +112,8 @@ def put_on(module: nn.Module, lora: Lora) -> None:
         try:
             config = copy.deepcopy(lora.config)
             inject_adapter_in_model(config, module, ADAPTER, low_cpu_mem_usage=meta, state_dict=lora.state)
-        except ValueError as error:  # none of its layers is there
-            raise UserError(f"{lora.path}: has no layer of this model", "a LoRA of another model") from error
+        except ValueError as error:
+            raise UserError(f"{lora.path}: {_unfit(module, lora, error)}", "a LoRA of another model") from error
     module._hf_peft_config_loaded = True  # type: ignore[assignment]
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(f".{ADAPTER}." in name)
@@ -125,6 +125,13 @@ def put_on(module: nn.Module, lora: Lora) -> None:
         raise UserError(f"{lora.path}: does not fit this model: {misfit[0]}", misfit[1])
     if not meta:
         set_peft_model_state_dict(module, lora.state, adapter_name=ADAPTER)
+
+
+def _unfit(module: nn.Module, lora: Lora, error: ValueError) -> str:
+    """Why peft finds nothing to do."""
+    names = {name for name, _ in module.named_modules()}
+    known = sorted({name.partition(".lora_")[0] for name in lora.state} & names)
+    return f"peft puts no LoRA on {known[0]}: {str(error).splitlines()[0]}" if known else "has no layer of this model"
 
 
 def _misfit(state: dict[str, Tensor], own: dict[str, Tensor]) -> tuple[str, str] | None:

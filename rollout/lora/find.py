@@ -10,8 +10,8 @@ from pathlib import Path
 from shards.errors import UserError
 from shards.files import sha256_file
 from shards.run import EXPERT_NAMES
-from shards.store import mirror
-from shards.store.urls import is_url, working_copy
+from shards.store.fetch import fetched
+from shards.store.files import of_policy
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -95,8 +95,9 @@ def locate_lora(setting: str, text: str) -> Path:
     A name of the hub, `owner/name` or `owner/name/path/in/it`, is looked up in the local cache of the hub's client and
     never downloaded. Raises UserError when there is nothing.
     """
-    if is_url(text):
-        return _fetched(setting, text)
+    stored = _fetched(setting, text)
+    if stored is not None:
+        return stored
     path = Path(text).expanduser()
     if path.exists():
         return path
@@ -115,15 +116,12 @@ def locate_lora(setting: str, text: str) -> Path:
     return path
 
 
-def _fetched(setting: str, url: str) -> Path:
-    path = working_copy(url)
-    if path.suffix == ".safetensors":
-        mirror.fetch_file(url)
-        if path.name == PEFT_WEIGHTS:
-            mirror.fetch_file(path.with_name(PEFT_CONFIG))
-    else:
-        mirror.fetch(path, lambda name: name.endswith((".safetensors", ".json")) and not mirror.ASIDE.search(name))
-    if not path.exists():
+def _fetched(setting: str, url: str) -> Path | None:
+    """The local copy of what a URL names, of a PEFT file with its configuration; None for what is no URL."""
+    path = fetched(url, lambda name: name.endswith((".safetensors", ".json")) and of_policy(name))
+    if path is not None and path.name == PEFT_WEIGHTS:
+        fetched(f"{url.rpartition('/')[0]}/{PEFT_CONFIG}")
+    if path is not None and not path.exists():
         raise UserError(f"{setting}: {url}: no such file or folder", "correct the URL")
     return path
 

@@ -78,25 +78,25 @@ def check_fit(lora: Lora, layout: Layout, expert: int) -> None:
     put_on(meta_expert(config, int(config["num_layers"])), lora)
 
 
-def check_records(policy: ExpertWeights) -> None:
+def check_records(experts: ExpertWeights) -> None:
     """UserError for a LoRA that says that it was trained on another base than it is laid on here."""
-    if policy.base_lora is not None:
-        _check_record(BASE_LORA, policy.base_lora.folder, policy.model_fingerprint, policy.layout)
-    if policy.start is not None:
-        _check_record(LORA, policy.start.folder, policy.base_fingerprint, policy.layout)
+    if experts.base_lora is not None:
+        _check_record(BASE_LORA, experts.base_lora.folder, experts.model_fingerprint, experts.layout)
+    if experts.start is not None:
+        _check_record(LORA, experts.start.folder, experts.base_fingerprint, experts.layout)
 
 
-def check_model(policy: ExpertWeights, path: Path) -> None:
+def check_model(experts: ExpertWeights, path: Path) -> None:
     """UserError where the base model, or the LoRA merged into it, is not the one in model.json, if that is there."""
     known = read_json(path) if path.is_file() else {}
-    if known.get("base", policy.base_fingerprint) == policy.base_fingerprint:
+    if known.get("base", experts.base_fingerprint) == experts.base_fingerprint:
         return
-    if known.get("model", known["base"]) != policy.model_fingerprint:
+    if known.get("model", known["base"]) != experts.model_fingerprint:
         raise UserError(
-            f"{policy.layout.folder} is not the model this run began with ({known.get('path')})",
+            f"{experts.layout.folder} is not the model this run began with ({known.get('path')})",
             f"{path} has its fingerprint; restore the model, or start a new run",
         )
-    problem = "is not what this run began with" if policy.base_lora else "is empty, but this run began with one"
+    problem = "is not what this run began with" if experts.base_lora else "is empty, but this run began with one"
     if "base_lora" not in known:
         problem = "is set, but this run began without one"
     hint = f"{path} has the sha256 of its files and its strength; restore them, or start a new run"
@@ -104,7 +104,7 @@ def check_model(policy: ExpertWeights, path: Path) -> None:
 
 
 def _check_record(setting: str, folder: Path | None, expected: str, layout: Layout) -> None:
-    for record in (folder / "policy.json", folder / "export.json") if folder else ():
+    for record in (folder / "experts.json", folder / "export.json") if folder else ():
         base = read_json(record).get("base") if record.is_file() else None
         if base is not None and base != expected:
             raise UserError(

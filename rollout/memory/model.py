@@ -46,7 +46,7 @@ class Model:
         return max(scales) > 1
 
     def forward(self) -> Pass:
-        """A forward of the rollout."""
+        """A forward of the rollout, with the adapter that training has put on; the first iteration may have none."""
         model, per_token = self.config.model, self.layout.expand_timesteps
         return Pass(
             self.shape,
@@ -54,6 +54,7 @@ class Model:
             model.text_length,
             model.dtype,
             self.guided,
+            rank=0 if self.config.train.full else self.rank,
             per_token=per_token,
         )
 
@@ -81,6 +82,7 @@ def lora_state(parameters: int, *, average: bool) -> dict[str, int]:
         "AdamW": 8 * parameters,
         "average": 4 * parameters if average else 0,
         "weights of the rollout": 4 * parameters,
+        "half a gradient": 4 * parameters,  # of the first batches of an update, which the others are compared with
     }
 
 

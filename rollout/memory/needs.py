@@ -16,7 +16,7 @@ from rollout.memory.model import (
 )
 from rollout.policy.folder import tokens
 from rollout.policy.sharding import check_ulysses
-from rollout.policy.sizes import decode_bytes, meta_expert, working_bytes
+from rollout.policy.sizes import decode_peak, meta_expert, working
 from rollout.ranks.world import World, check_degrees
 from shards.errors import UserError
 from shards.run import Run
@@ -35,6 +35,8 @@ class Need:
     host: int
     parts: dict[str, int]
     """What the device holds at the peak, by name."""
+    reserved: int
+    """What PyTorch's allocator takes from the device for it: what is alive, and the gaps between."""
 
 
 def plan_memory(run: Run, ranks: int = 0) -> list[Need]:
@@ -62,11 +64,12 @@ def render(run: Run, needs: list[Need], ranks: int = 0) -> str:
     """The table for the command line; the setting that run.toml has is marked."""
     train, world = run.config.train, _world(run, ranks)
     chosen = _train_name(train.full, train.gradient_checkpointing)
-    lines = [f"  {'stage':<36}{'device GiB':>11}{'host GiB':>10}  on the device"]
+    lines = [f"  {'stage':<36}{'device GiB':>11}{'host GiB':>10}{'reserved':>10}  on the device"]
     for need in needs:
         parts = ", ".join(f"{name} {value / GIB:.2f}" for name, value in need.parts.items() if value)
         mark = "*" if need.stage == chosen else " "
-        lines.append(f"{mark} {need.stage:<36}{need.device / GIB:>11.2f}{need.host / GIB:>10.2f}  {parts}")
+        numbers = f"{need.device / GIB:>11.2f}{need.host / GIB:>10.2f}{need.reserved / GIB:>10.2f}"
+        lines.append(f"{mark} {need.stage:<36}{numbers}  {parts}")
     video = run.config.rollout
     shape = f"{video.height}x{video.width}, {video.frames} frames, batch {batch_of(run.config)}"
     lines.append(f"* as run.toml has it; {shape}, {run.config.model.dtype}")
@@ -77,8 +80,9 @@ def render(run: Run, needs: list[Need], ranks: int = 0) -> str:
         lines.append(f"{_shards(world)} shards of the weights, and the ranks on one video are {world.ulysses}.")
     if (degree := run.config.rollout.ulysses) > 1:
         lines.append(f"Rollout is that of one of the {degree} ranks that make a video together.")
-    lines.append("Counted on the meta device, one expert on the device. Not in it: CUDA itself (about 0.5 to 1 GiB),")
-    lines.append("scratch space inside kernels, what ranks send each other, fragmentation.")
+    lines.append("Counted on the meta device, one expert on the device; reserved is what PyTorch's allocator takes for")
+    lines.append("that, simulated. Not in it: CUDA itself (about 0.5 to 1 GiB), scratch space inside kernels, what")
+    lines.append("ranks send each other.")
     return "\n".join(lines)
 
 
@@ -114,8 +118,9 @@ def _encode(model: Model) -> Need:
 
 def _rollout(model: Model) -> Need:
     """Ranks that sample a video together, by `rollout.ulysses`, have their share of its tokens each."""
-    working = working_bytes(model.transformer, model.forward()) // model.config.rollout.ulysses
-    return _need("rollout", _resting(model) | {"working": working}, _rollout_host(model))
+    peak, degree = working(model.transformer, model.forward()), model.config.rollout.ulysses
+    parts = _resting(model) | {"working": peak.alive // degree}
+    return _need("rollout", parts, _rollout_host(model), (peak.reserved - peak.alive) // degree)
 
 
 def _decode(model: Model) -> Need:
@@ -123,8 +128,9 @@ def _decode(model: Model) -> Need:
     video = model.config.rollout
     one = 4 * 3 * video.height * video.width * video.frames
     batch = model.forward().batch
-    working = max(decode_bytes(model.vae_config, model.shape) + (batch - 1) * one, 2 * batch * one)
-    return _need("decode", _resting(model) | {"VAE": model.vae, "working": working}, _rollout_host(model))
+    peak = decode_peak(model.vae_config, model.shape)
+    parts = _resting(model) | {"VAE": model.vae, "working": max(peak.alive + (batch - 1) * one, 2 * batch * one)}
+    return _need("decode", parts, _rollout_host(model), peak.reserved - peak.alive)
 
 
 def _resting(model: Model) -> dict[str, int]:
@@ -153,16 +159,18 @@ def _train(model: Model, full: bool, checkpointing: bool, world: World = ALONE) 
     reference = settings.kl_beta > 0 and not full
     run = replace(model.forward(), train=True, checkpointing=checkpointing, reference=reference)
     run = replace(run, rank=0 if full else model.rank)
-    working = working_bytes(model.transformer, run) // world.ulysses
+    peak = working(model.transformer, run)
+    needed = peak.alive // world.ulysses
     parts = state | {"gathered layers": _gathered(model, full) if world.size > 1 else 0}
     if checkpointing:
         forwards = 2 if run.guided else 1
         count = tokens(model.shape, model.layout.patch) // world.ulysses
-        kept = min(working, forwards * block_input_bytes(count, size, model.config.model.dtype, run.batch))
-        parts, working = {**parts, "block inputs": kept}, working - kept
+        kept = min(needed, forwards * block_input_bytes(count, size, model.config.model.dtype, run.batch))
+        parts, needed = {**parts, "block inputs": kept}, needed - kept
     short = 4 * trained - parts.get("block inputs", 0)
     host = _full_host(model, world) if full else _lora_host(model, world)
-    return _need(_train_name(full, checkpointing), {**parts, "working": max(working, short)}, host)
+    gaps = (peak.reserved - peak.alive) // world.ulysses
+    return _need(_train_name(full, checkpointing), {**parts, "working": max(needed, short)}, host, gaps)
 
 
 def _state(model: Model, full: bool, world: World) -> dict[str, int]:
@@ -223,5 +231,7 @@ def _train_name(full: bool, checkpointing: bool) -> str:
     return f"train {'all weights' if full else 'LoRA'}, {'' if checkpointing else 'no '}checkpointing"
 
 
-def _need(stage: str, parts: dict[str, int], host: int) -> Need:
-    return Need(stage, sum(parts.values()), host, parts)
+def _need(stage: str, parts: dict[str, int], host: int, gaps: int = 0) -> Need:
+    """`gaps` is what the allocator takes beyond what is alive."""
+    device = sum(parts.values())
+    return Need(stage, device, host, parts, device + gaps)

@@ -17,19 +17,19 @@ from rollout.lora.find import LoraFile, Start, hashes_of, policy_files
 from rollout.lora.merged import BaseLora
 from rollout.policy.folder import EXPERT_FOLDERS, Layout, fingerprint_folder, load_transformer
 from rollout.policy.full import full_hashes, is_full, load_full, save_full
-from rollout.policy.place import Places
+from rollout.policy.offload import Offload
 from rollout.policy.sharding import Experts, check_ulysses, distribute
 from rollout.ranks.world import World, full
 from shards.files import canonical_sha256
 from shards.run import EXPERT_NAMES
 
 
-class ExpertWeights(Places):
+class ExpertWeights:
     """One or two transformers, what is trained of them, and which of them is on the device."""
 
     def __init__(self, layout: Layout, dtype: str, device: torch.device, base_lora: BaseLora | None = None) -> None:
-        super().__init__(device)
-        self.layout, self.dtype, self.base_lora = layout, dtype, base_lora
+        self.layout, self.dtype, self.device, self.base_lora = layout, dtype, device, base_lora
+        self._offload = Offload(device)
         self.expert_ids = layout.expert_ids
         self.start: Start | None = None
         self._experts = self._load_base()
@@ -54,17 +54,17 @@ class ExpertWeights(Places):
         """Only this expert on the device; None sends both away. On a CPU nothing moves."""
         for other, module in self._experts.items():
             if other != expert:
-                self._leave(module)
+                self._offload.leave(module)
         if expert is not None:
-            self._enter(self._experts[expert])
+            self._offload.enter(self._experts[expert])
         self._active = expert
 
     def distribute(self, world: World) -> None:
-        """Shard the experts, and the base model's beside them, over ranks; a process alone keeps them as they are.
+        """Shard the experts, and the base model's beside them, over ranks; without a mesh they stay as they are.
 
         What shall be trained must be on them by now. `become` gives each rank plain experts again.
         """
-        if world.size == 1:
+        if world.fsdp_mesh is None:
             return
         assert self._sharded is None, "experts are distributed once"
         self.use(None)
@@ -73,7 +73,7 @@ class ExpertWeights(Places):
         self._sharded = distribute(self._experts, world)
         self._sharded_bases = distribute(self._bases, world) if self._bases else None
         for module in (*self._experts.values(), *self._bases.values()):
-            self._leave(module)
+            self._offload.leave(module)
 
     def check_ulysses(self, height: int, width: int, frames: int, world: World) -> None:
         """UserError when the heads or the tokens of a video of that size cannot be shared by `world.ulysses` ranks."""
@@ -93,7 +93,7 @@ class ExpertWeights(Places):
                 found[name] = whole.to(self.dtypes(expert)[name]).cpu()
         return found
 
-    def _call(self, expert: int, *inputs: Tensor) -> Tensor:
+    def forward(self, expert: int, *inputs: Tensor) -> Tensor:
         """The transformer's answer to latents, timesteps and embeddings."""
         if self._sharded is not None:
             out: Tensor = self._sharded(expert, *inputs)

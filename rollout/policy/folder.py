@@ -23,9 +23,8 @@ from rollout.words.paths import words_folder
 from shards.errors import RunFailed, UserError
 from shards.files import canonical_sha256
 from shards.pointers import refuse_pointer
+from shards.store.fetch import fetched_model
 from shards.store.hashes import sha256_once
-from shards.store.mirror import fetch_model
-from shards.store.urls import is_url
 
 EXPERT_FOLDERS = ("transformer", "transformer_2")  # of the high-noise expert, of the low-noise one
 PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
@@ -94,11 +93,12 @@ def find_folder(path: str, *, weights: bool = True) -> Path:
     Without `weights` only the configurations of a repository are fetched, and so from one that holds no pipeline.
     Raises UserError when there is no such folder, or a file.
     """
-    if is_url(path):
-        return _fetched(lambda suffixes: fetch_model(path, lambda name: name.endswith(suffixes)), weights)
+    stored = _fetched(lambda suffixes: fetched_model(path, lambda name: name.endswith(suffixes)), weights)
+    if stored is not None:
+        return stored
     folder = words_folder() / "model" if path == "words" else Path(path).expanduser()
     if not folder.exists() and path.count("/") == 1 and not path.startswith((".", "~", "/")):
-        folder = _fetched(lambda suffixes: _download(path, suffixes), weights)
+        folder = _fetched(lambda suffixes: _download(path, suffixes), weights) or folder
     if folder.is_file():
         raise not_a_folder(folder)
     if not folder.is_dir():
@@ -304,10 +304,10 @@ def _takes_image(folder: Path, index: dict[str, Any], transformer: dict[str, Any
     raise UserError(problem, "neither text-to-video nor image-to-video")
 
 
-def _fetched(fetch: Callable[[tuple[str, ...]], Path], weights: bool) -> Path:
+def _fetched(fetch: Callable[[tuple[str, ...]], Path | None], weights: bool) -> Path | None:
     """The local folder of a repository: configurations first, and weights where these are wanted and of a pipeline."""
     folder = fetch(CONFIGURATIONS)
-    return fetch(FINGERPRINTED) if weights and (folder / "model_index.json").is_file() else folder
+    return fetch(FINGERPRINTED) if folder and weights and (folder / "model_index.json").is_file() else folder
 
 
 def _download(name: str, suffixes: tuple[str, ...]) -> Path:

@@ -7,8 +7,7 @@ from typing import Any
 
 from shards.errors import UserError
 from shards.pointers import refuse_pointer
-from shards.store.mirror import fetch_file
-from shards.store.urls import is_url
+from shards.store.fetch import fetched_file
 
 
 def open_image(image: Any) -> Any:
@@ -17,7 +16,7 @@ def open_image(image: Any) -> Any:
 
     if not isinstance(image, str | Path):
         return image.convert("RGB")
-    image = fetch_file(image) if is_url(image) else image
+    image = fetched_file(image)
     if not Path(image).is_file():
         raise UserError(f"{image}: no such image", "correct the path in the prompts file; it counts from that file")
     refuse_pointer(Path(image))

@@ -9,24 +9,25 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKLWan
 from diffusers.video_processor import VideoProcessor
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from rollout.policy.folder import Layout, load_text, load_vae
 from rollout.policy.images import open_image
-from rollout.policy.place import Places
+from rollout.policy.offload import Offload
 from shards.text.cleaning import clean
 
 
-class Media(Places):
-    """Text to embeddings, latents to video, image to condition. Both networks are loaded when first needed."""
+class TextEncoder:
+    """Prompts to embeddings, by the network of a model folder."""
 
-    layout: Layout
-    dtype: str
-    text_length: int
-
-    # --- Text --------------------------------------------------------------------------------------------------------
+    def __init__(self, layout: Layout, dtype: str, device: torch.device, length: int) -> None:
+        """`length`: tokens of a prompt, padded or cut."""
+        self.layout, self.dtype, self.device, self.length = layout, dtype, device, length
+        self._offload = Offload(device)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], *, cleaned: bool = False) -> list[Tensor]:
@@ -36,12 +37,12 @@ class Media(Places):
         """
         tokenizer, encoder = self._text
         result = []
-        with self._working(encoder):
+        with self._offload.working(encoder):
             for prompt in prompts:
                 tokens = tokenizer(
                     [prompt if cleaned else clean(prompt)],
                     padding="max_length",
-                    max_length=self.text_length,
+                    max_length=self.length,
                     truncation=True,
                     return_tensors="pt",
                 )
@@ -51,28 +52,34 @@ class Media(Places):
         return result
 
     def pad(self, embeds: Tensor, batch: int) -> Tensor:
-        """Embeddings [L,D] repeated and padded with zeros, as in the pipeline: [batch,text_length,D] on the device."""
-        padded = torch.zeros(batch, self.text_length, embeds.shape[1], dtype=embeds.dtype, device=self.device)
+        """Embeddings [L,D] repeated and padded with zeros, as in the pipeline: [batch,length,D] on the device."""
+        padded = torch.zeros(batch, self.length, embeds.shape[1], dtype=embeds.dtype, device=self.device)
         padded[:, : embeds.shape[0]] = embeds.to(self.device)
         return padded
 
+    def release(self) -> None:
+        """Forget the network; it is loaded again when needed."""
+        self.__dict__.pop("_text", None)
+
     @cached_property
-    def _text(self) -> Any:
+    def _text(self) -> tuple[PreTrainedTokenizerBase, UMT5EncoderModel]:
         return load_text(self.layout, self.dtype, self.device)
 
-    # --- Video -------------------------------------------------------------------------------------------------------
 
-    def check_decoder(self) -> None:
-        """Load the VAE into host memory now. UserError when it is damaged, which else were told after the sampling."""
+class Vae:
+    """Latents to video and images to conditions, by the VAE of a model folder."""
+
+    def __init__(self, layout: Layout, device: torch.device) -> None:
+        self.layout, self.device = layout, device
+        self._offload = Offload(device)
+
+    def load(self) -> None:
+        """Load the network into host memory now. UserError when it is damaged: before the sampling, not after."""
         _ = self._vae
 
-    def latent_shape(self, height: int, width: int, frames: int) -> tuple[int, int, int, int]:
-        """(C, F, H, W) of the latents of a video of that size in pixels and frames."""
-        return self.layout.latent_shape(height, width, frames)
-
-    def check_shape(self, height: int, width: int, frames: int) -> None:
-        """Raise UserError for a size the model cannot make, naming the nearest it can."""
-        self.layout.check_shape(height, width, frames)
+    def release(self) -> None:
+        """Forget the network; it is loaded again when needed."""
+        self.__dict__.pop("_vae", None)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> NDArray[np.uint8]:
@@ -80,7 +87,7 @@ class Media(Places):
 
         Videos are decoded one by one, so that a video's pixels do not depend on its neighbours in the batch.
         """
-        with self._working(self._vae) as vae:
+        with self._offload.working(self._vae) as vae:
             mean, inverse_std = self._moments()
             # the pipeline divides by 1/std; multiplying by std would round differently
             clean = [row.to(self.device).float() / inverse_std + mean for row in latents[:, None]]
@@ -100,7 +107,7 @@ class Media(Places):
         video = pixels[:, :, None]
         if not self.layout.expand_timesteps:
             video = torch.cat([video, video.new_zeros(1, 3, frames - 1, height, width)], 2)
-        with self._working(self._vae) as vae:
+        with self._offload.working(self._vae) as vae:
             mean, inverse_std = self._moments()
             latents = (vae.encode(video).latent_dist.mode() - mean) * inverse_std
         if self.layout.expand_timesteps:
@@ -110,7 +117,7 @@ class Media(Places):
         return torch.cat([given, latents], 1).cpu()
 
     @cached_property
-    def _vae(self) -> Any:
+    def _vae(self) -> AutoencoderKLWan:
         return load_vae(self.layout, self.device)
 
     @cached_property

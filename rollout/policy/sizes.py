@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import UMT5Config, UMT5EncoderModel
 
 from rollout.lora.adapter import add_adapter
 from rollout.policy.folder import DTYPES
+from rollout.ranks.allocator import Allocator, Block
 
 Shape = tuple[int, int, int, int]
 
@@ -40,6 +42,16 @@ class ExpertSize:
 
 
 @dataclass(frozen=True)
+class Peak:
+    """Bytes that are needed at once."""
+
+    alive: int
+    """Of tensors."""
+    reserved: int
+    """That PyTorch's allocator takes from the device for them."""
+
+
+@dataclass(frozen=True)
 class Pass:
     """A forward, or a forward and backward, of one batch, as `working_bytes` counts it."""
 
@@ -50,7 +62,7 @@ class Pass:
     dtype: str
     guided: bool
     rank: int = 0
-    """Of the adapter; 0 trains all weights."""
+    """Of the adapter; 0 stands for none, and trains all weights."""
     train: bool = False
     checkpointing: bool = False
     per_token: bool = False
@@ -96,7 +108,12 @@ def text_parameters(config: Mapping[str, Any]) -> int:
 
 
 def working_bytes(config: Mapping[str, Any], run: Pass) -> int:
-    """Most bytes alive at once beside weights and gradients, in one forward (and backward) of an expert.
+    """Most bytes alive at once beside weights and gradients, in one forward (and backward) of an expert."""
+    return working(config, run).alive
+
+
+def working(config: Mapping[str, Any], run: Pass) -> Peak:
+    """What one forward (and backward) of an expert needs beside weights and gradients.
 
     Run on meta tensors with one and two blocks and extrapolated. Attention counts as one fused kernel, which saves its
     inputs, its output and one number a query. Scratch space inside kernels is not seen.
@@ -105,28 +122,42 @@ def working_bytes(config: Mapping[str, Any], run: Pass) -> int:
     for layers in (1, 2):
         module = _cast(meta_expert(config, layers), run.dtype)
         module.requires_grad_(run.train and run.rank == 0)
-        if run.train and run.rank:
+        if run.rank:
             add_adapter(module, run.rank, run.rank, 0)
         if run.checkpointing:
             module.enable_gradient_checkpointing()
         with fused_attention():
-            peaks.append(pass_bytes(module, config, run))
-    return extrapolate(peaks[0], peaks[1], int(config["num_layers"]))
+            peaks.append(pass_peak(module, config, run))
+    layers = int(config["num_layers"])
+    alive, reserved = (
+        extrapolate(getattr(peaks[0], name), getattr(peaks[1], name), layers) for name in ("alive", "reserved")
+    )
+    return Peak(alive, max(alive, reserved))
 
 
 def pass_bytes(module: nn.Module, config: Mapping[str, Any], run: Pass) -> int:
-    """`working_bytes` of this module, which may be real. Its gradients are there before, as from the second chunk on.
+    """`working_bytes` of this module, which may be real."""
+    return pass_peak(module, config, run).alive
+
+
+def pass_peak(module: nn.Module, config: Mapping[str, Any], run: Pass) -> Peak:
+    """`working` of this module, which may be real. Its gradients are there before, as from the second chunk on.
 
     Were they made in the pass, the largest activations and all gradients would be taken for simultaneous.
     """
     for parameter in module.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
-    return peak_bytes(partial(_pass, module, config, run), module)
+    return peak_of(partial(_pass, module, config, run), module)
 
 
 def decode_bytes(config: Mapping[str, Any], shape: Shape) -> int:
-    """Most bytes alive at once beside the weights while the VAE decodes one video of latents (C, F, H, W) in fp32.
+    """Most bytes alive at once beside the weights while the VAE decodes one video of latents (C, F, H, W) in fp32."""
+    return decode_peak(config, shape).alive
+
+
+def decode_peak(config: Mapping[str, Any], shape: Shape) -> Peak:
+    """What the VAE needs beside its weights to decode one video of latents (C, F, H, W) in fp32.
 
     The VAE works frame by frame, so three latent frames are run and the rest of the video is added.
     """
@@ -137,29 +168,35 @@ def decode_bytes(config: Mapping[str, Any], shape: Shape) -> int:
         latents = torch.zeros(1, channels, some, rows, columns)
     vae.requires_grad_(False)
     with torch.no_grad():
-        peak = peak_bytes(lambda: vae.decode(latents, return_dict=False)[0], vae)
+        peak = peak_of(lambda: vae.decode(latents, return_dict=False)[0], vae)
     scale, step = int(config.get("scale_factor_spatial", 8)), int(config.get("scale_factor_temporal", 4))
-    return peak + (frames - some) * step * 3 * rows * scale * columns * scale * 4
+    rest = (frames - some) * step * 3 * rows * scale * columns * scale * 4
+    return Peak(peak.alive + rest, peak.reserved + rest)
 
 
 def peak_bytes(function: Callable[[], Any], *modules: nn.Module) -> int:
     """Most bytes of new tensors alive at once while `function` runs, on any device; those of `modules` do not count."""
+    return peak_of(function, *modules).alive
+
+
+def peak_of(function: Callable[[], Any], *modules: nn.Module) -> Peak:
+    """What the new tensors of a function need at once, on any device; those of `modules` do not count."""
     known = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
     live = _Live(known + [tensor.grad for tensor in known if tensor.grad is not None])
     with live:
         result = function()
     del result
-    return live.peak
+    return Peak(live.peak, live.allocator.reserved)
 
 
 @contextlib.contextmanager
 def fused_attention() -> Iterator[None]:
-    """Inside, attention is one fused kernel on every device; on the meta device it would else count scores in full."""
+    """Inside, attention is one fused kernel on every device; meta and fake tensors would else count scores in full."""
     functional: Any = torch.nn.functional
     original = functional.scaled_dot_product_attention
 
     def fused(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-        if query.device.type != "meta":
+        if query.device.type != "meta" and not isinstance(query, FakeTensor):
             return original(query, key, value, **options)  # type: ignore[no-any-return]
         return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]  # type: ignore[no-any-return]
 
@@ -176,6 +213,7 @@ class _Live(TorchDispatchMode):
     def __init__(self, known: list[Tensor]) -> None:
         super().__init__()
         self.now = self.peak = 0
+        self.allocator = Allocator()
         self.seen = {tensor.untyped_storage()._cdata for tensor in known}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -192,11 +230,12 @@ class _Live(TorchDispatchMode):
         self.seen.add(key)
         self.now += size
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._remove, key, size)
+        weakref.finalize(storage, self._remove, key, size, self.allocator.allocate(size))
 
-    def _remove(self, key: int, size: int) -> None:
+    def _remove(self, key: int, size: int, block: Block) -> None:
         self.seen.discard(key)
         self.now -= size
+        self.allocator.free(block)
 
 
 def _pass(module: Any, config: Mapping[str, Any], run: Pass) -> None:

@@ -25,8 +25,10 @@ def shared_tokens(policy: Policy, size: tuple[int, int, int], world: World) -> I
     one rank alone by rounding, since a matrix product over fewer tokens may add up in another order.
     Raises UserError when the degree does not divide the model's heads or the video's tokens.
     """
-    check_ulysses(policy.module(policy.expert_ids[0]), policy.latent_shape(*size), world, "rollout.ulysses")
-    modules = [policy.module(expert) for expert in policy.expert_ids]
+    check_ulysses(
+        policy.experts.module(policy.layout.expert_ids[0]), policy.layout.latent_shape(*size), world, "rollout.ulysses"
+    )
+    modules = [policy.experts.module(expert) for expert in policy.layout.expert_ids]
     for module in modules:
         split_tokens(module, world)
     try:

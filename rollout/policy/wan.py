@@ -11,7 +11,7 @@ from torch import Tensor
 from rollout.lora.start import check_model, check_records, open_base, open_start
 from rollout.policy.experts import ExpertWeights
 from rollout.policy.folder import DTYPES, Layout, find_folder, read_layout
-from rollout.policy.media import Media
+from rollout.policy.media import TextEncoder, Vae
 from rollout.ranks.device import find_device
 from shards.errors import UserError
 
@@ -20,18 +20,28 @@ if TYPE_CHECKING:
     from shards.config import ModelConfig
 
 
-class Policy(ExpertWeights, Media):
+class Policy:
     """A Wan model folder in memory. One loader for rollout and training, so that both compute the same bits.
 
-    All parts rest in host memory; `use(expert)` brings one expert to the device and sends the other away. Text encoder
-    and VAE are loaded when first needed and occupy the device only while they work.
+    `experts`, `text` and `vae` rest in host memory, and each brings itself to the device: `experts.use` brings one
+    expert and sends the other away; text encoder and VAE are loaded when first needed and occupy the device only while
+    they work. The policy itself computes velocities and keeps given frames in place.
     """
 
     def __init__(
-        self, layout: Layout, dtype: str, device: torch.device, text_length: int, base_lora: BaseLora | None = None
+        self,
+        layout: Layout,
+        dtype: str,
+        device: torch.device,
+        text_length: int,
+        base_lora: BaseLora | None = None,
+        experts: ExpertWeights | None = None,
     ) -> None:
-        super().__init__(layout, dtype, device, base_lora)
-        self.text_length = text_length
+        """`experts` are those of the model folder if absent, with `base_lora` merged into them."""
+        self.layout, self.dtype, self.device = layout, dtype, device
+        self.experts = experts or ExpertWeights(layout, dtype, device, base_lora)
+        self.text = TextEncoder(layout, dtype, device, text_length)
+        self.vae = Vae(layout, device)
 
     @classmethod
     def of(cls, model: ModelConfig) -> Policy:
@@ -65,24 +75,26 @@ class Policy(ExpertWeights, Media):
         if dtype not in DTYPES:
             raise UserError(f"model.dtype: {dtype!r} is unknown", f"one of {', '.join(DTYPES)}")
         where = find_device(device, dtype)
+        if where.index is not None and where.type == "cuda":
+            torch.cuda.set_device(where)  # what libraries make without a device of ours would else lie on the first GPU
         layout = read_layout(find_folder(str(path)))
         start = open_start(lora, lora_2, layout)
         policy = cls(layout, dtype, where, text_length, open_base(base_lora, base_lora_2, base_lora_scale, layout))
-        policy.start = start
-        check_records(policy)
+        policy.experts.start = start
+        check_records(policy.experts)
         if start is not None:
-            policy.become(None)
+            policy.experts.become(None)
         return policy
 
     def check_model(self, path: Path) -> None:
         """UserError where base model and `model.base_lora` are not those in model.json of a run, if that is there."""
-        check_model(self, path)
+        check_model(self.experts, path)
 
     def release(self) -> None:
         """Forget the text encoder and the VAE, and send the experts off the device; all come back when needed."""
-        self.use(None)
-        for name in ("_text", "_vae"):
-            self.__dict__.pop(name, None)
+        self.experts.use(None)
+        self.text.release()
+        self.vae.release()
 
     # --- The model ---------------------------------------------------------------------------------------------------
 
@@ -98,7 +110,7 @@ class Policy(ExpertWeights, Media):
     ) -> Tensor:
         """Guided velocity [B,C,F,H,W], fp32, of latents x [B,C,F,H,W] fp32 at timestep t (0 to 1000); takes gradients.
 
-        prompt_embeds and negative_embeds are [B,L,D], padded; `condition` is what `encode_image` returned. With
+        prompt_embeds and negative_embeds are [B,L,D], padded; `condition` is what `vae.encode_image` returned. With
         guidance above 1, v = u + g (v - u) of two forwards of the same batch, as WanPipeline does: one forward of twice
         the batch would round differently.
         """
@@ -107,7 +119,7 @@ class Policy(ExpertWeights, Media):
         hidden = hidden.to(dtype)
 
         def forward(embeds: Tensor) -> Tensor:
-            return self._call(expert, hidden, timestep, embeds.to(dtype)).float()
+            return self.experts.forward(expert, hidden, timestep, embeds.to(dtype)).float()
 
         conditional = forward(prompt_embeds)
         if guidance <= 1:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import json
-import posixpath
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, TypeGuard
 
 from rollout.prompts.files import refuse_nul
 from shards.errors import UserError
-from shards.store.urls import is_url, url_of, working_copy
+from shards.store.urls import beside
 from shards.text.cleaning import clean
 from shards.text.quotes import COUNTED, quoted
 
@@ -82,16 +81,10 @@ def image_of(file: Path, value: Any, where: str) -> str | None:
     if not isinstance(value, str):
         raise UserError(f"{where}: image is {shortened(value)}, not text", "name a file or a URL")
     checked(value, where)  # its name stays as it is
-    folder = url_of(file.parent)
-    if is_url(value):
-        try:
-            return url_of(working_copy(value)) or value
-        except UserError as error:
-            raise UserError(f"{where}: {error.problem}", error.hint) from None
-    if folder is None or value.startswith("/"):
-        return str((file.parent / value).resolve())
-    scheme, _, rest = folder.partition("://")
-    return f"{scheme}://{posixpath.normpath(posixpath.join(rest, value))}"
+    try:
+        return beside(file, value)
+    except UserError as error:
+        raise UserError(f"{where}: {error.problem}", error.hint) from None
 
 
 # --- Tags ------------------------------------------------------------------------------------------------------------
@@ -126,7 +119,7 @@ def chat_text(messages: Sequence[Any], where: str) -> str:
     texts: dict[str, list[str]] = {}
     for message in messages:
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-            problem = f"{where}: the prompt is a list with {shortened(message)}, which is no chat message"
+            problem = f"{where}: the prompt is a list with {shortened(message)}, which is not a chat message"
             raise UserError(problem, 'a message is {"role": "user", "content": "a sign"}')
         role = str(message["role"])
         more = sorted(name for name, value in message.items() if name not in ("role", "content") and value)
@@ -156,7 +149,7 @@ def _content(content: Any, role: str, where: str) -> str:
         more = [name for name, value in part.items() if name not in used and value] if isinstance(part, Mapping) else []
         if not isinstance(text, str) or more:
             problem = f"{where}: the prompt is a chat whose {role} message holds {shortened(part)}"
-            raise UserError(problem, "a prompt is text alone; an image stands in the field `image` of the record")
+            raise UserError(problem, "a prompt is text alone; an image belongs in the field `image` of the record")
         texts.append(text)
     return " ".join(texts)
 

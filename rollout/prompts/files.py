@@ -44,7 +44,7 @@ class Column:
         """For a file that lacks it: the names it has instead, and the setting that takes one of them."""
         there = [name for name in names if name]
         if not there:
-            return f"it has no {kind} at all; prompts stand in `{self.name}`"
+            return f"it has no {kind} at all; prompts belong in `{self.name}`"
         likely = [name for name in there if name.lower() in ("prompt", "caption", "text")] or there
         taken = set_option(self.setting, likely[0])
         return f"its {kind} are: {', '.join(there)}; to take one of them: {taken}"
@@ -228,7 +228,7 @@ def check_columns(file: Path, names: Sequence[str], column: Column, header: Sequ
     for name, count in Counter(names).items():
         if name and count > 1:
             problem = f"{file}: has {count} columns `{name}`"
-            raise UserError(problem, "keep one of them: which one is meant cannot be told")
+            raise UserError(problem, "keep one of them: it is unclear which one is meant")
     if column.name in names:
         return
     problem = f"{file}: has no column `{column.name}`"

@@ -14,8 +14,7 @@ from rollout.prompts.files import Column, Row, has_columns, read_rows
 from rollout.words.paths import words_folder
 from shards.errors import UserError
 from shards.process.progress import counted
-from shards.store.mirror import fetch_file
-from shards.store.urls import is_url
+from shards.store.fetch import fetched_file
 
 
 @dataclass(frozen=True)
@@ -47,9 +46,7 @@ def load_prompts(path: str | Path, need_target: bool, column: Column | None = No
     `read_rows` and `rollout.prompts.fields` refuse, for one without a prompt, and, when a target is needed, for one
     without.
     """
-    file = words_folder() / "prompts" / "train.txt" if str(path) == "words" else Path(path).expanduser()
-    if is_url(path):
-        file = fetch_file(path)
+    file = words_folder() / "prompts" / "train.txt" if str(path) == "words" else fetched_file(Path(path).expanduser())
     column = column or Column()
     if column.name != Column().name and not has_columns(file):
         raise UserError(f"{column.setting} = {column.name}, but {file} is text, a prompt a line", "remove that setting")

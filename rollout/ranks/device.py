@@ -31,3 +31,22 @@ def find_device(name: str, dtype: str = "float32") -> torch.device:
         problem = "model.dtype: float16, which a CPU computes badly or not at all"
         raise UserError(problem, "set model.dtype = float32, or bfloat16")
     return device
+
+
+def device_of_worker(name: str, index: int, count: int) -> str:
+    """`model.device` for one of `count` processes of this machine that each hold the whole model: a GPU for each.
+
+    UserError where they are more than the GPUs, or where the name leaves them no choice. On a CPU they share it.
+    """
+    device = find_device(name)
+    if device.type != "cuda":
+        return name
+    devices = torch.cuda.device_count()
+    if device.index is not None or count > devices:
+        there = f"model.device = {name} is one GPU" if device.index is not None else f"this machine has {devices}"
+        fitting = 1 if device.index is not None else devices
+        raise UserError(
+            f"rollout.workers = {count}: each worker has the whole model on a GPU of its own, and {there}",
+            f"set rollout.workers = {fitting}; `--worker i/n` shares a stage among machines",
+        )
+    return f"cuda:{index}"

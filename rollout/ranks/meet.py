@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from rollout.ranks.device import find_device
 from rollout.ranks.world import World
 from shards.errors import UserError
-from shards.files import TEMPORARY, publish_new
+from shards.files import publish_new
+from shards.locks import TEMPORARY
 from shards.process.versions import version_of
-from shards.store.urls import url_of
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +41,7 @@ def meet(run: Run, device: torch.device | None = None) -> World:
     if ranks.size > 1 and not all(ranks.gather((run.path, settings) in _met)):
         ranks.agree("software", "\n".join(f"{name} {version_of(name) or 'of a checkout'}" for name in SOFTWARE))
         ranks.agree("configuration", settings)
-        _agree_on_directory(run.path, ranks)
+        _agree_on_directory(run, ranks)
         _met.add((run.path, settings))
     return World.of(run.config, device)
 
@@ -57,12 +57,11 @@ def settings_text(config: RunConfig) -> str:
     )
 
 
-def _agree_on_directory(path: Path, ranks: World) -> None:
-    """A file that the first rank writes must be seen by all: two machines may have a folder of that name each. Of a run
-    at a URL every machine has a working copy of its own."""
-    url = url_of(path)
-    ranks.agree("run directory", url or "a folder")
-    if url:
+def _agree_on_directory(run: Run, ranks: World) -> None:
+    """A file that the first rank writes must be seen by all, where two machines may have a folder of that name each."""
+    path, name_for_all = run.path, run.files.common_name(run.path)
+    ranks.agree("run directory", name_for_all or "a folder")
+    if name_for_all:
         return
     name, first = ranks.broadcast((f"{TEMPORARY}ranks-{uuid.uuid4().hex}", str(path)))
     try:

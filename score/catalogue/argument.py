@@ -83,7 +83,7 @@ def _weight(text: str, head: str, weight: str) -> float:
     near = difflib.get_close_matches(head, known(), 1)
     if ":" in text and near and "=" not in head:  # ocrr:interval=2 reads like module:Class=WEIGHT
         raise UserError(f"no reward is called {head!r}", f"did you mean {near[0]!r}?")
-    raise UserError(f"--reward {text}: the weight is no number", "for example --reward ocr=0.5")
+    raise UserError(f"--reward {text}: the weight is not a number", "for example --reward ocr=0.5")
 
 
 def _options(text: str, tail: str) -> dict[str, str]:

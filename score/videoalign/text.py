@@ -80,7 +80,7 @@ def _check_template(place: Path, template: str) -> None:
     try:
         fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
     except ValueError as error:
-        raise UserError(f"{place}: the template is no format string: {error}", hint) from None
+        raise UserError(f"{place}: the template is not a format string: {error}", hint) from None
     counts = [template.count(part) for part in ORDER]
     positions = [template.find(part) for part in ORDER]
     if fields != ["text_prompt"] or counts != [1] * len(ORDER) or positions != sorted(positions):
@@ -117,7 +117,7 @@ def check_prompt(prompt: str, tokenizer: Any, name: str) -> None:
     """UserError when a prompt holds one of the tokenizer's added tokens: it would double what the model reads."""
     for token in tokenizer.get_added_vocab():
         if token in prompt:
-            raise UserError(f"{name}: the prompt holds the special token {token}", "take it out of the prompt")
+            raise UserError(f"{name}: the prompt holds the special token {token}", "remove it from the prompt")
 
 
 def chat(template: str, prompt: str, video_tokens: int) -> str:

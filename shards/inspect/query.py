@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from shards.errors import UserError, nearest
-from shards.files import publish_replace
 from shards.inspect.table import FORMATS, fitting, write
+from shards.store.files import files_at
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -79,7 +79,7 @@ def emit(frame: pandas.DataFrame, format: str, out: Path | None, stdout: TextIO,
     empty = frame.empty and format == "table"
     data = ("  ".join(frame.columns) + "\n").encode() if empty else write(frame, format)
     if out is not None:
-        _put(out, data)
+        write_out(out, data)
         return
     try:
         stdout.write(data.decode())
@@ -88,13 +88,17 @@ def emit(frame: pandas.DataFrame, format: str, out: Path | None, stdout: TextIO,
         os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
 
 
-def _put(out: Path, data: bytes) -> None:
-    """Replace a file as a whole; a device, a pipe or a link (/dev/stdout) is written to, and stays what it is."""
+def write_out(out: Path, data: bytes) -> None:
+    """Replace the file that --out or --video names as a whole.
+
+    A device, a pipe or a link (/dev/stdout) is written to, and stays what it is.
+    """
+    files, out = files_at(out)
     if os.path.lexists(out) and not stat.S_ISREG(os.lstat(out).st_mode):
         with open(out, "wb") as file:
             file.write(data)
     else:
-        publish_replace(out, data)
+        files.publish_replace(out, data)
 
 
 def _where(frame: pandas.DataFrame, where: str) -> pandas.DataFrame:

@@ -6,17 +6,21 @@ import io
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shards.errors import UserError
-from shards.files import publish_replace
 from shards.inspect import table
 from shards.locate import locate
 from shards.plan import SAMPLE_KEY, group_of
 from shards.reader import open_shard
 from shards.run import EXPERT_NAMES, Stage
+from shards.store.files import files_at
 from shards.store.urls import shown
+from shards.text.visible import visible, visible_json
 from shards.video import decode_mp4
+
+if TYPE_CHECKING:
+    from shards.video import Frames
 
 BY_STEP = ("sigmas", "timesteps", "experts", "guidance", "window", "log_prob")  # shown as the table of steps
 
@@ -55,7 +59,7 @@ def describe(path: str | Path, key: str, evaluation: bool = False) -> dict[str, 
         meta = opened.meta(key)
         row = opened.row(key)
         file = shown(str(opened.path))
-    frame = table.samples(stage.path)
+    frame = table.samples(stage.path, files=stage.files)
     values = {str(name): value for name, value in frame[frame["key"] == key].iloc[0].to_dict().items()}
     scored = {name: value for name, value in values.items() if "." in name}
     scores: dict[str, dict[str, float | None]] = {}
@@ -79,6 +83,18 @@ def describe(path: str | Path, key: str, evaluation: bool = False) -> dict[str, 
     }
 
 
+def read_video(path: str | Path, key: str, evaluation: bool = False) -> bytes:
+    """The mp4 file of a sample, as it is stored. Raises as `describe` does."""
+    stage, shard = find(path, key, evaluation)
+    with open_shard(stage, shard) as opened:
+        return opened.video(key)
+
+
+def read_frames(path: str | Path, key: str, evaluation: bool = False) -> Frames:
+    """The frames of a sample, uint8 RGB [T, H, W, 3]. Raises as `describe` does."""
+    return decode_mp4(read_video(path, key, evaluation), f"{shown(str(path))}: {key}.mp4")
+
+
 def write_frames(path: str | Path, key: str, folder: Path | None = None, evaluation: bool = False) -> list[Path]:
     """Write the frames of a sample as `frame-000.png`, …; returns their paths.
 
@@ -86,28 +102,27 @@ def write_frames(path: str | Path, key: str, folder: Path | None = None, evaluat
     """
     from PIL import Image
 
-    stage, shard = find(path, key, evaluation)
     if folder is None:
+        stage, _ = find(path, key, evaluation)
         folder = stage.run_path / "frames" / ("eval" if stage.kind == "eval" else "") / key
-    with open_shard(stage, shard) as opened:
-        frames = decode_mp4(opened.video(key), f"{opened.path}: {key}.mp4")
+    files, folder = files_at(folder)
     written = []
-    for number, frame in enumerate(frames):
+    for number, frame in enumerate(read_frames(path, key, evaluation)):
         sink = io.BytesIO()
         Image.fromarray(frame).save(sink, "PNG")
         written.append(folder / f"frame-{number:03d}.png")
-        publish_replace(written[-1], sink.getvalue())
+        files.publish_replace(written[-1], sink.getvalue())
     return written
 
 
 def show(path: str | Path, key: str, format: str = "table", evaluation: bool = False) -> str:
     """What `describe` gives, as lines for a terminal, or, with the format `json`, as one JSON object."""
     found = describe(path, key, evaluation)
-    return json.dumps(found, ensure_ascii=False) + "\n" if format == "json" else to_text(found)
+    return visible_json(json.dumps(found, ensure_ascii=False)) + "\n" if format == "json" else to_text(found)
 
 
 def to_text(found: dict[str, Any]) -> str:
-    """What `describe` gives, laid out for a terminal."""
+    """What `describe` gives, laid out for a terminal; control characters in it are escaped."""
     lines = [f"file        {found['file']}"]
     lines += [f"{name:<11} {_plain(value)}" for name, value in found["record"].items()]
     lines += ["", "judgement"]
@@ -128,7 +143,7 @@ def to_text(found: dict[str, Any]) -> str:
         lines.append(f"{step['step']:>4}  {numbers}  {step['expert']:<10}  {step['guidance']:8.3g}  {log_prob:>10}")
     latents = found["latents"]
     lines += ["", f"latents     {latents['dtype']} {latents['shape']}, states {latents['states']}"]
-    return "\n".join(lines) + "\n"
+    return visible("\n".join(lines)) + "\n"
 
 
 def _reading(number: int, reading: Any) -> str:

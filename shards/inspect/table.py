@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import io
+import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shards import index
 from shards.errors import UserError
-from shards.files import read_json
+from shards.files import Files, read_json
 from shards.locate import Place, locate
 from shards.run import Run, Stage
 from shards.sidecar import read_table, scorers, specifications
+from shards.text.visible import visible, visible_json
 
 if TYPE_CHECKING:
     import pandas
@@ -24,18 +27,19 @@ FORMATS = ("table", "csv", "json", "jsonl", "parquet")
 NOT_SCORED = "not scored"
 
 
-def samples(path: str | Path, iteration: int | None = None) -> pandas.DataFrame:
+def samples(path: str | Path, iteration: int | None = None, files: Files | None = None) -> pandas.DataFrame:
     """One row per committed sample of a run, stage or shard, scores and advantages joined to it.
 
     Columns: kind, key, iteration, prompt_id, group, sample, prompt, target, seed, noise_seed, reward (the combined one
     where advantages exist, of several the one that was trained on; else that of the only scorer), advantage, weight,
     reason, status ("ok", "not scored", or why not), per scorer NAME.reward, NAME.<component> and NAME.text, window,
     log_prob (lists), bytes, seconds, host, shard.
-    What is not there yet is NaN. Raises UserError when `path` holds nothing to show, Damaged for a broken table.
+    What is not there yet is NaN. `files` are those that a run at this path has been opened with. Raises UserError when
+    `path` holds nothing to show, Damaged for a broken table.
     """
     import pandas
 
-    place = locate(path)
+    place = locate(path, files)
     stages = [stage for stage in place.stages if iteration is None or stage.iteration == iteration]
     if place.tar is not None:
         return _bare(place.tar)
@@ -61,7 +65,11 @@ def groups(frame: pandas.DataFrame) -> pandas.DataFrame:
 
 
 def write(frame: pandas.DataFrame, format: str) -> bytes:
-    """The table as bytes to print: table (for eyes), csv, json, jsonl or parquet. Raises UserError for another name."""
+    """The table as bytes to print: table (for eyes), csv, json, jsonl or parquet. Raises UserError for another name.
+
+    JSON has every number to its last bit; what is missing (NaN) is null, and an infinite number a string, "Infinity"
+    or "-Infinity", because JSON has no other way to write it.
+    """
     if format == "parquet":
         sink = io.BytesIO()
         frame.to_parquet(sink, index=False)
@@ -71,9 +79,9 @@ def write(frame: pandas.DataFrame, format: str) -> bytes:
     if format == "csv":
         return frame.to_csv(index=False).encode()
     if format in ("json", "jsonl"):
-        lines = format == "jsonl"
-        text = frame.to_json(orient="records", lines=lines, force_ascii=False, double_precision=15)
-        return (text if text.endswith("\n") else text + "\n").encode()
+        rows = [json.dumps(_exact(row), ensure_ascii=False) for row in frame.to_dict("records")]
+        text = "[" + ",\n".join(rows) + "]\n" if format == "json" else "".join(f"{row}\n" for row in rows)
+        return visible_json(text).encode()
     raise UserError(f"{format!r} is no format", f"choose from {', '.join(FORMATS)}")
 
 
@@ -143,7 +151,7 @@ def _judgement(stage: Stage, hashes: dict[int, str], scores: dict[str, pandas.Da
     import pandas
 
     columns = ["reward", "advantage", "weight", "reason"]
-    specification = _meant(stage)
+    specification = specification_meant(stage)
     table = _tables(stage.advantage_dir(specification), hashes) if specification else None
     if table is not None:
         return table[columns]
@@ -163,7 +171,7 @@ def _status(own: Any, keys: Any, tables: list[pandas.DataFrame]) -> Any:
     return status if tables else status.where(status != "ok", NOT_SCORED)
 
 
-def _meant(stage: Stage) -> str | None:
+def specification_meant(stage: Stage) -> str | None:
     """Of several specifications the one that was trained on, or that an evaluation has by the run's [score].
 
     Else the one whose folder was written to last; only what is shown depends on this clock.
@@ -180,7 +188,7 @@ def _meant(stage: Stage) -> str | None:
 
 def _is_of_run(stage: Stage, specification: str) -> bool:
     """Whether advantages were made as [score] in run.toml says. False without that file."""
-    run, summary = Run(stage.run_path), stage.summary_path(specification)
+    run, summary = Run(stage.run_path, files=stage.files), stage.summary_path(specification)
     if not run.config_path.exists() or not summary.exists():
         return False
     return bool(read_json(summary).get("specification") == run.config.score.specification())
@@ -222,6 +230,17 @@ def _to_pandas(table: pyarrow.Table) -> pandas.DataFrame:
     return frame
 
 
+def _exact(value: Any) -> Any:
+    """A value as JSON holds it without loss."""
+    if isinstance(value, dict):
+        return {str(name): _exact(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_exact(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
 def _for_eyes(frame: pandas.DataFrame) -> pandas.DataFrame:
     """Without what is empty or the same for everybody and long; texts cut to what fits a line."""
     one_kind = "kind" not in frame or frame["kind"].nunique() == 1
@@ -232,7 +251,7 @@ def _for_eyes(frame: pandas.DataFrame) -> pandas.DataFrame:
 
 def _short(value: Any) -> Any:
     if isinstance(value, str):
-        line = value.replace("\0", " ").replace("\n", " ")
+        line = visible(value.replace("\n", " "))
         return line if len(line) <= 40 else line[:39] + "…"
     if isinstance(value, float):
         return round(value, 4)

@@ -6,12 +6,13 @@ import base64
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 from shards.diagnosis import number
+from shards.process.progress import counted
 from shards.reader import Shard, open_shard
 from shards.report.facts import Facts
+from shards.report.shell import escape
 
 if TYPE_CHECKING:
     import pandas
@@ -60,7 +61,7 @@ class Shelf:
 def clip(row: Row, video: bytes) -> str:
     """One playing video with its reward and the text read in it."""
     source = base64.b64encode(video).decode()
-    label = escape(f"{row.get('role', '')} {row['key']}".strip(), quote=True)
+    label = escape(f"{row.get('role', '')} {row['key']}".strip())
     attributes = f'muted loop playsinline controls preload="none" aria-label="{label}"'
     tag = f'<video {attributes} src="data:video/mp4;base64,{source}"></video>'
     head = f'<b class="role {row["role"]}">{row["role"]}</b> ' if "role" in row else ""
@@ -107,7 +108,8 @@ def evaluations(facts: Facts, shelf: Shelf) -> str:
     iterations = _spread_out(sorted({int(k) for k in rows["iteration"]}))
     if not iterations:
         return '<p class="empty">No evaluation yet: <code>rushes eval RUN</code> compares first and last.</p>'
-    head = "".join(f"<th>{'base policy' if k == 0 else f'after iteration {k - 1}'}</th>" for k in iterations)
+    names = ["base policy" if k == 0 else f"after {counted(k, 'iteration')}" for k in iterations]
+    head = "".join(f"<th>{name}</th>" for name in names)
     body = []
     for place, mine in rows.groupby(["prompt_id", "sample"]):
         by = {int(one["iteration"]): _row(mine, at) for at, one in enumerate(mine.to_dict("records"))}

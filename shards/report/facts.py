@@ -5,22 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shards import diagnosis, sidecar
-from shards.config import TrainConfig
 from shards.diagnosis import Limits, Move
-from shards.errors import Damaged
-from shards.files import read_json
 from shards.inspect import table
 from shards.measures import read_metrics
 from shards.reader import read_manifest
 from shards.report.points import Point
 from shards.run import Run, Stage
-from shards.run_toml import parse_config
+from shards.settings.frozen import of_training
 
 if TYPE_CHECKING:
     import pandas
+
+    from shards.config import TrainConfig
 
 GUARDS = "guards"
 KINDS = ("rollout", "eval")
@@ -48,8 +48,12 @@ class Facts:
     costs: list[Cost]
     stages: dict[str, Stage]
     moves: list[Move]
+    settings: dict[int, TrainConfig]
+    """What each iteration with updates was trained with."""
     limits: dict[int, Limits]
     """What the updates of each iteration are judged by."""
+    places: dict[str, dict[int, float]]
+    """Where iterations lie on other axes: `videos`, `updates` and `hours` that were spent before each."""
 
     def of(self, kind: str) -> pandas.DataFrame:
         """Rows of the rollouts ("rollout") or of the evaluations ("eval")."""
@@ -62,12 +66,13 @@ class Facts:
 
 def gather(run: Run) -> Facts:
     """Read a run. Raises UserError when it has no shard yet, Damaged for a broken file."""
-    samples = table.samples(run.path)
+    samples = table.samples(run.path, files=run.files)
     stages = [run.iteration(k) for k in run.iterations()] + [run.evaluation(k) for k in run.evaluations()]
     stages = [stage for stage in stages if stage.shards()]
     updates = [record for k in run.iterations() for record in read_metrics(run.iteration(k))]
     costs = [cost for stage in stages for cost in _costs(stage, samples)]
     trained = sorted({record["iteration"] for record in updates})
+    settings = {k: of_training(run.iteration(k)) or run.config.train for k in trained}
     return Facts(
         run,
         samples,
@@ -75,7 +80,9 @@ def gather(run: Run) -> Facts:
         costs,
         {stage.name: stage for stage in stages},
         guard_moves(samples),
-        {k: _limits(run, run.iteration(k)) for k in trained},
+        settings,
+        {k: Limits.of(settings[k], _lag(run.iteration(k))) for k in trained},
+        _places(run, samples, updates),
     )
 
 
@@ -200,27 +207,29 @@ def alarms(facts: Facts) -> list[str]:
     return found + diagnosis.alarm_updates(facts.updates, facts.limits)
 
 
-def _limits(run: Run, stage: Stage) -> Limits:
-    """What an iteration is judged by: the settings that training froze, or those of run.toml before there are any."""
+def _lag(stage: Stage) -> int:
+    """Policies between the one that sampled an iteration and the one that it trains."""
     plan = stage.plan()
-    lag = stage.iteration - plan.policy.lag_of if plan else 0
-    return Limits.of(frozen_settings(stage) or run.config.train, lag)
+    return stage.iteration - plan.policy.lag_of if plan else 0
 
 
-def frozen_settings(stage: Stage) -> TrainConfig | None:
-    """The settings of [train] that an iteration is trained with; None before training began.
+def _places(run: Run, samples: pandas.DataFrame, updates: Sequence[dict[str, Any]]) -> dict[str, dict[int, float]]:
+    """What was spent before the policy after K iterations was there, by K."""
+    videos = samples[samples["kind"] == "rollout"].groupby("iteration").size()
+    found: dict[str, dict[int, float]] = {"videos": {0: 0.0}, "updates": {0: 0.0}, "hours": {0: 0.0}}
+    began = _written(run.iteration(0).plan_path)
+    for k in run.iterations():
+        found["videos"][k + 1] = found["videos"].get(k, 0.0) + float(videos.get(k, 0))
+        mine = sum(record["iteration"] == k for record in updates)
+        found["updates"][k + 1] = found["updates"].get(k, 0.0) + mine
+        ended = _written(run.iteration(k).policy_record_path)
+        if began and ended and ended > began:
+            found["hours"][k + 1] = (ended - began) / 3600
+    return found
 
-    A setting that the file does not have, because it was written before there was one, has its default, and one that
-    this version does not know is left out. Raises UserError for a file that is damaged.
-    """
-    path = stage.train_plan_path
-    if not path.exists():
-        return None
-    values = read_json(path).get("train")
-    if not isinstance(values, dict):
-        raise Damaged(f"{path} is damaged: it has no train", "restore it from a copy")
-    known = {name: value for name, value in values.items() if name in TrainConfig.model_fields}
-    return parse_config({"train": known}, str(path)).train
+
+def _written(path: Path) -> float | None:
+    return path.stat().st_mtime if path.exists() else None
 
 
 def _costs(stage: Stage, samples: pandas.DataFrame) -> list[Cost]:

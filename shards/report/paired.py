@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +11,8 @@ from typing import Any
 from shards.files import read_json
 from shards.measures import measure_of
 from shards.report.facts import standard_error
-from shards.run import Stage, differences
-from shards.sidecar import read_advantages
+from shards.run import Run, Stage, differences
+from shards.sidecar import read_advantages, specifications
 
 TIE = 1e-9  # a smaller difference of two mean rewards is rounding
 OWN = ("iteration", "policy", "groups", "shards")  # of a plan: what two evaluations of a run never share as a whole
@@ -53,6 +54,31 @@ class Evaluated:
     """Against the first policy; None for that one, and where the two cannot be paired."""
     unlike: list[str]
     """Why they cannot: what their plans do not share."""
+
+
+def of_run(run: Run) -> list[Evaluated]:
+    """The evaluations of a run that are scored by one specification of advantages, `meant`; raises as `evaluated`."""
+    name, stages = meant(run)
+    return evaluated(stages, name) if stages else []
+
+
+def meant(run: Run) -> tuple[str, list[Stage]]:
+    """The specification of advantages by which the evaluations of a run are to be read, and those that have it.
+
+    That of its [score], else the one that most of them have. Raises UserError for a damaged summary.
+    """
+    stages = [run.evaluation(k) for k in run.evaluations()]
+    named = {stage: [one for one in specifications(stage) if stage.summary_path(one).exists()] for stage in stages}
+    counts = Counter(name for names in named.values() for name in names)
+    if not counts:
+        return "", []
+    wanted = run.config.score.specification()
+    ours = [
+        name for stage, names in named.items() for name in names
+        if read_json(stage.summary_path(name)).get("specification") == wanted
+    ]  # fmt: skip
+    name = ours[0] if ours else counts.most_common(1)[0][0]
+    return name, [stage for stage, names in named.items() if name in names]
 
 
 def evaluated(stages: Sequence[Stage], specification: str) -> list[Evaluated]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 
 from shards.diagnosis import number
 from shards.report.points import Point
+from shards.report.shell import escape
 
 LEFT, RIGHT, TOP, BOTTOM = 52.0, 14.0, 12.0, 34.0
 MARKERS = 60  # points of a line that are drawn as dots; above that the line alone is clearer
@@ -48,10 +48,12 @@ def lines(
     zone: tuple[float, float] | None = None,
     include: Sequence[float] = (),
     whole_x: bool = True,
+    style: str = "",
 ) -> str:
     """A line chart. `zone` shades a range of values, `include` widens the axis to certain values.
 
     Points that are not finite are left out. `label` is read out by screen readers. `whole_x`: ticks at integers only.
+    `style` is the class of the picture.
     """
     series = [Series(one.name, one.style, [p for p in one.points if _finite(p)], one.bars) for one in series]
     points = [point for one in series for point in one.points]
@@ -68,7 +70,7 @@ def lines(
     parts += [_band(one, x, y) for one in series if not one.bars]
     parts += [_line(one, x, y) for one in series]
     parts += [_hits(one, x, y, x_label) for one in series]
-    return _svg(parts, width, height, label)
+    return _svg(parts, width, height, label, style)
 
 
 def histogram(counts: Sequence[int], edges: Sequence[float], *, style: str, label: str, width: int = 360) -> str:
@@ -80,7 +82,7 @@ def histogram(counts: Sequence[int], edges: Sequence[float], *, style: str, labe
     x, y = Scale(edges[0], edges[-1], LEFT, width - RIGHT), Scale(ticks[0], ticks[-1], height - BOTTOM, TOP)
     bars = []
     for count, low, high in zip(counts, edges, edges[1:], strict=False):
-        tip = escape(f"{number(low)} to {number(high)}: {count} samples", quote=True)
+        tip = escape(f"{number(low)} to {number(high)}: {count} samples")
         left, top = x(low) + 1, y(count)
         bars.append(
             f'<rect class="bar {style}" x="{left:.1f}" y="{top:.1f}" width="{max(1.0, x(high) - left - 1):.1f}" '
@@ -116,9 +118,9 @@ def _finite(point: Point) -> bool:
     return math.isfinite(point.x) and math.isfinite(point.y)
 
 
-def _svg(parts: Sequence[str], width: int, height: int, label: str) -> str:
-    body = "".join(parts)
-    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label, quote=True)}">{body}</svg>'
+def _svg(parts: Sequence[str], width: int, height: int, label: str, style: str = "") -> str:
+    body, kind = "".join(parts), f'class="{style}" ' if style else ""
+    return f'<svg {kind}viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">{body}</svg>'
 
 
 def _zone(zone: tuple[float, float], y: Scale, width: int) -> str:
@@ -187,5 +189,5 @@ def _hits(series: Series, x: Scale, y: Scale, x_label: str) -> str:
         spread = f", {number(p.low)} to {number(p.high)}" if p.low is not None and p.high is not None else ""
         tip = f"{series.name}, {p.note or f'{x_label} {number(p.x)}'}: {number(p.y, 4)}{spread}"
         circle = f'cx="{x(p.x):.1f}" cy="{y(p.y):.1f}" r="9"'
-        found.append(f'<circle class="hit" {circle} data-tip="{escape(tip, quote=True)}"></circle>')
+        found.append(f'<circle class="hit" {circle} data-tip="{escape(tip)}"></circle>')
     return "".join(found)

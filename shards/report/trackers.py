@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from shards.errors import RunFailed, UserError
-from shards.files import publish_replace
 from shards.report import facts as report_facts
 from shards.report import tracked_clips
 from shards.report.facts import Facts
@@ -39,7 +38,7 @@ def write_board(run: Run) -> Path:
         image = Summary.Image(width=width, height=height, colorspace=RGB, encoded_image_string=data)
         writer.write(_shown(facts, clip.iteration, Summary.Value(tag=f"{clip.tag} clip", image=image)))
     folder = run.report_dir / "tensorboard"
-    publish_replace(folder / NAME, sink.getvalue())
+    run.files.publish_replace(folder / NAME, sink.getvalue())
     return folder
 
 

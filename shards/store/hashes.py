@@ -11,7 +11,7 @@ from pathlib import Path
 
 from shards.errors import RunFailed
 from shards.files import publish_replace, sha256_file
-from shards.store.urls import cache_folder
+from shards.store.urls import Cache
 
 LARGE = 16 * 2**20  # bytes; smaller files are hashed faster than looked up
 SETTLED = 2.0  # seconds since the last change: file systems may give two changes that are closer one time
@@ -47,4 +47,4 @@ def _stamp(path: Path) -> list[int]:
 def _note(path: Path) -> Path:
     """Where the sha256 of a file is kept: a file for each, so that no two processes write different things."""
     name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
-    return cache_folder() / "hashes" / f"{name}.json"
+    return Cache.current().top / "hashes" / f"{name}.json"

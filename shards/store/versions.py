@@ -7,8 +7,9 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from shards.files import aside, sweep_temporary
-from shards.store.urls import notes_folder
+from shards.files import aside
+from shards.locks import sweep_temporary
+from shards.store.urls import Cache
 
 MEMO = "versions.json"  # of every folder: the version in the store that each file here is, and its size and time here
 
@@ -16,8 +17,8 @@ MEMO = "versions.json"  # of every folder: the version in the store that each fi
 class Memos:
     """The memos of the folders under one folder of a working copy. A lost one costs a comparison, or a transfer."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, cache: Cache) -> None:
+        self.folder, self.cache = folder, cache
         self._read: dict[str, dict[str, list[str | int]]] = {}
         self._new: dict[str, dict[str, list[str | int]]] = {}
 
@@ -44,11 +45,11 @@ class Memos:
         if folder not in self._read:
             self._read[folder] = {}
             with suppress(OSError, ValueError):
-                self._read[folder] = json.loads((notes_folder(self.folder / folder) / MEMO).read_bytes())
+                self._read[folder] = json.loads((self.cache.notes_folder(self.folder / folder) / MEMO).read_bytes())
         return self._read[folder]
 
     def _write(self, folder: str, files: dict[str, list[str | int]]) -> None:
-        path = notes_folder(self.folder / folder) / MEMO
+        path = self.cache.notes_folder(self.folder / folder) / MEMO
         with aside(path) as (temporary, _):
             temporary.write_text(json.dumps(files), encoding="utf-8")
             os.replace(temporary, path)

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,7 @@ from shards.errors import UserError
 from shards.files import sha256_file
 from shards.pointers import refuse_pointer
 from shards.run_toml import set_option
-from shards.store.mirror import fetch_any
-from shards.store.urls import is_stored
+from shards.store.fetch import local_name
 from shards.text.letters import Normaliser, unreadable
 
 ENGLISH = ("en",)
@@ -59,7 +58,7 @@ class Recogniser:
     height: int = HEIGHT
     right_to_left: bool = False
 
-    @property
+    @cached_property
     def readable(self) -> frozenset[str]:
         """The characters that a text it reads can have."""
         never = set(self.ignored)
@@ -97,7 +96,7 @@ def recogniser_of(options: Mapping[str, Any]) -> Recogniser:
     folders = [options.get(name) or "" for name in ("model_storage_directory", "user_network_directory")]
     for value in (network, *folders):
         if not isinstance(value, str):
-            raise UserError(f"{SETTING}: {value!r} is no name", "give the name of a network or a folder as text")
+            raise UserError(f"{SETTING}: {value!r} is not a name", "give the name of a network or a folder as text")
     return _recogniser(languages, network, *folders, _home())
 
 
@@ -145,9 +144,9 @@ def languages_for(letters: str) -> tuple[str, ...]:
 def _recogniser(languages: tuple[str, ...], network: str, storage: str, user_networks: str, home: str) -> Recogniser:
     tables = _tables()
     models = {name: (gen, model) for gen in ("gen1", "gen2") for name, model in tables.recognition_models[gen].items()}
-    folder = Path(_local(storage) if storage else os.path.join(home, "model")).expanduser()
+    folder = Path(local_name(storage) if storage else os.path.join(home, "model")).expanduser()
     if network != STANDARD and network not in models:
-        networks = Path(_local(user_networks) if user_networks else os.path.join(home, "user_network")).expanduser()
+        networks = Path(local_name(user_networks) if user_networks else os.path.join(home, "user_network")).expanduser()
         return _users(network, languages, networks, folder)
     name = _model_for(languages) if network == STANDARD else network
     generation, model = models[name]
@@ -266,7 +265,3 @@ def _tables() -> Any:
 def _home() -> str:
     """Where EasyOCR keeps models and networks."""
     return os.environ.get("EASYOCR_MODULE_PATH") or os.environ.get("MODULE_PATH") or os.path.expanduser("~/.EasyOCR")
-
-
-def _local(folder: str) -> str:
-    return str(fetch_any(folder)) if is_stored(folder) else folder

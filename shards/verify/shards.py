@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from shards import index, sidecar
 from shards.errors import REPAIR, Damaged, UserError
-from shards.files import TEMPORARY, is_abandoned, read_json
-from shards.locate import locate
+from shards.files import read_json
+from shards.locate import Place, locate
+from shards.locks import TEMPORARY, is_abandoned
 from shards.process.progress import counted
 from shards.reader import checked_index, read_manifest
 from shards.run import Run, Stage
 from shards.source import map_plain, scan_tar
-from shards.store import mirror
-from shards.store.urls import is_url, shown, working_copy
+from shards.store.files import files_at
 from shards.verify.policy import policy_faults
 
 if TYPE_CHECKING:
@@ -47,29 +47,26 @@ class Problem:
 def verify(path: str | Path) -> list[Problem]:
     """All faults of a run, a stage or a shard. Reads everything once; needs no model and no torch.
 
+    What lies at a URL is fetched anew, the tars one by one, so that it is the store that is verified and not the cache.
     Raises UserError when `path` is none of these. Faults do not raise: an empty list means that all is well.
     """
-    if is_url(path):
-        return _verify_store(path)
-    place = locate(path)
+    chosen, here = files_at(path)
+    with chosen.afresh(here) as (files, fresh):
+        problems = _verify(locate(fresh, files))
+        return [Problem(one.kind, files.shown(one.problem), files.shown(one.hint)) for one in problems]
+
+
+def _verify(place: Place) -> list[Problem]:
     if place.tar is not None:
-        return _attempt(scan_tar, Path(path))
+        return _attempt(scan_tar, place.tar)
     if place.shard is not None:
         return list(_shard_problems(place.stages[0], place.shard))
     problems = [problem for stage in place.stages for problem in _stage_problems(stage)]
-    if root := place.run:
-        problems += _attempt(_check_config, root) if Run(root).config_path.exists() else []
-        problems += _attempt(_check_base, root, place.stages) if Run(root).model_path.exists() else []
-        problems += _leftovers(root, recursive=False)
+    if run := place.run:
+        problems += _attempt(_check_config, run) if run.config_path.exists() else []
+        problems += _attempt(_check_base, run, place.stages) if run.model_path.exists() else []
+        problems += _leftovers(run.path, recursive=False)
     return list(dict.fromkeys(problems))  # a file that is not there fails every check in the same words
-
-
-def _verify_store(url: str | Path) -> list[Problem]:
-    """Everything is fetched anew, the tars one by one, so that it is the store that is verified and not the cache."""
-    with mirror.afresh():
-        locate(url)
-        problems = verify(working_copy(url))
-        return [Problem(one.kind, shown(one.problem), shown(one.hint)) for one in problems]
 
 
 def _stage_problems(stage: Stage) -> Iterator[Problem]:
@@ -91,7 +88,7 @@ def _stage_problems(stage: Stage) -> Iterator[Problem]:
 
 def _shard_problems(stage: Stage, shard: int) -> Iterator[Problem]:
     """Faults of one shard and of the tables that belong to it."""
-    with mirror.borrowed(stage.shard_path(shard)):
+    with stage.files.borrowed(stage.shard_path(shard)):
         yield from _faults(stage, shard)
 
 
@@ -211,13 +208,13 @@ def _check_one_schema(folder: Path) -> None:
             )
 
 
-def _check_config(root: Path) -> None:
-    _ = Run(root).config
+def _check_config(run: Run) -> None:
+    _ = run.config
 
 
-def _check_base(root: Path, stages: list[Stage]) -> None:
+def _check_base(run: Run, stages: list[Stage]) -> None:
     """model.json names the model that the plans name."""
-    path = Run(root).model_path
+    path = run.model_path
     base = read_json(path).get("base")
     for stage in stages:
         plan, _ = _result(stage.plan)

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shards.errors import RunFailed, UserError
+from shards.files import Claims, NoClaims
 from shards.locks import is_still, open_creating
 from shards.process.signals import check
 from shards.process.versions import our_version
-from shards.workers import owners, remote_claims
+from shards.workers import owners
 from shards.workers.owners import SECONDS, Found, Owner
 
 if TYPE_CHECKING:
@@ -32,8 +33,8 @@ COUNT = 12  # digits of the counter
 class Claim:
     """A claim that is ours until it is released, or until others hold us for dead because we were silent."""
 
-    def __init__(self, path: Path, handle: int, owner: Owner) -> None:
-        self.path, self.handle, self.owner = path, handle, owner
+    def __init__(self, path: Path, handle: int, owner: Owner, shown: Claims) -> None:
+        self.path, self.handle, self.owner, self.shown = path, handle, owner, shown
         self.count = 0
         self.lost = False
         self.guard = threading.Lock()  # a beat must not write to a handle that was closed and given to another file
@@ -50,7 +51,7 @@ class Claim:
                 content = self.head + b"%0*d\n" % (COUNT, self.count)
                 os.pwrite(self.handle, content, 0)
                 os.fsync(self.handle)  # a network file system shows it to others now
-                show = remote_claims.keep if self.count > 1 else remote_claims.begin
+                show = self.shown.keep if self.count > 1 else self.shown.begin
                 self.lost |= not show(self.path, content)
             except OSError:  # a broken disk stops the work itself soon enough, in plain words
                 return
@@ -71,7 +72,7 @@ class Claim:
             if is_still(self.path, self.handle):
                 os.unlink(self.path)
             if not self.lost:  # else the name in the store is another's
-                remote_claims.end(self.path)
+                self.shown.end(self.path)
         with self.guard:
             os.close(self.handle)
             self.handle = -1
@@ -91,7 +92,7 @@ def claim(
     """
     if not seconds:
         with open(os.devnull, "wb") as nothing:
-            yield Claim(Path(os.devnull), nothing.fileno(), _owner(SECONDS, worker, False))
+            yield Claim(Path(os.devnull), nothing.fileno(), _owner(SECONDS, worker, False), NoClaims())
         return
     held = _take(stage, shard, what, seconds, worker)
     try:
@@ -123,13 +124,13 @@ def _take(stage: Stage, shard: int, what: str, seconds: float, worker: tuple[int
     last = owners.generation(stage, shard, what)
     if last and _stands(owners.read(owners.claim_path(stage, shard, what, last), shard, what), seconds):
         return None
-    held = _create(owners.claim_path(stage, shard, what, last + 1), seconds, worker)
+    held = _create(stage, owners.claim_path(stage, shard, what, last + 1), seconds, worker)
     if held and owners.generation(stage, shard, what) > last + 1:  # somebody was ahead of what we saw
         held.release()
         return None
     if held:
         for number in range(1, last + 1):
-            owners.remove(owners.claim_path(stage, shard, what, number))
+            owners.remove(stage, owners.claim_path(stage, shard, what, number))
         _heart.keep(held)
     return held
 
@@ -151,7 +152,7 @@ def _check_version(found: Found) -> None:
         )
 
 
-def _create(path: Path, seconds: float, worker: tuple[int, int]) -> Claim | None:
+def _create(stage: Stage, path: Path, seconds: float, worker: tuple[int, int]) -> Claim | None:
     try:
         handle = open_creating(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
     except FileExistsError:
@@ -159,7 +160,7 @@ def _create(path: Path, seconds: float, worker: tuple[int, int]) -> Claim | None
     except OSError as error:
         hint = "check the disk, its quota and permissions"
         raise RunFailed(f"{path}: cannot be written: {error.strerror}", hint) from error
-    held = Claim(path, handle, _owner(seconds, worker, _lock(handle)))
+    held = Claim(path, handle, _owner(seconds, worker, _lock(handle)), stage.files.claims)
     held.beat()
     if held.lost:  # another machine was first in the store
         held.release()
@@ -193,6 +194,10 @@ class _Heart:
     """One thread that counts for all claims of this process. It ends when there are none."""
 
     def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """With no claims; in a forked process too, where those that there were are held by its parent."""
         self.held: set[Claim] = set()
         self.wake = threading.Event()
         self.guard = threading.Lock()
@@ -224,3 +229,4 @@ class _Heart:
 
 
 _heart = _Heart()
+os.register_at_fork(after_in_child=_heart.begin)

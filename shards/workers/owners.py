@@ -14,8 +14,6 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from shards.workers import remote_claims
-
 if TYPE_CHECKING:
     from shards.run import Stage
 
@@ -102,7 +100,7 @@ def sweep(stage: Stage, what: str, seconds: float = SECONDS) -> None:
     """Remove the claims of the dead, which nobody will take over when their work is done."""
     for found in claims_of(stage):
         if found.what == what and life(found, seconds) == "dead":
-            remove(found.path)
+            remove(stage, found.path)
     with suppress(OSError):
         (stage.path / "work").rmdir()
 
@@ -134,11 +132,11 @@ def read(path: Path, shard: int, what: str) -> Found | None:
     return Found(path, shard, what, owner, content)
 
 
-def remove(path: Path) -> None:
-    """Take away a claim whose owner is dead: here, in the store, and from what we remember."""
+def remove(stage: Stage, path: Path) -> None:
+    """Take away a claim whose owner is dead: here, for all machines, and from what we remember."""
     _seen.pop(path, None)
     path.unlink(missing_ok=True)
-    remote_claims.end(path)
+    stage.files.claims.end(path)
 
 
 @cache
@@ -166,8 +164,8 @@ _seen: dict[Path, _Seen] = {}
 
 
 def _files(stage: Stage) -> dict[tuple[int, str, int], Path]:
-    remote_claims.gather(stage)
     folder, found = stage.path / "work", {}
+    stage.files.claims.gather(folder)
     with suppress(FileNotFoundError):
         for name in os.listdir(folder):
             if match := NAME.fullmatch(name):

@@ -15,8 +15,6 @@ from shards.plan import RolloutPlan
 from shards.run import EXPERT_NAMES, Run, Stage
 from shards.sidecar import scorers, specifications
 from shards.spool import spooled
-from shards.store import mirror
-from shards.store.urls import shown, url_of
 from shards.workers import owners
 
 WINDOW = 3600.0  # seconds back that a rate is taken from
@@ -94,7 +92,7 @@ def status(run: Run, iteration: int | None = None, quick: bool = False) -> Statu
     something was written. Of a run at a URL the store's clock tells that, and what other machines have not finished
     does not show. Reads only. Raises UserError for a damaged plan.
     """
-    mirror.refresh(run.path)
+    run.files.refresh(run.path)
     stages = [run.iteration(iteration)] if iteration is not None else _in_work(run)
     states = _watch(stages, 0.0 if quick else 1.5, run.config.workers.claim_seconds or owners.SECONDS)
     workers = [
@@ -105,7 +103,7 @@ def status(run: Run, iteration: int | None = None, quick: bool = False) -> Statu
     held = {(stage.name, found.what, found.shard) for stage, found, state in states if state in ("alive", "silent")}
     parts = [part for stage in stages for part in _parts(run, stage, held)]
     trained = sum(run.iteration(k).trained() for k in run.iterations())
-    return Status(shown(str(run.path)), trained, parts, workers, _rewards(run, iteration))
+    return Status(run.files.shown(str(run.path)), trained, parts, workers, _rewards(run, iteration))
 
 
 def _rewards(run: Run, iteration: int | None) -> list[StageReward]:
@@ -241,8 +239,8 @@ def _training(run: Run, stage: Stage, plan: RolloutPlan, counter: _Counter) -> l
 def _update_rate(stage: Stage, log: Path, done: int) -> float | None:
     """Updates in an hour, of those that a log has; None where that cannot be said."""
     began, last = (_written(path) for path in (stage.train_plan_path, log))
-    here = url_of(stage.path) is None  # else one may be the store's time and the other one ours
-    return 3600 * done / (last - began) if here and done and began and last and last > began else None
+    one_clock = stage.files.one_clock  # else one may be the store's time and the other one ours
+    return 3600 * done / (last - began) if one_clock and done and began and last and last > began else None
 
 
 @dataclass(frozen=True)
@@ -258,8 +256,8 @@ class _Counter:
         claimed = sum((what, shard) in self.held for shard in self.sizes if shard not in finished)
         events = [(_written(path), self.sizes[shard]) for shard, path in finished.items()]
         # the spool of a run at a URL is this machine's alone, and its times are those of another clock
-        here = url_of(self.stage.path) is None
-        events += [(_written(path) if here else None, 1) for paths in (begun or {}).values() for path in paths]
+        one_clock = self.stage.files.one_clock
+        events += [(_written(path) if one_clock else None, 1) for paths in (begun or {}).values() for path in paths]
         samples, total = sum(count for _, count in events), sum(self.sizes.values())
         rate = self._rate(what, [(moment, count) for moment, count in events if moment], samples == total)
         seconds = (total - samples) * 3600 / rate if rate and claimed else None
@@ -272,8 +270,8 @@ class _Counter:
 
         A rollout begins with its plan; scoring with its first shard, which does not count then.
         """
-        here = url_of(self.stage.path) is None  # else the claims have times of another clock
-        found = owners.claims_of(self.stage) if here and not over else []
+        one_clock = self.stage.files.one_clock  # else the claims have times of another clock
+        found = owners.claims_of(self.stage) if one_clock and not over else []
         beats = [_written(one.path) for one in found if one.what == what]
         now = max([moment for moment, _ in events] + [moment for moment in beats if moment], default=0.0)
         start = _written(self.stage.plan_path) if what == "rollout" else None

@@ -278,18 +278,20 @@ def test_the_parts_of_an_iteration_add_up(gpus: int) -> None:
     assert one.efficiency() == pytest.approx(useful / one.seconds())
 
 
-def test_the_files_of_a_sample_are_counted_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_files_of_a_sample_are_counted_right(tmp_path: Path) -> None:
     from shards import spool, writer
     from shards.run import Stage
     from tests.support.shard_fixtures import make_group, make_plan, make_sample, plan_of
 
+    class Counting(files.LocalFiles):
+        def publish_new(self, path: Path, data: Any) -> bool:
+            published.append(path)
+            return super().publish_new(path, data)
+
     published: list[Path] = []
-    for module in (spool, writer):
-        monkeypatch.setattr(
-            module, "publish_new", lambda path, data: published.append(path) or files.publish_new(path, data)
-        )
-    stage = Stage(tmp_path, "iter-0000", 0, "rollout")
+    stage = Stage(tmp_path, "iter-0000", 0, "rollout", Counting())
     stage.publish_plan(plan_of(make_plan(groups=2, group_size=4, groups_per_shard=2)))
+    published.clear()
     for group in stage.groups(0):
         spool.write_group(stage, 0, group, make_group(group))
     for key in stage.keys(0):

@@ -172,9 +172,9 @@ def test_a_prompt_without_an_image(policies: dict[str, Policy], tmp_path: Path) 
 def test_a_lora_of_another_base(policies: dict[str, Policy], tiny_t2v2: Path, tiny_i2v2: Path, tmp_path: Path) -> None:
     """One of other shapes cannot be put on; one of the same shapes is told by the record of its training."""
     hidden = Policy.load(tiny_i2v2, device="cpu", text_length=training.TEXT_LENGTH)
-    hidden.add_lora(2, 4.0, 0)
-    hidden.save_lora(tmp_path / "lora")
-    (tmp_path / "lora" / "policy.json").write_text(json.dumps(hidden.fingerprint(tmp_path / "lora")))
+    hidden.experts.add_lora(2, 4.0, 0)
+    hidden.experts.save_lora(tmp_path / "lora")
+    (tmp_path / "lora" / "policy.json").write_text(json.dumps(hidden.experts.fingerprint(tmp_path / "lora")))
     run = training.make_run(tmp_path / "run", tiny_t2v2, model={"lora": str(tmp_path / "lora")})
     beneath = (
         "has the fingerprint of its base; name that model in model.path, and in model.base_lora the LoRA that was "
@@ -203,8 +203,8 @@ def test_a_lora_of_two_experts_on_one(
 ) -> None:
     """Its high-noise half alone would fit."""
     both = Policy.load(tiny_t2v2, device="cpu", text_length=training.TEXT_LENGTH)
-    both.add_lora(2, 4.0, 0)
-    both.save_lora(tmp_path / "lora")
+    both.experts.add_lora(2, 4.0, 0)
+    both.experts.save_lora(tmp_path / "lora")
     run = training.make_run(tmp_path / "run", tiny_t2v, model={"lora": str(tmp_path / "lora")})
     assert refused(run) == (
         f"model.lora: {tmp_path}/lora holds adapters of two experts, but {tiny_t2v} has one",

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 
 from shards import sidecar
+from shards.inspect import table
+from shards.reader import open_shard
 from shards.run import Run
 from tests.support import forks
 from tests.support.cost import seconds_of_processor
@@ -56,7 +58,7 @@ def small(tiny_t2v2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     prompts.write_text('"FILM" on blue\n"REEL" on red\n"CUT" on black\n', encoding="utf-8")
     run = folder / "run"
     assert make(run, tiny_t2v2, prompts).returncode == 0
-    result = rushes("loop", run, "--iterations", "1")
+    result = rushes("loop", run, "--iterations", "1", "--set", 'track.to=["tensorboard"]')
     assert result.returncode == 0, result.stderr
     return run
 
@@ -89,14 +91,28 @@ def make(run: Path, model: Path, prompts: Path, *sets: str) -> Result:
         "report",
         "status",
         "verify",
+        "regenerate",
+        "audit",
+        "trust",
         "export",
         "plan-memory",
+        "doctor",
+        "compare",
     ],
 )
 def test_every_command_has_help_with_an_example(command: str) -> None:
     result = rushes(command, "--help")
     assert result.returncode == 0
     assert f"rushes {command}" in result.stdout.split("Example:")[1]
+
+
+def test_a_shell_completes_commands_and_presets() -> None:
+    def completed(words: str) -> list[str]:
+        count = str(words.count(" "))
+        return python(_RUSHES_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=count).stdout.split()
+
+    assert completed("rushes plan") == ["plan-memory"]
+    assert completed("rushes init runs/first --preset wan21-1") == ["wan21-1.3b", "wan21-14b"]
 
 
 def test_help_takes_less_than_four_tenths_of_a_second_of_processor() -> None:
@@ -112,6 +128,9 @@ def test_a_loop_leaves_everything_it_promises(small: Path) -> None:
     metrics = [json.loads(line) for line in (iteration / "policy" / "metrics.jsonl").read_text().splitlines()]
     assert {row["expert"] for row in metrics} == {"high_noise", "low_noise"}
     assert list((iteration / "policy" / "tensorboard").iterdir())
+    [events] = (small / "report" / "live" / "run").iterdir()
+    assert b"training/reward" in events.read_bytes()  # told while the loop went on
+    assert b"low_noise/loss" in events.read_bytes()
 
 
 def test_a_second_loop_does_nothing_and_says_so(small: Path) -> None:
@@ -177,7 +196,7 @@ def test_json_is_the_only_thing_on_stdout(small: Path, tmp_path: Path) -> None:
     assert needs[0]["device"] == sum(needs[0]["parts"].values())
     exported = json.loads(rushes("export", small, "--out", tmp_path / "export", "--json").stdout)
     assert exported["path"] == str(tmp_path / "export")
-    assert not exported["skipped"]
+    assert (exported["skipped"], exported["iterations"]) == (False, 1)
     copy = tmp_path / "run"
     shutil.copytree(small, copy)
     tar = copy / "iter-0000" / "rollout" / "shard-000000.tar"
@@ -347,7 +366,7 @@ def test_hints_can_be_followed_to_the_letter(small: Path) -> None:
     loop = f"(hint: rushes loop {small} --iterations 4)"
     assert refused("eval", small, "--iteration", "4").endswith(loop)
     assert refused("rollout", small, "--iteration", "4").endswith(loop)
-    assert refused("export", small, "--iteration", "3", "--out", small / "export").endswith(loop)
+    assert refused("export", small, "--iteration", "4", "--out", small / "export").endswith(loop)
     assert refused("verify", small / "iter-0000", "--replay").endswith(f"(hint: the run is {small})")
     assert rushes("verify", small / "iter-0000").returncode == 0
 
@@ -367,7 +386,7 @@ def test_bad_input_is_named(tiny_t2v2: Path, tmp_path: Path) -> None:
         "--reward ocr=2: ocr is given twice (hint: give each reward, and its options, once)"
     )
     assert refused("score", tmp_path / "a", "--reward", "ocr=much").startswith(
-        "--reward ocr=much: the weight is no number"
+        "--reward ocr=much: the weight is not a number"
     )
     assert not (tmp_path / "a").exists()
 
@@ -395,9 +414,131 @@ def test_a_wrong_reward_is_refused_by_init_and_by_rollout(
     assert not (small / "iter-0007").exists()
 
 
+def test_a_sample_is_made_again_from_its_seeds(small: Path, tmp_path: Path) -> None:
+    key = json.loads(rushes("inspect", small, "--columns", "key", "--format", "json").stdout)[0]["key"]
+    again = tmp_path / "again.mp4"
+    same = rushes("regenerate", small, key, "--video", again, "--json")
+    assert same.returncode == 0, same.stderr
+    assert json.loads(same.stdout) == {"key": key, "differences": {}, "within": 0.0}
+    assert f"{key}: the same, bit for bit" in same.stderr
+    assert again.read_bytes() == open_shard(Run(small).iteration(0), 0).video(key)
+    # the same model in another precision makes other numbers
+    other = tmp_path / "other"
+    shutil.copytree(small, other)
+    toml = (other / "run.toml").read_text()
+    (other / "run.toml").write_text(toml.replace('dtype = "float32"', 'dtype = "bfloat16"', 1))
+    differs = rushes("regenerate", other, key, "--json")
+    assert differs.returncode == 1
+    differences = json.loads(differs.stdout)["differences"]
+    assert 0 < differences["latents"] < 1
+    assert differences["video"] is None
+    assert f"rushes: {key}: differs in latents by" in differs.stderr
+    assert rushes("regenerate", other, key, "--within", "1").returncode == 0
+    assert "hold no sample i000000-p000099-s00" in refused("regenerate", small, "i000000-p000099-s00")
+
+
+def test_a_mean_reward_is_followed_back_to_the_base_model(small: Path) -> None:
+    text = rushes("audit", small, "--number", "iter-0000")
+    assert text.returncode == 0, text.stderr
+    words = [line.split()[0] for line in text.stdout.splitlines()]
+    assert words == ["reward", "advantages", "scores", "videos", "seeds", "sigmas", "code", "policy", "model", "chain"]
+    found = json.loads(rushes("audit", small, "--number", "iter-0000", "--json").stdout)
+    assert text.stdout.split()[-1] == found["sha256"]
+    facts = {link["what"]: link["facts"] for link in found["links"]}
+    assert facts["reward"]["mean_reward"] == pytest.approx(table.samples(small)["reward"].mean(), abs=1e-12)
+    assert facts["policy"]["base"] == facts["model"]["base"] == json.loads((small / "model.json").read_text())["base"]
+    assert "this run has no such stage" in refused("audit", small, "--number", "iter-0009")
+
+
+def test_an_audit_names_what_was_edited(small: Path, tmp_path: Path) -> None:
+    """Also what no checksum of one file can tell: a consistent table that does not follow from the scores."""
+    run = tmp_path / "run"
+    shutil.copytree(small, run)
+    assert rushes("rollout", run, "--iteration", "1").returncode == 0
+    assert rushes("score", run, "--iteration", "1").returncode == 0
+    whole = rushes("audit", run, "--number", "iter-0001")
+    assert whole.returncode == 0, whole.stderr
+    assert [line.split()[0] for line in whole.stdout.splitlines()][7:] == [
+        "policy", "training", "policy", "model", "chain"
+    ]  # fmt: skip
+    weights = next((run / "iter-0000" / "policy" / "low_noise").glob("*.safetensors"))
+    kept = weights.read_bytes()
+    weights.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+    assert "its files are not the policy" in failed(run)
+    weights.write_bytes(kept)
+    stage = Run(run).iteration(1)
+    [name] = sidecar.specifications(stage)
+    frame = sidecar.read_advantages(stage, name, [0])
+    frame.loc[0, "advantage"] += 1e-3
+    sidecar.write_advantages(stage, 0, name, frame, {})
+    assert f"advantage of {frame.loc[0, 'key']} does not follow from its scores" in failed(run)
+
+
+def failed(run: Path) -> str:
+    """What an audit that must fail finds."""
+    result = rushes("audit", run, "--number", "iter-0001")
+    assert result.returncode == 1
+    assert "in this chain" in result.stderr
+    return "\n".join(line for line in result.stdout.splitlines() if "WRONG" in line)
+
+
+TINT = """from score.reward import Scored
+
+
+class Tint:
+    name, version, components = "tint", "1", ("value",)
+
+    def __call__(self, videos):
+        return [Scored({"value": float(video.frames.mean())}) for video in videos]
+"""
+
+
+def test_a_run_cannot_name_code_that_nobody_named_here(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run.toml of somebody else names a file that is there; it runs once the person at the keyboard has named it."""
+    monkeypatch.setenv("RUSHES_TRUSTED", str(tmp_path / "trusted"))
+    run, source, ran = tmp_path / "run", tmp_path / "tint.py", tmp_path / "ran"
+    shutil.copytree(small, run)
+    source.write_text(f"open({str(ran)!r}, 'a').close()\n{TINT}", encoding="utf-8")
+    toml = (run / "run.toml").read_text()
+    (run / "run.toml").write_text(toml.replace("{ contrast = 1.0 }", f'{{ "{source}:Tint" = 1.0 }}'))
+    for command in (["rollout"], ["rollout", "--dry-run"], ["score"], ["loop", "--iterations", "2"], ["eval"]):
+        words = refused(command[0], run, *command[1:])
+        assert f"{source} is not trusted" in words
+        assert f"`rushes trust {source}`" in words
+    assert not ran.exists()
+    assert rushes("score", run, "--iteration", "0", "--reward", f"{source}:Tint").returncode == 0  # named in this call
+    assert rushes("trust", source).returncode == 0
+    again = rushes("score", run, "--iteration", "0")
+    assert again.returncode == 0, again.stderr
+    source.write_text(f"{TINT}\n# edited\n", encoding="utf-8")
+    assert f"{source} has changed since it was trusted" in refused("score", run, "--iteration", "0")
+
+
+def test_an_edited_reward_scores_again_and_its_source_is_kept(small: Path, tmp_path: Path) -> None:
+    run, source = tmp_path / "run", tmp_path / "tint.py"
+    shutil.copytree(small, run)
+    argument = ("score", run, "--iteration", "0", "--reward", f"{source}:Tint")
+    source.write_text(TINT, encoding="utf-8")
+    assert rushes(*argument).returncode == 0
+    assert "nothing to do" in rushes(*argument).stderr
+    [first] = (run / "iter-0000" / "score").glob("tint-Tint-*")
+    source.write_text(TINT.replace("mean())", "mean()) / 2"), encoding="utf-8")
+    second = rushes(*argument)
+    assert second.returncode == 0, second.stderr
+    assert f"{source}:Tint has changed since {first.name}, which is kept" in second.stderr
+    kept = {path.parent.name: path.read_text() for path in (run / "iter-0000" / "score").glob("tint-*/_source.py")}
+    assert len(kept) == 2
+    assert kept[first.name] == TINT
+    assert set(kept.values()) == {TINT, source.read_text()}
+    assert rushes("verify", run).returncode == 0
+
+
 def test_an_own_reward_is_found_from_every_directory(
     tiny_t2v2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("RUSHES_TRUSTED", str(tmp_path / "trusted"))
     here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
     here.mkdir()
     elsewhere.mkdir()
@@ -416,6 +557,7 @@ def test_an_own_reward_is_found_from_every_directory(
     made = make(run, tiny_t2v2, here / "prompts.txt", "score.rewards={'own_taste:Taste'=1.0}")
     assert made.returncode == 0, made.stderr
     assert f"score.rewards: {here}/own_taste.py:Taste, written in full" in made.stderr
+    assert f"trusted: {here}/own_taste.py (sha256 " in made.stderr
     monkeypatch.chdir(elsewhere)
     looped = rushes("loop", run, "--iterations", "1")
     assert looped.returncode == 0, looped.stderr

@@ -101,7 +101,7 @@ def calls(line: str) -> list[list[str]]:
 def check(arguments: list[str]) -> None:
     """Fail unless the command line takes these arguments; presets and settings must exist too."""
     name, *rest = [argument for argument in arguments if argument != "--debug"] or [""]
-    if name == "--help":
+    if name in ("--help", "--install-completion"):
         return
     assert name in COMMANDS, f"there is no command {name!r}"
     if not rest:

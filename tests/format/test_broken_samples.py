@@ -31,7 +31,7 @@ def sampled(run: Run, policy: Policy, every: int) -> Stage:
         large = torch.tensor([1.0, 1.0 if len(calls) % every else 1e9])
         return out * large.view(2, *[1] * (out.ndim - 1))
 
-    handle = policy.module(0).proj_out.register_forward_hook(outgrow)  # type: ignore[union-attr]
+    handle = policy.experts.module(0).proj_out.register_forward_hook(outgrow)  # type: ignore[union-attr]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", RuntimeWarning)  # of a NaN that became a pixel
@@ -67,6 +67,6 @@ def test_a_sample_that_is_not_finite_is_missing_and_the_others_are_trained_on(
     trained = load_file(stage.policy_dir / "high_noise" / "pytorch_lora_weights.safetensors")
     assert all(torch.isfinite(value).all() for value in trained.values())
     assert all(value.any() for name, value in trained.items() if "lora_B" in name)
-    policy.become(None)
+    policy.experts.become(None)
     whole = regenerate(run, stage, shard.keys[2], policy)  # beside a neighbour that is finite this time
     assert torch.equal(torch.as_tensor(whole.tensors["latents"]), shard.trajectory(shard.keys[2])["latents"])

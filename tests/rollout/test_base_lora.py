@@ -69,11 +69,13 @@ def test_weights_are_merged_in_float64_and_rounded_once(
     with torch.no_grad():
         expected = merged(plain, tensors, scale)
     theirs = dict(expected.named_parameters())
-    assert all(torch.equal(value, theirs[name]) for name, value in policy.module(0).named_parameters())
-    assert {value.dtype for value in theirs.values()} == {value.dtype for value in policy.module(0).parameters()}
+    assert all(torch.equal(value, theirs[name]) for name, value in policy.experts.module(0).named_parameters())
+    assert {value.dtype for value in theirs.values()} == {
+        value.dtype for value in policy.experts.module(0).parameters()
+    }
     assert same(answers(policy), [probe(expected, policy.layout)])
-    assert not policy.has_lora
-    assert not policy.trainable(0)
+    assert not policy.experts.has_lora
+    assert not policy.experts.trainable(0)
 
 
 @pytest.mark.parametrize("case", ["native", "alpha", "biases", "ends", "head", "DoRA"])
@@ -129,10 +131,10 @@ def test_the_fingerprint_goes_by_content(tiny_t2v2: Path, tmp_path: Path) -> Non
     moved = [path.rename(tmp_path / "two" / f"{path.stem}_noise.safetensors") for path in (high, low)]
 
     def base(**options: Any) -> str:
-        return load(tiny_t2v2, **options).base_fingerprint
+        return load(tiny_t2v2, **options).experts.base_fingerprint
 
     none, both = base(), base(base_lora=tmp_path / "two")
-    assert load(tiny_t2v2, base_lora=tmp_path / "two").model_fingerprint == none
+    assert load(tiny_t2v2, base_lora=tmp_path / "two").experts.model_fingerprint == none
     for path, name in zip(moved, ("a.safetensors", "b.safetensors"), strict=True):
         path.rename(tmp_path / name)
     high, low = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
@@ -164,7 +166,11 @@ def test_every_stage_has_it_beneath(settings: dict[str, Any], pair: Path, tiny_t
     run = make_run(tmp_path / "run", tiny_t2v2, settings, base_lora=pair)
     policy = Policy.of(run.config.model)
     training.advise(training.roll(run, 0, policy))
-    assert read_json(run.path / "model.json")["base"] == policy.base_fingerprint != policy.model_fingerprint
+    assert (
+        read_json(run.path / "model.json")["base"]
+        == policy.experts.base_fingerprint
+        != policy.experts.model_fingerprint
+    )
     report = train(run, 0, Policy.of(run.config.model))
     if "objective" not in settings:
         assert report.replay == 0.0
@@ -187,24 +193,24 @@ def test_every_stage_has_it_beneath(settings: dict[str, Any], pair: Path, tiny_t
 def test_the_reference_has_it_too(pair: Path, tiny_t2v2: Path) -> None:
     policy = load(tiny_t2v2, base_lora=pair)
     beneath = answers(policy)
-    policy.add_lora(2, 4.0, 0)
-    for _, parameter in policy.trainable(0):
+    policy.experts.add_lora(2, 4.0, 0)
+    for _, parameter in policy.experts.trainable(0):
         parameter.data += 0.05
     assert not same(answers(policy)[:1], beneath[:1])
-    with policy.reference():
+    with policy.experts.reference():
         assert same(answers(policy), beneath)
-    policy.become(None)
-    policy.train_all()
-    for _, parameter in policy.trainable(0):
+    policy.experts.become(None)
+    policy.experts.train_all()
+    for _, parameter in policy.experts.trainable(0):
         parameter.data += 0.05
-    with policy.reference():
+    with policy.experts.reference():
         assert same(answers(policy), beneath)
 
 
 def test_a_starting_lora_lies_on_top(pair: Path, tiny_t2v2: Path, tmp_path: Path) -> None:
     start = forms.write(tmp_path / "start.safetensors", forms.native(tiny_transformer(1), 9))
     policy = load(tiny_t2v2, base_lora=pair, lora=start, lora_2=start)
-    with policy.reference():
+    with policy.experts.reference():
         assert same(answers(policy), answers(load(tiny_t2v2, base_lora=pair)))
     pipe = open_plain(tiny_t2v2, "float32", whole=False)
     pipe.load_lora_weights(str(pair / "high_noise.safetensors"), adapter_name="base")
@@ -243,7 +249,7 @@ def test_a_file_that_changes_in_use_ends_the_command(pair: Path, tiny_t2v2: Path
     policy = load(tiny_t2v2, base_lora=pair)
     forms.write(pair / "high_noise.safetensors", forms.native(tiny_transformer(1), 5))
     with pytest.raises(RunFailed, match=r"high_noise\.safetensors: changed while it was in use"):
-        policy.train_all()
+        policy.experts.train_all()
 
 
 def test_what_cannot_lie_beneath(tiny_t2v: Path, tiny_t2v2: Path, tmp_path: Path) -> None:
@@ -265,9 +271,9 @@ def test_what_cannot_lie_beneath(tiny_t2v: Path, tiny_t2v2: Path, tmp_path: Path
     names = "model.lora names no LoRA of the low_noise expert, but both experts are trained"
     assert names in refused(tiny_t2v2, lora=file, lora_2="none")
     policy = load(tiny_t2v)
-    policy.train_all()
-    for expert in policy.expert_ids:
-        policy.save(tmp_path / "full", expert)
+    policy.experts.train_all()
+    for expert in policy.layout.expert_ids:
+        policy.experts.save(tmp_path / "full", expert)
     found = refused(tiny_t2v, base_lora=tmp_path / "full")
     assert found.startswith(f"model.base_lora: {tmp_path}/full holds whole transformers, not a LoRA")
 
@@ -277,7 +283,7 @@ def test_a_lora_trained_over_another_base_is_refused_by_its_record(pair: Path, t
     training.advise(training.roll(run, 0, Policy.of(run.config.model)))
     train(run, 0)
     folder = run.iteration(0).policy_dir
-    assert load(tiny_t2v2, lora=folder, base_lora=pair).has_lora
+    assert load(tiny_t2v2, lora=folder, base_lora=pair).experts.has_lora
     for options in (
         {"lora": folder},
         {"lora": folder, "base_lora": pair, "base_lora_scale": 0.5},

@@ -37,7 +37,7 @@ def runs(tiny_t2v: Path, tiny_t2v2: Path, tiny_i2v2: Path, tiny_ti2v: Path, tmp_
 
 
 def card_of(run: Run, out: Path, **options: Any) -> str:
-    export(run, 0, out, **options)
+    export(run, 1, out, **options)
     return (out / "README.md").read_text(encoding="utf-8")
 
 
@@ -73,10 +73,12 @@ def strictly() -> Iterator[list[str]]:
 def evaluated(run: Run, noise: torch.Tensor, image: Any = None) -> torch.Tensor:
     """Final latents of the averaged policy by the steps of `rushes eval`, from that noise."""
     policy = Policy.of(run.config.model)
-    policy.become(run.iteration(0).policy_dir / "ema")
+    policy.experts.become(run.iteration(0).policy_dir / "ema")
     plan, video = Base.of(run, policy.layout).plan, run.config.rollout
-    prompt, negative = (policy.pad(embeds, 1) for embeds in policy.encode(["a cat walks", video.negative_prompt]))
-    condition = None if image is None else policy.encode_image(image, video.height, video.width, video.frames)
+    prompt, negative = (
+        policy.text.pad(embeds, 1) for embeds in policy.text.encode(["a cat walks", video.negative_prompt])
+    )
+    condition = None if image is None else policy.vae.encode_image(image, video.height, video.width, video.frames)
     x, before = noise, None
     with torch.no_grad():
         for step in range(plan.steps):
@@ -122,7 +124,7 @@ def test_the_code_samples_as_the_evaluation_does(
     assert 'negative_prompt="it\'s bad"' in code
     assert str(run.config.model.path) not in code
     video = run.config.rollout
-    shape = Policy.of(run.config.model).latent_shape(video.height, video.width, video.frames)
+    shape = Policy.of(run.config.model).layout.latent_shape(video.height, video.width, video.frames)
     noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(4))
     image = IMAGE if layout == "i2v2" else None
     names = executed(run, code, tmp_path / "out", monkeypatch, noise=noise.clone(), image=image)
@@ -136,7 +138,7 @@ def test_the_code_samples_as_the_evaluation_does(
 
 def test_the_code_of_every_export_runs_as_it_stands(runs: dict[str, Run], tmp_path: Path, monkeypatch: Any) -> None:
     run = Run.open(runs["t2v2"].path, ["eval.steps=2"])
-    noise = torch.randn(1, *Policy.of(run.config.model).latent_shape(16, 16, 5))
+    noise = torch.randn(1, *Policy.of(run.config.model).layout.latent_shape(16, 16, 5))
     found = []
     for name, options in {"lora": {}, "native": {"format": "comfyui"}, "fused": {"fuse": True}}.items():
         code = code_of(card_of(run, tmp_path / name, **options))
@@ -149,7 +151,7 @@ def test_the_code_of_every_export_runs_as_it_stands(runs: dict[str, Run], tmp_pa
 
 def test_half_precision_keeps_the_vae_in_fp32(tiny_t2v: Path, tmp_path: Path, monkeypatch: Any) -> None:
     run = Run.open(trained(tmp_path / "run", tiny_t2v, "bfloat16").path, ["eval.steps=2"])
-    noise = torch.randn(1, *Policy.of(run.config.model).latent_shape(16, 16, 5))
+    noise = torch.randn(1, *Policy.of(run.config.model).layout.latent_shape(16, 16, 5))
     code = code_of(card_of(run, tmp_path / "out"))
     pipe = executed(run, code, tmp_path / "out", monkeypatch, noise=noise)["pipe"]
     assert (pipe.vae.dtype, pipe.transformer.proj_out.weight.dtype) == (torch.float32, torch.bfloat16)
@@ -163,7 +165,7 @@ def test_a_lora_beneath_is_named_and_fused(second: str, tiny_t2v2: Path, tmp_pat
     first = tmp_path / "few" / "high_noise.safetensors" if second else tmp_path / "few"
     settings = {"base_lora": str(first), "base_lora_2": second}
     run = Run.open(trained(tmp_path / "run", tiny_t2v2, **settings).path, ["eval.steps=3"])
-    report = export(run, 0, tmp_path / "out")
+    report = export(run, 1, tmp_path / "out")
     assert re.search(
         r"with the base LoRA fused by diffusers, as in the code below, .* by at most \d\.\de-0[5-9]", report.checked
     )
@@ -176,7 +178,7 @@ def test_a_lora_beneath_is_named_and_fused(second: str, tiny_t2v2: Path, tmp_pat
     assert str(tmp_path) not in card
     for path in (tmp_path / "few").iterdir():
         (tmp_path / "out" / path.name).write_bytes(path.read_bytes())
-    noise = torch.randn(1, *Policy.of(run.config.model).latent_shape(16, 16, 5))
+    noise = torch.randn(1, *Policy.of(run.config.model).layout.latent_shape(16, 16, 5))
     names = executed(run, code_of(card), tmp_path / "out", monkeypatch, noise=noise.clone())
     torch.testing.assert_close(names["video"], evaluated(run, noise)[0], rtol=1e-4, atol=1e-4)
 

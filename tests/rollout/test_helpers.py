@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from rollout import helpers
 from rollout import run as rollout_run
 from rollout.policy import Policy
+from rollout.ranks.device import device_of_worker
 from shards.errors import UserError
 from shards.files import read_json
 from shards.reader import open_shard
@@ -134,3 +136,23 @@ def test_what_is_wrong_is_told_by_the_first_process(tiny_t2v2: Path, tmp_path: P
     with pytest.raises(UserError, match="iteration 3 samples with the policy"):
         helpers.rollout(run, run.iteration(3), Policy.of(run.config.model))
     assert not helpers.helpers.executors
+
+
+def test_each_process_has_a_gpu_of_its_own_or_none_starts(
+    tiny_t2v: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert device_of_worker("cpu", 3, 8) == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [device_of_worker("auto", index, 2) for index in range(2)] == ["cuda:0", "cuda:1"]
+    with pytest.raises(UserError, match="this machine has 2") as found:
+        device_of_worker("cuda", 0, 3)
+    assert "rollout.workers = 2" in found.value.hint
+    with pytest.raises(UserError, match="cuda:1 is one GPU"):
+        device_of_worker("cuda:1", 0, 2)
+    run = make(tmp_path / "run", tiny_t2v, workers=3)
+    config = run.config.model_copy(update={"model": run.config.model.model_copy(update={"device": "cuda"})})
+    monkeypatch.setattr(run, "config", config)
+    with pytest.raises(UserError, match="workers = 3"):
+        helpers.rollout(run, run.iteration(0))
+    assert not run.iteration(0).path.exists()  # refused before anything is written

@@ -87,8 +87,8 @@ def test_a_file_gives_the_velocities_of_diffusers_bit_for_bit(form: str, tiny_t2
     expected = forms.plain(tiny_t2v, file)
     assert same(answers(policy), expected)
     assert not same(answers(load(tiny_t2v)), expected)
-    assert all(".policy." in name and value.dtype == torch.float32 for name, value in policy.trainable(0))
-    with policy.reference():
+    assert all(".policy." in name and value.dtype == torch.float32 for name, value in policy.experts.trainable(0))
+    with policy.experts.reference():
         assert same(answers(policy), answers(load(tiny_t2v)))
 
 
@@ -142,7 +142,7 @@ def test_a_half_precision_model_differs_only_by_the_adapter_kept_in_fp32(tiny_t2
     assert not same(answers(policy), expected)
     (difference,) = [(a - b).abs().max() for a, b in zip(answers(policy), expected, strict=True)]
     assert difference < 0.05 * expected[0].abs().max()
-    round_adapter(policy.module(0), "bfloat16")
+    round_adapter(policy.experts.module(0), "bfloat16")
     assert same(answers(policy), expected)
 
 
@@ -201,7 +201,7 @@ def test_a_peft_folder_of_the_official_code(tiny_t2v: Path, tmp_path: Path) -> N
     expected = forms.plain(tiny_t2v, forms.write(tmp_path / "b.safetensors", twice))
     policy = load(tiny_t2v, lora=tmp_path / "peft")
     assert same(answers(policy), expected)
-    policy.save_lora(tmp_path / "saved")
+    policy.experts.save_lora(tmp_path / "saved")
     files = [tmp_path / "saved" / "high_noise" / "pytorch_lora_weights.safetensors"]
     assert same(answers(load(tiny_t2v, lora=tmp_path / "saved")), expected)
     assert same(forms.plain(tiny_t2v, *files), expected)
@@ -313,6 +313,10 @@ REFUSED: dict[str, tuple[Callable[[], Tensors], str]] = {
                  if "blocks.0." in name},
         "has no layer of this model",
     ),
+    "a layer that takes none": (
+        lambda: {f"transformer.blocks.0.attn1.norm_q.lora_{side}.weight": torch.ones(4, 4) for side in "AB"},
+        "peft puts no LoRA on blocks.0.attn1.norm_q: Target module",
+    ),
     "another width": (
         lambda: plain_names() | {f"{OURS}.lora_A.weight": torch.ones(4, 25)},
         "does not fit this model: blocks.0.attn1.to_q.lora_A.weight is [4, 25] there, and here is [4, 24]",
@@ -402,7 +406,7 @@ def test_a_way_to_begin_that_changes_the_base_is_not_taken_from_the_metadata(tin
 def test_reading_does_not_touch_the_random_numbers(tiny_t2v: Path, tmp_path: Path) -> None:
     policy = load(tiny_t2v, lora=forms.write(tmp_path / "a.safetensors", comfy()))
     state = torch.random.get_rng_state()
-    policy.become(None)
+    policy.experts.become(None)
     assert torch.equal(torch.random.get_rng_state(), state)
 
 

@@ -34,7 +34,7 @@ def make(tmp_path: Path, model: Path, form: str, **settings: Any) -> Run:
 def test_it_is_trained_whole_and_stored_whole(form: str, tiny_t2v2: Path, tmp_path: Path) -> None:
     run = make(tmp_path, tiny_t2v2, form)
     policy = Policy.of(run.config.model)
-    began = {e: {name: value.detach().clone() for name, value in policy.trainable(e)} for e in (0, 1)}
+    began = {e: {name: value.detach().clone() for name, value in policy.experts.trainable(e)} for e in (0, 1)}
     assert any(".lora_B.policy.bias" in name for name in began[0]) == (form in ("native, biases", "native, ends"))
     training.advise(training.roll(run, 0, policy))
     report = train(run, 0, Policy.of(run.config.model))
@@ -42,9 +42,9 @@ def test_it_is_trained_whole_and_stored_whole(form: str, tiny_t2v2: Path, tmp_pa
     assert not report.warnings
 
     folder = run.iteration(0).policy_dir
-    policy.become(folder)
+    policy.experts.become(folder)
     for expert in (0, 1):
-        now = dict(policy.trainable(expert))
+        now = dict(policy.experts.trainable(expert))
         assert now.keys() == began[expert].keys()
         assert all(not now[name].equal(value) for name, value in began[expert].items()), "a weight was not trained"
     trained = answers(policy)
@@ -66,12 +66,12 @@ def test_it_is_trained_whole_and_stored_whole(form: str, tiny_t2v2: Path, tmp_pa
 def test_the_configuration_is_stored_with_it(tiny_t2v2: Path, tmp_path: Path) -> None:
     """Without ranks and biases in the metadata nobody could load the file."""
     policy = load(tiny_t2v2, lora=make(tmp_path, tiny_t2v2, "diffusers, mixed ranks").config.model.lora)
-    policy.save_lora(tmp_path / "a")
+    policy.experts.save_lora(tmp_path / "a")
     with safe_open(tmp_path / "a" / "low_noise" / "pytorch_lora_weights.safetensors", "pt") as file:
         config = json.loads(file.metadata()["lora_adapter_metadata"])
     assert {config["transformer.r"], *config["transformer.rank_pattern"].values()} == {2, 5}
     assert config["transformer.alpha_pattern"] == config["transformer.rank_pattern"]
-    load(tiny_t2v2, lora=tmp_path / "a").save_lora(tmp_path / "b")
+    load(tiny_t2v2, lora=tmp_path / "a").experts.save_lora(tmp_path / "b")
     for side in ("high_noise", "low_noise"):
         name = f"{side}/pytorch_lora_weights.safetensors"
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()

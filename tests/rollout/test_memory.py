@@ -204,11 +204,11 @@ def test_the_trainer_state_is_what_training_holds(tiny_t2v: Path) -> None:
 
     policy = Policy.load(tiny_t2v, dtype="bfloat16", device="cpu")
     size = expert_size(dict(tiny_transformer(1).config), rank=2)
-    module = policy.module(0)
+    module = policy.experts.module(0)
     held = sum(value.nbytes for value in module.parameters())
     assert held == memory_model.weight_bytes(size.parameters, "bfloat16", size.kept)
     module.requires_grad_(True)
-    masters = Masters(dict(policy.trainable(0)))
+    masters = Masters(dict(policy.experts.trainable(0)))
     apart = [master for name, master in masters.parameters.items() if master is not masters.weights[name]]
     state = memory_model.full_state(size.parameters, size.kept, "bfloat16", average=True)
     assert state["fp32 masters"] == sum(master.nbytes for master in apart)

@@ -66,10 +66,10 @@ def plain(kind: type, folder: Path, plan: Schedule | None = None) -> Any:
 
 
 def sample(policy: Policy, plan: Schedule, x: torch.Tensor, condition: torch.Tensor | None) -> torch.Tensor:
-    prompt, negative = (policy.pad(embeds, len(x)) for embeds in policy.encode(["a cat walks", "bad"]))
+    prompt, negative = (policy.text.pad(embeds, len(x)) for embeds in policy.text.encode(["a cat walks", "bad"]))
     with torch.no_grad():
         for step in range(plan.steps):
-            policy.use(plan.experts[step])
+            policy.experts.use(plan.experts[step])
             inputs = StepInputs(x, prompt, negative, condition)
             x = take_step(policy, plan, step, inputs, None, torch.float32).x
     return policy.impose(x, condition)
@@ -81,9 +81,11 @@ def test_the_loop_equals_the_pipeline_bit_for_bit(case: str, folders: dict[str, 
     height, width, frames = SIZES[layout]
     policy = load(folders[layout])
     plan = make_plan(policy.layout.boundary)
-    assert len(set(plan.experts)) == len(policy.expert_ids)
+    assert len(set(plan.experts)) == len(policy.layout.expert_ids)
     pipe = plain(WanImageToVideoPipeline if image else WanPipeline, folders[layout], plan)
-    noise = torch.randn(2, *policy.latent_shape(height, width, frames), generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(
+        2, *policy.layout.latent_shape(height, width, frames), generator=torch.Generator().manual_seed(0)
+    )
     options: dict[str, Any] = {
         "prompt": "a cat walks",
         "negative_prompt": "bad",
@@ -100,14 +102,14 @@ def test_the_loop_equals_the_pipeline_bit_for_bit(case: str, folders: dict[str, 
     condition = None
     if image:
         options["image"] = IMAGE.resize((width, height))
-        condition = policy.encode_image(options["image"], height, width, frames)
+        condition = policy.vae.encode_image(options["image"], height, width, frames)
 
     ours = sample(policy, plan, noise, condition)
 
     assert torch.equal(ours, pipe(**options, latents=noise.clone(), output_type="latent").frames)
     video = pipe(**options, latents=noise.clone(), output_type="np").frames
-    assert np.array_equal(policy.decode(ours), (video * 255).round().astype(np.uint8))
-    assert len(np.unique(policy.decode(ours))) > 10
+    assert np.array_equal(policy.vae.decode(ours), (video * 255).round().astype(np.uint8))
+    assert len(np.unique(policy.vae.decode(ours))) > 10
 
 
 def test_text_is_encoded_at_its_full_length_and_padded_with_zeros(folders: dict[str, Path]) -> None:
@@ -117,47 +119,49 @@ def test_text_is_encoded_at_its_full_length_and_padded_with_zeros(folders: dict[
     for prompt in (long, "ab", ""):
         with torch.no_grad():
             theirs, _ = pipe.encode_prompt(prompt, None, False, max_sequence_length=TEXT_LENGTH)
-        (embeds,) = policy.encode([prompt])
+        (embeds,) = policy.text.encode([prompt])
         assert embeds.shape[0] == min(len(prompt.encode()) + 1, TEXT_LENGTH)
-        assert torch.equal(policy.pad(embeds, 1), theirs)
+        assert torch.equal(policy.text.pad(embeds, 1), theirs)
 
 
 def test_a_fresh_adapter_changes_no_bit_and_is_seeded(folders: dict[str, Path]) -> None:
     policy, again = load(folders["t2v2"]), load(folders["t2v2"])
-    x = torch.randn(1, *policy.latent_shape(32, 32, 5), generator=torch.Generator().manual_seed(1))
-    prompt = policy.pad(policy.encode(["a cat"])[0], 1)
+    x = torch.randn(1, *policy.layout.latent_shape(32, 32, 5), generator=torch.Generator().manual_seed(1))
+    prompt = policy.text.pad(policy.text.encode(["a cat"])[0], 1)
     before = [policy.velocity(e, x, 900.0, prompt, prompt, 3.0) for e in (0, 1)]
     state = torch.random.get_rng_state()
-    policy.add_lora(rank=4, alpha=8, seed=7)
+    policy.experts.add_lora(rank=4, alpha=8, seed=7)
     assert torch.equal(state, torch.random.get_rng_state())
     for expert in (0, 1):
         assert torch.equal(policy.velocity(expert, x, 900.0, prompt, prompt, 3.0), before[expert])
-    again.add_lora(rank=4, alpha=8, seed=7)
+    again.experts.add_lora(rank=4, alpha=8, seed=7)
     for expert in (0, 1):
-        pairs = zip(policy.trainable(expert), again.trainable(expert), strict=True)
+        pairs = zip(policy.experts.trainable(expert), again.experts.trainable(expert), strict=True)
         assert all(one[0] == other[0] and torch.equal(one[1], other[1]) for one, other in pairs)
-    names = {name.split(".lora_")[0].split(".", 2)[2] for name, _ in policy.trainable(0)}
+    names = {name.split(".lora_")[0].split(".", 2)[2] for name, _ in policy.experts.trainable(0)}
     attention = {f"attn{n}.{part}" for n in (1, 2) for part in ("to_q", "to_k", "to_v", "to_out.0")}
     assert names == attention | {"ffn.net.0.proj", "ffn.net.2"}
-    downs = [dict(policy.trainable(e))["blocks.0.attn1.to_q.lora_A.policy.weight"] for e in (0, 1)]
+    downs = [dict(policy.experts.trainable(e))["blocks.0.attn1.to_q.lora_A.policy.weight"] for e in (0, 1)]
     assert not torch.equal(*downs)
 
 
 def stir(policy: Policy) -> None:
     """Move the adapters of both experts away from zero, each its own way."""
     generator = torch.Generator().manual_seed(5)
-    for expert in policy.expert_ids:
-        for _, parameter in policy.trainable(expert):
+    for expert in policy.layout.expert_ids:
+        for _, parameter in policy.experts.trainable(expert):
             parameter.data += 0.05 * (expert + 1) * torch.randn(parameter.shape, generator=generator)
 
 
 @pytest.mark.parametrize("layout", ["t2v", "t2v2"])
 def test_saved_adapters_load_into_plain_diffusers(layout: str, folders: dict[str, Path], tmp_path: Path) -> None:
     policy = load(folders[layout])
-    policy.add_lora(rank=4, alpha=12, seed=0)
+    policy.experts.add_lora(rank=4, alpha=12, seed=0)
     stir(policy)
-    policy.save_lora(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["high_noise", "low_noise"][: len(policy.expert_ids)]
+    policy.experts.save_lora(tmp_path)
+    assert (
+        sorted(path.name for path in tmp_path.iterdir()) == ["high_noise", "low_noise"][: len(policy.layout.expert_ids)]
+    )
 
     plan = make_plan(policy.layout.boundary)
     pipe = plain(WanPipeline, folders[layout], plan)
@@ -166,7 +170,7 @@ def test_saved_adapters_load_into_plain_diffusers(layout: str, folders: dict[str
     options: dict[str, Any] = {"guidance_scale_2": 3.0} if policy.layout.boundary else {}
     if policy.layout.boundary:
         pipe.load_lora_weights(str(tmp_path / "low_noise"), adapter_name="low", load_into_transformer_2=True)
-    noise = torch.randn(1, *policy.latent_shape(32, 32, 5), generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(1, *policy.layout.latent_shape(32, 32, 5), generator=torch.Generator().manual_seed(0))
     theirs = pipe(
         prompt="a cat walks",
         negative_prompt="bad",
@@ -188,79 +192,79 @@ def test_saved_adapters_load_into_plain_diffusers(layout: str, folders: dict[str
 
 def test_saving_twice_gives_equal_files_and_the_fingerprint_follows(folders: dict[str, Path], tmp_path: Path) -> None:
     policy = load(folders["t2v2"])
-    base = policy.fingerprint(None)
+    base = policy.experts.fingerprint(None)
     assert base["adapters"] == {}
-    policy.add_lora(rank=2, alpha=4, seed=0)
-    policy.save_lora(tmp_path / "a")
+    policy.experts.add_lora(rank=2, alpha=4, seed=0)
+    policy.experts.save_lora(tmp_path / "a")
     other = load(folders["t2v2"], lora=str(tmp_path / "a"))
-    other.save_lora(tmp_path / "b")
-    a, b = policy.fingerprint(tmp_path / "a"), policy.fingerprint(tmp_path / "b")
+    other.experts.save_lora(tmp_path / "b")
+    a, b = policy.experts.fingerprint(tmp_path / "a"), policy.experts.fingerprint(tmp_path / "b")
     assert a == b
     assert sorted(a["adapters"]) == [f"{name}/pytorch_lora_weights.safetensors" for name in ("high_noise", "low_noise")]
-    assert other.fingerprint(None) == a
+    assert other.experts.fingerprint(None) == a
     stir(policy)
-    policy.save_lora(tmp_path / "c")
-    fingerprints = {base["fingerprint"], a["fingerprint"], policy.fingerprint(tmp_path / "c")["fingerprint"]}
+    policy.experts.save_lora(tmp_path / "c")
+    fingerprints = {base["fingerprint"], a["fingerprint"], policy.experts.fingerprint(tmp_path / "c")["fingerprint"]}
     assert len(fingerprints) == 3
-    assert policy.fingerprint(tmp_path / "c")["base"] == base["base"]
+    assert policy.experts.fingerprint(tmp_path / "c")["base"] == base["base"]
 
 
 def test_the_dropout_of_a_foreign_adapter_is_off(folders: dict[str, Path], tmp_path: Path) -> None:
     policy = load(folders["t2v"])
-    policy.add_lora(rank=2, alpha=4, seed=0)
-    policy.module(0).peft_config["policy"].lora_dropout = 0.5  # type: ignore[index]
-    for name, value in policy.trainable(0):
+    policy.experts.add_lora(rank=2, alpha=4, seed=0)
+    policy.experts.module(0).peft_config["policy"].lora_dropout = 0.5  # type: ignore[index]
+    for name, value in policy.experts.trainable(0):
         value.data.fill_(0.1 if ".lora_B." in name else 0.02)
-    policy.save_lora(tmp_path)
-    policy.load_lora(tmp_path)
-    assert 0.5 in {part.p for part in policy.module(0).modules() if isinstance(part, torch.nn.Dropout)}
-    x, embeds = torch.ones(1, *policy.latent_shape(32, 32, 9)), torch.ones(1, TEXT_LENGTH, 16)
+    policy.experts.save_lora(tmp_path)
+    policy.experts.load_lora(tmp_path)
+    assert 0.5 in {part.p for part in policy.experts.module(0).modules() if isinstance(part, torch.nn.Dropout)}
+    x, embeds = torch.ones(1, *policy.layout.latent_shape(32, 32, 9)), torch.ones(1, TEXT_LENGTH, 16)
     with torch.no_grad():
         one, other = (policy.velocity(0, x, 500.0, embeds, None, 1.0) for _ in range(2))
-        with policy.reference():
+        with policy.experts.reference():
             assert not torch.equal(one, policy.velocity(0, x, 500.0, embeds, None, 1.0))
     assert torch.equal(one, other)
 
 
 def test_the_reference_is_the_base_model_and_leaves_gradients_alone(folders: dict[str, Path]) -> None:
     policy = load(folders["t2v"])
-    x = torch.randn(1, *policy.latent_shape(32, 32, 5), generator=torch.Generator().manual_seed(1))
-    prompt = policy.pad(policy.encode(["a cat"])[0], 1)
+    x = torch.randn(1, *policy.layout.latent_shape(32, 32, 5), generator=torch.Generator().manual_seed(1))
+    prompt = policy.text.pad(policy.text.encode(["a cat"])[0], 1)
     base = policy.velocity(0, x, 500.0, prompt, prompt, 3.0)
-    policy.add_lora(rank=4, alpha=8, seed=0)
+    policy.experts.add_lora(rank=4, alpha=8, seed=0)
     stir(policy)
     tuned = policy.velocity(0, x, 500.0, prompt, prompt, 3.0)
-    with torch.no_grad(), policy.reference():
+    with torch.no_grad(), policy.experts.reference():
         assert torch.equal(policy.velocity(0, x, 500.0, prompt, prompt, 3.0), base)
     assert not torch.equal(tuned, base)
     tuned.square().mean().backward()  # built before the reference was asked
-    assert all(parameter.grad is not None for _, parameter in policy.trainable(0))
-    assert all("lora" in name for name, _ in policy.trainable(0))
-    policy.become(None)
-    assert not policy.has_lora
+    assert all(parameter.grad is not None for _, parameter in policy.experts.trainable(0))
+    assert all("lora" in name for name, _ in policy.experts.trainable(0))
+    policy.experts.become(None)
+    assert not policy.experts.has_lora
     assert torch.equal(policy.velocity(0, x, 500.0, prompt, prompt, 3.0), base)
 
 
 def test_bfloat16_keeps_fp32_parts_and_fp32_adapters(folders: dict[str, Path], tmp_path: Path) -> None:
     policy = load(folders["t2v2"], dtype="bfloat16")
-    module = policy.module(0)
+    module = policy.experts.module(0)
     assert module.patch_embedding.weight.dtype == torch.bfloat16
     assert module.condition_embedder.time_embedder.linear_1.weight.dtype == torch.float32
-    policy.add_lora(rank=2, alpha=4, seed=0)
-    policy.save_lora(tmp_path)
-    policy.load_lora(tmp_path)
-    assert {parameter.dtype for _, parameter in policy.trainable(1)} == {torch.float32}
-    x = torch.randn(1, *policy.latent_shape(32, 32, 5))
-    prompt = policy.pad(policy.encode(["a cat"])[0], 1)
+    policy.experts.add_lora(rank=2, alpha=4, seed=0)
+    policy.experts.save_lora(tmp_path)
+    policy.experts.load_lora(tmp_path)
+    assert {parameter.dtype for _, parameter in policy.experts.trainable(1)} == {torch.float32}
+    x = torch.randn(1, *policy.layout.latent_shape(32, 32, 5))
+    prompt = policy.text.pad(policy.text.encode(["a cat"])[0], 1)
     assert policy.velocity(0, x, 900.0, prompt, prompt, 3.0).dtype == torch.float32
 
 
 def test_the_given_frame_of_ti2v_does_not_enter_the_log_prob(folders: dict[str, Path]) -> None:
     policy = load(folders["ti2v"])
     plan = make_plan(None, "flow-sde")
-    x, x_next = torch.randn(2, 1, *policy.latent_shape(64, 64, 5), generator=torch.Generator().manual_seed(2))
-    prompt = policy.pad(policy.encode(["a cat"])[0], 1)
-    condition = policy.encode_image(IMAGE, 64, 64, 5)
+    x, x_next = torch.randn(2, 1, *policy.layout.latent_shape(64, 64, 5), generator=torch.Generator().manual_seed(2))
+    prompt = policy.text.pad(policy.text.encode(["a cat"])[0], 1)
+    condition = policy.vae.encode_image(IMAGE, 64, 64, 5)
     assert tuple(condition.shape) == (1, 48, 1, 4, 4)
     with torch.no_grad():
         scored = step_log_prob(policy, plan, 1, StepInputs(x, prompt, prompt, condition), x_next)
@@ -275,10 +279,10 @@ def test_the_given_frame_of_ti2v_does_not_enter_the_log_prob(folders: dict[str, 
 def test_layouts_are_read_from_the_folder(folders: dict[str, Path]) -> None:
     facts = {name: load(folder) for name, folder in folders.items()}
     assert [facts[name].layout.boundary for name in SIZES] == [None, 0.875, 0.9, None]
-    assert [facts[name].expert_ids for name in SIZES] == [(0,), (0, 1), (0, 1), (0,)]
+    assert [facts[name].layout.expert_ids for name in SIZES] == [(0,), (0, 1), (0, 1), (0,)]
     assert [facts[name].layout.takes_image for name in SIZES] == ["never", "never", "must", "may"]
-    assert facts["ti2v"].latent_shape(64, 96, 9) == (48, 3, 4, 6)
-    assert facts["t2v"].latent_shape(64, 96, 9) == (16, 3, 8, 12)
+    assert facts["ti2v"].layout.latent_shape(64, 96, 9) == (48, 3, 4, 6)
+    assert facts["t2v"].layout.latent_shape(64, 96, 9) == (16, 3, 8, 12)
     assert facts["t2v"].layout.scheduler_config["flow_shift"] == 3.0
 
 
@@ -307,7 +311,7 @@ def test_a_hub_id_is_found_in_the_cache_of_the_hub_client(
 )
 def test_sizes_the_model_cannot_make(layout: str, size: tuple[int, int, int], message: str, folders: Any) -> None:
     with pytest.raises(UserError) as error:
-        load(folders[layout]).check_shape(*size)
+        load(folders[layout]).layout.check_shape(*size)
     assert str(error.value) == message
 
 
@@ -348,14 +352,14 @@ def test_foreign_folders_are_refused_word_by_word(folders: dict[str, Path], tmp_
 def test_foreign_adapters_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     policy = load(folders["t2v2"])
     with pytest.raises(UserError, match=r"high_noise/pytorch_lora_weights\.safetensors: no such file"):
-        policy.load_lora(tmp_path)
+        policy.experts.load_lora(tmp_path)
     wide = load(folders["ti2v"])
-    wide.add_lora(rank=2, alpha=4, seed=0)
-    wide.save_lora(tmp_path)
+    wide.experts.add_lora(rank=2, alpha=4, seed=0)
+    wide.experts.save_lora(tmp_path)
     with pytest.raises(UserError, match=r"low_noise/pytorch_lora_weights\.safetensors: no such file"):
-        policy.load_lora(tmp_path)
+        policy.experts.load_lora(tmp_path)
     shutil.copytree(tmp_path / "high_noise", tmp_path / "low_noise")
     path = tmp_path / "high_noise" / "pytorch_lora_weights.safetensors"
     path.write_bytes(b"not safetensors")
     with pytest.raises(UserError, match="cannot be read as LoRA weights"):
-        policy.load_lora(tmp_path)
+        policy.experts.load_lora(tmp_path)

@@ -246,8 +246,8 @@ def test_a_chat_of_one_user_message(chat: Any, tmp_path: Path) -> None:
     ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}],
      "is a chat whose user message holds {'type': 'image_url', 'image_url': 'x'}"),
     ([{**USER, "tool_calls": [1]}], "is a chat whose user message has `tool_calls`"),
-    ([{"from": "human", "value": "x"}], "is a list with {'from': 'human', 'value': 'x'}, which is no chat message"),
-    (["a cat"], "is a list with 'a cat', which is no chat message"),
+    ([{"from": "human", "value": "x"}], "is a list with {'from': 'human', 'value': 'x'}, which is not a chat message"),
+    (["a cat"], "is a list with 'a cat', which is not a chat message"),
     ('[{"role": "user", "content', "begins like a chat, but cannot be read as one: '[{\"role\": \"user\", \"content'"),
 ])  # fmt: skip
 def test_a_chat_of_which_something_would_be_dropped(chat: Any, said: str, tmp_path: Path) -> None:

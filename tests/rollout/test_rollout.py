@@ -174,26 +174,26 @@ def test_replay_through_disk_is_exact_until_a_weight_moves(finished: tuple[Run, 
     def log_ratios() -> list[float]:
         ratios = []
         for keys in ([f"{group}-s00", f"{group}-s01"], [f"{group}-s02"]):
-            prompt, negative = (policy.pad(text[name], len(keys)) for name in ("prompt", "negative"))
+            prompt, negative = (policy.text.pad(text[name], len(keys)) for name in ("prompt", "negative"))
             for position, step in enumerate(shard.meta(keys[0])["window"]):
                 x, x_next = torch.stack([shard.latents(key, [step, step + 1]) for key in keys]).float().unbind(1)
-                policy.use(plan.experts[step])
+                policy.experts.use(plan.experts[step])
                 scored = step_log_prob(policy, plan, step, StepInputs(x, prompt, negative), x_next)
-                assert scored.log_prob.requires_grad == bool(policy.trainable(0))
+                assert scored.log_prob.requires_grad == bool(policy.experts.trainable(0))
                 stored = torch.tensor([shard.meta(key)["log_prob"][position] for key in keys])
                 ratios += (scored.log_prob.detach() - stored).tolist()
         return ratios
 
-    policy.become(None)
+    policy.experts.become(None)
     assert log_ratios() == [0.0] * 6
-    policy.add_lora(rank=2, alpha=4, seed=0)
+    policy.experts.add_lora(rank=2, alpha=4, seed=0)
     assert log_ratios() == [0.0] * 6  # with gradients, and an adapter that is still zero
-    for expert in policy.expert_ids:
-        for name, parameter in policy.trainable(expert):
+    for expert in policy.layout.expert_ids:
+        for name, parameter in policy.experts.trainable(expert):
             if "lora_B" in name:
                 parameter.data += 0.1
     assert all(ratio != 0.0 for ratio in log_ratios())
-    policy.become(None)
+    policy.experts.become(None)
 
 
 def test_every_sample_can_be_made_again_from_its_seeds(finished: tuple[Run, Stage], policy: Policy) -> None:
@@ -284,7 +284,7 @@ def test_bfloat16_storage_is_replayed_exactly(tiny_t2v2: Path, policy: Policy, t
     meta, tensors, text = shard.meta(key), shard.trajectory(key), shard.group(shard.groups[0])
     assert tensors["latents"].dtype == torch.bfloat16
     assert tensors["x0_prev"].dtype == torch.float32
-    prompt, negative = (policy.pad(text[name], 1) for name in ("prompt", "negative"))
+    prompt, negative = (policy.text.pad(text[name], 1) for name in ("prompt", "negative"))
     for position, step in enumerate(meta["window"]):
         pair = shard.latents(key, [step, step + 1]).float()
         before = tensors["x0_prev"][position][None]
@@ -323,30 +323,30 @@ def test_later_iterations_need_and_take_the_trained_policy(tiny_t2v2: Path, poli
         rollout(run, stage, policy)
     assert error.value.hint == f"rushes loop {run.path} --iterations 1"  # it samples what train would miss
     folder = run.iteration(0).policy_dir
-    policy.become(None)
-    policy.add_lora(rank=2, alpha=4, seed=0)
-    for _, parameter in policy.trainable(0):
+    policy.experts.become(None)
+    policy.experts.add_lora(rank=2, alpha=4, seed=0)
+    for _, parameter in policy.experts.trainable(0):
         parameter.data += 0.05
-    policy.save_lora(folder)
-    policy.save_lora(folder / "ema")
-    identity, average = policy.fingerprint(folder), policy.fingerprint(folder / "ema")
+    policy.experts.save_lora(folder)
+    policy.experts.save_lora(folder / "ema")
+    identity, average = policy.experts.fingerprint(folder), policy.experts.fingerprint(folder / "ema")
     (folder / "policy.json").write_text(json.dumps({"schema": 1, **identity, "iteration": 0, "average": average}))
-    policy.become(None)
+    policy.experts.become(None)
     assert rollout(run, stage, policy).done == 2
-    assert policy.has_lora
+    assert policy.experts.has_lora
     plan = stage.plan()
     assert plan is not None
     assert plan.policy.fingerprint == identity["fingerprint"]
     tuned = contents(stage)
     assert rollout(run, run.evaluation(1), policy).done == 3
-    policy.become(None)
+    policy.experts.become(None)
     key = next(key for key in tuned if "-s" in key)
     assert differences(sample_parts(regenerate(run, stage, key, policy)), tuned[key]) == []
     weights = folder / "low_noise" / "pytorch_lora_weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
     with pytest.raises(UserError, match=r"policy: its files are not those its policy\.json names"):
         regenerate(run, stage, key, policy)
-    policy.become(None)
+    policy.experts.become(None)
     averaged = folder / "ema" / "low_noise" / "pytorch_lora_weights.safetensors"
     averaged.write_bytes(averaged.read_bytes()[:-1] + b"\1")
     shutil.rmtree(run.evaluation(1).path)
@@ -356,7 +356,7 @@ def test_later_iterations_need_and_take_the_trained_policy(tiny_t2v2: Path, poli
     with pytest.raises(RunFailed, match=r"policy/ema is missing, but policy\.json names it"):
         rollout(run, run.evaluation(1), policy)
     assert not list(run.evaluation(1).path.rglob("*.tar"))
-    policy.become(None)
+    policy.experts.become(None)
 
 
 def test_changed_settings_and_models_are_refused(
@@ -390,7 +390,7 @@ def test_images_become_conditions(layout: str, size: int, tmp_path: Path, reques
     key = shard.keys[2]
     step = shard.meta(key)["window"][0]
     pair = shard.latents(key, [step, step + 1]).float()
-    prompt, negative = (policy.pad(text[name], 1) for name in ("prompt", "negative"))
+    prompt, negative = (policy.text.pad(text[name], 1) for name in ("prompt", "negative"))
     with torch.no_grad():
         inputs = StepInputs(pair[:1], prompt, negative, text["condition"])
         scored = step_log_prob(policy, plan, step, inputs, pair[1:])

@@ -40,17 +40,17 @@ def seen_by(module: Any) -> list[tuple[Any, ...]]:
 
 
 def latents(policy: Policy, batch: int = 1) -> torch.Tensor:
-    return torch.randn(batch, *policy.latent_shape(16, 16, 5), generator=torch.Generator().manual_seed(0))
+    return torch.randn(batch, *policy.layout.latent_shape(16, 16, 5), generator=torch.Generator().manual_seed(0))
 
 
 def test_text_has_512_tokens_and_not_the_226_of_encode_prompt(tiny_t2v: Path) -> None:
     for name in ("wan21-1.3b", "wan21-14b", "wan22-a14b", "wan22-i2v", "wan22-ti2v-5b"):
         assert parse_config(read_preset(name), name).model.text_length == 512
     policy = load(tiny_t2v, text_length=ModelConfig().text_length)
-    (embeds,) = policy.encode(["x" * 400])  # a token a byte, and one at the end
+    (embeds,) = policy.text.encode(["x" * 400])  # a token a byte, and one at the end
     assert embeds.shape[0] == 401
-    assert policy.pad(embeds, 2).shape[:2] == (2, 512)
-    (cut,) = policy.encode(["x" * 600])
+    assert policy.text.pad(embeds, 2).shape[:2] == (2, 512)
+    (cut,) = policy.text.encode(["x" * 600])
     assert cut.shape[0] == 512
 
 
@@ -82,8 +82,8 @@ def test_the_model_is_given_the_fraction_of_a_timestep(policies: dict[str, Polic
     policy = policies["t2v"]
     plan = make_schedule(RolloutConfig(steps=7, shift=3.0, guidance_scale=1.0), boundary=None, scheduler_config={})
     assert any(t != int(t) for t in plan.timesteps)
-    calls = seen_by(policy.module(0))
-    prompt = policy.pad(policy.encode(["a"])[0], 1)
+    calls = seen_by(policy.experts.module(0))
+    prompt = policy.text.pad(policy.text.encode(["a"])[0], 1)
     with torch.no_grad():
         for step in range(plan.steps):
             take_step(policy, plan, step, StepInputs(latents(policy), prompt, prompt), None, torch.float32)
@@ -114,19 +114,19 @@ def test_bfloat16_is_loaded_as_diffusers_loads_it_and_never_cast(tiny_t2v2: Path
     for expert, name in ((0, "transformer"), (1, "transformer_2")):
         plain = WanTransformer3DModel.from_pretrained(tiny_t2v2 / name, torch_dtype=torch.bfloat16)
         for kind in ("named_parameters", "named_buffers"):
-            ours, theirs = dict(getattr(policy.module(expert), kind)()), dict(getattr(plain, kind)())
+            ours, theirs = dict(getattr(policy.experts.module(expert), kind)()), dict(getattr(plain, kind)())
             assert ours.keys() == theirs.keys()
             assert {key: value.dtype for key, value in ours.items()} == {k: v.dtype for k, v in theirs.items()}
             assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    assert {value.dtype for value in policy.module(0).parameters()} == {torch.float32, torch.bfloat16}
-    assert all(buffer.dtype != torch.bfloat16 for buffer in policy.module(0).buffers())  # the rotary table
+    assert {value.dtype for value in policy.experts.module(0).parameters()} == {torch.float32, torch.bfloat16}
+    assert all(buffer.dtype != torch.bfloat16 for buffer in policy.experts.module(0).buffers())  # the rotary table
 
 
 def test_fresh_adapters_are_fp32_on_a_bfloat16_model(tiny_t2v2: Path) -> None:
     policy = load(tiny_t2v2, dtype="bfloat16")
-    policy.add_lora(2, 4.0, 0)
-    for expert in policy.expert_ids:
-        assert {parameter.dtype for _, parameter in policy.trainable(expert)} == {torch.float32}
+    policy.experts.add_lora(2, 4.0, 0)
+    for expert in policy.layout.expert_ids:
+        assert {parameter.dtype for _, parameter in policy.experts.trainable(expert)} == {torch.float32}
 
 
 def test_guidance_is_that_of_each_expert(policies: dict[str, Policy]) -> None:
@@ -134,8 +134,8 @@ def test_guidance_is_that_of_each_expert(policies: dict[str, Policy]) -> None:
     policy = policies["t2v2"]
     config = RolloutConfig(steps=6, shift=5.0, guidance_scale=1.0, guidance_scale_2=3.0)
     plan = make_schedule(config, boundary=policy.layout.boundary, scheduler_config={})
-    prompt, negative = (policy.pad(embeds, 1) for embeds in policy.encode(["a sign", "bad"]))
-    calls = {expert: seen_by(policy.module(expert)) for expert in (0, 1)}
+    prompt, negative = (policy.text.pad(embeds, 1) for embeds in policy.text.encode(["a sign", "bad"]))
+    calls = {expert: seen_by(policy.experts.module(expert)) for expert in (0, 1)}
     x = latents(policy)
     with torch.no_grad():
         for step in (0, plan.steps - 2):
@@ -154,9 +154,9 @@ def test_a_batch_does_not_repeat_its_image(
     policy = policies["i2v2"]
     run = training.make_run(tmp_path / "run", tiny_i2v2, image=True, group_size=4, batch_size=3, low_steps=1)
     encoded: list[Any] = []
-    original = policy.encode_image
-    monkeypatch.setattr(policy, "encode_image", lambda *given: encoded.append(given) or original(*given))
-    calls = seen_by(policy.module(0))
+    original = policy.vae.encode_image
+    monkeypatch.setattr(policy.vae, "encode_image", lambda *given: encoded.append(given) or original(*given))
+    calls = seen_by(policy.experts.module(0))
     stage = training.roll(run, 0, policy)
     assert len(encoded) == run.config.rollout.prompts_per_iteration
     assert {tuple(call[0].shape[:2]) for call in calls} == {(3, 36), (1, 36)}
@@ -164,7 +164,7 @@ def test_a_batch_does_not_repeat_its_image(
 
     shard = open_shard(stage, 0)
     condition = shard.group(shard.groups[0])["condition"]
-    assert tuple(condition.shape) == (1, 20, *policy.latent_shape(16, 16, 5)[1:])
+    assert tuple(condition.shape) == (1, 20, *policy.layout.latent_shape(16, 16, 5)[1:])
     three = next(call[0] for call in calls if call[0].shape[0] == 3)
     assert all(torch.equal(three[row, 16:], condition[0]) for row in range(3))
 
@@ -184,12 +184,12 @@ def test_the_vae_is_given_the_very_bits_that_the_pipeline_gives_it(
     """The pipeline divides by 1/std; a multiplication by std rounds otherwise, too little for the eye of a uint8."""
     folder = request.getfixturevalue(f"tiny_{layout}")
     policy = load(folder)
-    config, size = policy._vae.config, 4 * policy.layout.spatial_scale
+    config, size = policy.vae._vae.config, 4 * policy.layout.spatial_scale
     x = torch.randn(1, config.z_dim, 2, 4, 4, generator=torch.Generator().manual_seed(3))
     pipe = WanPipeline.from_pretrained(folder, disable_mmap=True)
     pipe.set_progress_bar_config(disable=True)
-    ours, theirs = decoded_latents(policy._vae, monkeypatch), decoded_latents(pipe.vae, monkeypatch)
-    policy.decode(x)
+    ours, theirs = decoded_latents(policy.vae._vae, monkeypatch), decoded_latents(pipe.vae, monkeypatch)
+    policy.vae.decode(x)
     monkeypatch.setattr(pipe.scheduler, "step", lambda *_, **__: (x,))  # the pipeline ends with these latents
     pipe(prompt="a", height=size, width=size, num_frames=5, num_inference_steps=1, guidance_scale=1.0,
          max_sequence_length=TEXT_LENGTH)  # fmt: skip

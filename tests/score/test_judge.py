@@ -303,3 +303,21 @@ def test_names_and_options_are_told_apart() -> None:
     assert (remote.options["url"], remote.options["frames"]) == ("http://host:80/score?a=1", 3)
     with pytest.raises(UserError, match="no reward is given"):
         judge(["x"], ["p"], [])
+
+
+def test_prompts_are_cleaned_as_in_a_run(rushes: Judge, tmp_path: Path) -> None:
+    """The line shows the prompt as it was given; rewards and the target get it as the text encoder of a run does."""
+    options = ("--prompt", "a  &quot;AT&amp;T&quot;\u2028sign", "--reward", f"{OWN}:scale=2")
+    _, lines, _ = rushes(write(tmp_path / "a.mp4"), *options)
+    assert (lines[0]["prompt"], lines[0]["target"]) == ("a  &quot;AT&amp;T&quot;\u2028sign", "AT&T")
+    assert lines[0]["rewards"][0]["components"]["words"] == 3
+
+
+def test_a_pointer_of_git_lfs_is_no_video(rushes: Judge, tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    code, lines, said = rushes(tmp_path / "a.mp4", "--prompt", "a", "--reward", OWN)
+    assert (code, lines) == (2, [])
+    assert said == (
+        f"rushes: {tmp_path}/a.mp4: a Git LFS pointer, not the file itself "
+        f"(hint: fetch it: cd {tmp_path} && git lfs pull)\n"
+    )

@@ -32,7 +32,8 @@ class Server:
         self.requests: list[tuple[str, dict[str, str], Any]] = []
         self.times: list[float] = []
         self.answers: list[Answer] = [(200, {}, GOOD)]
-        self.delay = 0.0
+        self.delay = self.drip = 0.0
+        self.piece = 2**30
         self.lock = threading.Lock()
         outer = self
 
@@ -73,7 +74,12 @@ class Server:
             handler.send_header(name, value)
         handler.send_header("Content-Length", str(len(data)))
         handler.end_headers()
-        handler.wfile.write(data)
+        try:
+            for first in range(0, len(data), self.piece):
+                handler.wfile.write(data[first : first + self.piece])
+                time.sleep(self.drip)
+        except OSError:  # the client has gone
+            handler.close_connection = True
 
 
 @pytest.fixture
@@ -164,6 +170,20 @@ def test_a_slow_answer_is_missing_after_the_last_attempt(server: Server, ask: Ca
     assert len(server.requests) == 2
 
 
+def test_an_answer_that_drips_is_missing_when_its_time_is_over(server: Server, ask: Callable[..., Scored]) -> None:
+    """Every byte comes soon after the one before, and the whole would take minutes."""
+    server.piece, server.drip, server.answers = 1, 0.05, [(200, {}, GOOD + b" " * 10_000)]
+    assert ask(timeout=0.3, attempts=1).reason == f"no answer in time from {server.url}, 1 times"
+
+
+def test_a_token_that_a_service_repeats_is_not_stored(
+    server: Server, ask: Callable[..., Scored], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RUSHES_TEST_TOKEN", "secret")
+    server.answers = [(200, {}, b'{"reason": "Bearer secret is not known"}')]
+    assert ask(token_env="RUSHES_TEST_TOKEN").reason == "Bearer … is not known"
+
+
 def test_nobody_there_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     scored = Remote("http://127.0.0.1:9/score", pause=0.0, attempts=2)([noise_video(frames=2)])[0]
@@ -175,7 +195,7 @@ def test_nobody_there_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     ("answer", "words"),
     [
         ((404, {}, b""), "status 404"),
-        ((200, {}, b"<html>"), "is no JSON"),
+        ((200, {}, b"<html>"), "is not JSON"),
         ((200, {}, b'{"scores": {"other": 1}}'), "has no number 'score'"),
         ((200, {}, b'{"scores": {"score": true}}'), "has no number 'score'"),
         ((200, {}, b"[1]"), "has no number 'score'"),
@@ -224,13 +244,16 @@ def test_frames_that_mp4_cannot_hold_are_missing(server: Server) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"url": "file:///etc/passwd"}, "no http or https address"),
-        ({"url": "ftp://host/x"}, "no http or https address"),
-        ({"url": "http://"}, "no http or https address"),
+        ({"url": "file:///etc/passwd"}, "not an http or https address"),
+        ({"url": "ftp://host/x"}, "not an http or https address"),
+        ({"url": "http://"}, "not an http or https address"),
         ({"url": "http://h", "format": "gif"}, "no format 'gif'"),
         ({"url": "http://h", "names": " "}, "a name of its own"),
         ({"url": "http://h", "names": "a a"}, "a name of its own"),
         ({"url": "http://h", "attempts": 0}, "attempts is 0"),
+        ({"url": "https://me:secret@h/score"}, "the address of h holds a name or a password"),
+        ({"url": "http://h", "token_env": "HOME"}, "would carry the token over plain http"),
+        ({"url": "http://127.0.0.1.evil.org", "token_env": "HOME"}, "would carry the token over plain http"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], words: str) -> None:

@@ -165,7 +165,7 @@ def test_foreign_files_are_refused(clip_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         CLIP(str(tmp_path / "none"))
     (tmp_path / "head.safetensors").write_bytes(b"no tensors")
-    with pytest.raises(UserError, match="is no safetensors file"):
+    with pytest.raises(UserError, match="is not a safetensors file"):
         Aesthetic(str(clip_folder), str(tmp_path / "head.safetensors"))
     with pytest.raises(UserError, match="frames is 0"):
         CLIP(str(clip_folder), frames=0)

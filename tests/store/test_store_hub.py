@@ -18,10 +18,14 @@ from rollout.policy import Policy
 from rollout.run import rollout
 from score.run import score
 from shards.errors import RunFailed, UserError
-from shards.files import publish_new, publish_replace, read_json_lines
+from shards.files import publish_replace as write_here
+from shards.files import read_json_lines
 from shards.reader import open_shard
 from shards.run import Run
-from shards.store import mirror, objects
+from shards.store import objects
+from shards.store.fetch import fetched_model
+from shards.store.files import of_policy
+from shards.store.objects import Objects
 from shards.store.urls import url_of, working_copy
 from shards.verify.shards import verify
 from shards.workers import claims
@@ -31,6 +35,7 @@ from tests.support import lora_forms as forms
 from tests.support.hub_server import Fault, Hub, served
 from tests.support.shard_fixtures import committed_stage, fill, planned_stage
 from tests.support.store_machines import SETTINGS, assert_same, die_in_second_update, look, take_over
+from tests.support.stores import eager_files, files_of, publish_new, publish_replace
 from tests.support.tiny_models import tiny_transformer
 from tests.support.training import make_run
 from train.run import train
@@ -55,10 +60,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         monkeypatch.setattr(constants, "ENDPOINT", running.url)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(objects, "PAUSES", (0.01, 0.02, 0.05))
-        objects._open.cache_clear()
         machine_of(tmp_path, monkeypatch)("first")
         yield running
-        objects._open.cache_clear()
 
 
 @pytest.fixture
@@ -79,6 +82,10 @@ def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
     monkeypatch.setattr(time, "sleep", nap)
     return waited
+
+
+def store() -> Objects:
+    return Objects("hf")
 
 
 def content(hub: Hub, path: str, repo: str = REPO) -> bytes:
@@ -139,15 +146,16 @@ def test_a_model_folder_with_many_pages_and_large_files(hub: Hub, machine: Machi
     hub.page, hub.lfs_from = 3, 3005
     hub.faults += [Fault("cut", "GET", "part-07"), Fault("flip", "GET", "part-03"), Fault("flip", "GET", "part-08")]
     url = "hf://datasets/me/tiny/models/wan"
-    folder = mirror.fetch_model(url, lambda name: not name.endswith(".bin"))
+    folder = fetched_model(url, lambda name: not name.endswith(".bin"))
+    assert folder
     found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert found == {name: data for name, data in files.items() if not name.endswith(".bin")}
     assert all(fault.seen for fault in hub.faults)
     hub.log.clear()
-    mirror.fetch_model(url)
+    fetched_model(url)
     assert [path.rpartition("/")[2] for _, path, _ in hub.log if "/resolve/" in path] == ["a.bin"]
     with pytest.raises(UserError, match="no such model folder"):
-        mirror.fetch_model("hf://datasets/me/tiny/models/none")
+        fetched_model("hf://datasets/me/tiny/models/none")
 
 
 def test_a_lora_at_a_url(hub: Hub, tiny_t2v2: Path, tiny_t2v: Path, tmp_path: Path) -> None:
@@ -167,7 +175,10 @@ def test_a_lora_at_a_url(hub: Hub, tiny_t2v2: Path, tiny_t2v: Path, tmp_path: Pa
     assert forms.same(forms.answers(forms.load(tiny_t2v2, lora=both[0], lora_2=both[1])), expected)
     for place in (f"{url}/peft", f"{url}/peft/adapter_model.safetensors"):
         policy = forms.load(tiny_t2v, lora=place)
-        assert policy.fingerprint(None)["adapters"].keys() == {"adapter_model.safetensors", "adapter_config.json"}
+        assert policy.experts.fingerprint(None)["adapters"].keys() == {
+            "adapter_model.safetensors",
+            "adapter_config.json",
+        }
     with pytest.raises(UserError, match=r"model\.base_lora: hf://me/loras/none: no such file or folder"):
         forms.load(tiny_t2v, base_lora=f"{url}/none")
 
@@ -179,14 +190,14 @@ def test_files_that_xet_keeps_go_through_the_file_system_of_the_client(
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     hub.put(REPO, "large.safetensors", bytes(5000))
     hub.lfs_from, hub.xet = 1000, True
-    entry = objects.head(f"hf://{REPO}/large.safetensors")
+    entry = store().head(f"hf://{REPO}/large.safetensors")
     assert entry
     called: list[str] = []
     known = HfFileSystem.get_file
     monkeypatch.setattr(
         HfFileSystem, "get_file", lambda self, *names, **more: called.append(names[0]) or known(self, *names, **more)
     )
-    objects.get(f"hf://{REPO}/large.safetensors", tmp_path / "one", entry)
+    store().get(f"hf://{REPO}/large.safetensors", tmp_path / "one", entry)
     assert (tmp_path / "one").read_bytes() == bytes(5000)
     assert called == [f"{REPO}/large.safetensors"]
 
@@ -196,9 +207,9 @@ def test_no_bar_for_each_of_many_files(
 ) -> None:
     monkeypatch.setenv("TQDM_POSITION", "-1")  # as on a terminal
     hub.put(REPO, "one", b"1")
-    entry = objects.head(f"hf://{REPO}/one")
+    entry = store().head(f"hf://{REPO}/one")
     assert entry
-    objects.get(f"hf://{REPO}/one", tmp_path / "one", entry)
+    store().get(f"hf://{REPO}/one", tmp_path / "one", entry)
     assert capfd.readouterr() == ("", "")
 
 
@@ -219,22 +230,23 @@ def test_commits_are_few_and_in_order(hub: Hub) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"{path.name}\n")
     before = len(hub.commits(REPO))
-    mirror.put(policy / "metrics.jsonl", policy / "metrics.jsonl")
-    publish_replace(policy / "high_noise" / "w.safetensors", b"weights")
+    files = stage.files
+    files.append(policy / "metrics.jsonl", "one more\n")
+    write_here(policy / "high_noise" / "w.safetensors", b"weights")
     assert len(hub.commits(REPO)) == before
     hub.faults.append(Fault("403", "POST", "/commit/"))
     with pytest.raises(UserError, match="access denied"):
-        mirror.put_folder(checkpoint, last="commit.json")
-    mirror.put_folder(checkpoint, last="commit.json")
+        files.put_folder(checkpoint, last="commit.json")
+    files.put_folder(checkpoint, last="commit.json")
     assert len(hub.commits(REPO)) == before + 1
-    assert content(hub, "runs/a/iter-0000/policy/metrics.jsonl") == b"metrics.jsonl\n"
-    mirror.put_folder(policy, wanted=lambda name: not mirror.ASIDE.search(name))
+    assert content(hub, "runs/a/iter-0000/policy/metrics.jsonl") == b"metrics.jsonl\none more\n"
+    files.put_folder(policy, wanted=of_policy)
     assert content(hub, "runs/a/iter-0000/policy/high_noise/w.safetensors") == b"weights"
-    mirror.put_folder(policy)
+    files.put_folder(policy)
     assert len(hub.commits(REPO)) == before + 2
     hub.faults.append(Fault("lost", "POST", "/commit/"))
-    mirror.remove(checkpoint.parent)
-    mirror.remove(checkpoint.parent)
+    files.remove(checkpoint.parent, keep=[])
+    files.remove(checkpoint.parent, keep=[])
     assert len(hub.commits(REPO)) == before + 3
     assert not [name for name in hub.at(REPO, "main").files if "trainer" in name]
 
@@ -246,9 +258,9 @@ def test_what_was_put_is_not_fetched_back(hub: Hub) -> None:
     (folder / "high_noise").mkdir(parents=True)
     (folder / "high_noise" / "w.safetensors").write_bytes(bytes(3000))
     hub.lfs_from = 2000
-    mirror.put_folder(folder)
+    files_of(folder).put_folder(folder)
     hub.log.clear()
-    mirror.pull(working_copy(URL), lambda name: True)
+    stage.files.fetch(working_copy(URL))
     assert hub.asked("GET", "/resolve/") == []
 
 
@@ -258,7 +270,7 @@ def test_a_readme_at_the_top_of_a_repository(hub: Hub) -> None:
     folder.mkdir(parents=True)
     (folder / "README.md").write_text("---\nlicense: mit\n---\n")
     (folder / "empty.json").write_bytes(b"")
-    mirror.put_folder(folder)
+    files_of(folder).put_folder(folder)
     assert content(hub, "README.md").startswith(b"---")
     assert content(hub, "empty.json") == b""
     assert hub.asked("POST", "validate-yaml")
@@ -285,9 +297,9 @@ def test_a_run_at_the_top_of_a_repository(hub: Hub, machine: Machine) -> None:
 
 def test_the_first_writer_wins_whatever_the_client_remembers(hub: Hub, machine: Machine) -> None:
     path = working_copy(URL) / "model.json"
-    assert objects.listing(URL) == {}
+    assert store().listing(URL) == {}
     hub.put(REPO, "runs/a/other.json", b"{}")
-    assert list(objects.listing(URL)) == ["other.json"]
+    assert list(store().listing(URL)) == ["other.json"]
     hub.put(REPO, "runs/a/model.json", b"theirs")  # after we looked
     assert not publish_new(path, b"ours")
     assert path.read_bytes() == content(hub, "runs/a/model.json") == b"theirs"
@@ -315,7 +327,7 @@ def test_many_writers_of_the_same_names(hub: Hub, tmp_path: Path) -> None:
         mine = tmp_path / f"writer-{number}"
         mine.write_bytes(b"%d" % number)
         for name in sorted(won, key=lambda name: hash((name, number))):
-            if objects.put_new(mine, name, URL):
+            if store().put_new(mine, name, URL):
                 won[name].append(number)
 
     threads = [threading.Thread(target=write, args=(number,)) for number in range(5)]
@@ -328,9 +340,8 @@ def test_many_writers_of_the_same_names(hub: Hub, tmp_path: Path) -> None:
         assert content(hub, name.removeprefix(f"hf://{REPO}/")) == b"%d" % winners[0]
 
 
-def test_machines_see_each_other_at_once(hub: Hub, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mirror, "LOOK_AGAIN", 0.0)
-    stage = planned_stage(URL)
+def test_machines_see_each_other_at_once(hub: Hub, machine: Machine) -> None:
+    stage = planned_stage(URL, files=eager_files("hf"))
     assert stage.shards() == []
     machine("second")
     other = Run(URL).iteration(0)
@@ -339,10 +350,10 @@ def test_machines_see_each_other_at_once(hub: Hub, machine: Machine, monkeypatch
     machine("first")
     assert stage.shards() == [1]
     for path in (other.shard_path(1), other.index_path(1), other.manifest_path(1)):
-        objects.remove(url_of(working_copy(URL) / path.relative_to(other.run_path)) or "")
-    objects.remove(f"{URL}/gone")
+        store().remove(url_of(working_copy(URL) / path.relative_to(other.run_path)) or "")
+    store().remove(f"{URL}/gone")
     assert stage.shards() == []
-    assert objects.head(f"{URL}/iter-0000/rollout/shard-000001.tar") is None
+    assert store().head(f"{URL}/iter-0000/rollout/shard-000001.tar") is None
 
 
 def test_claims_are_not_shown_on_the_hub(hub: Hub, machine: Machine) -> None:
@@ -413,14 +424,13 @@ def test_the_hub_says_how_long_to_wait(hub: Hub, naps: list[float]) -> None:
 def test_a_hub_that_stays_down_ends_in_one_sentence(hub: Hub, naps: list[float]) -> None:
     hub.faults.append(Fault("503", "POST", "paths-info", times=1000))
     with pytest.raises(RunFailed, match=r"hf://me/run/runs/a/plan\.json: .*503.*\(hint: what was published") as error:
-        objects.head(f"{URL}/plan.json")
+        store().head(f"{URL}/plan.json")
     assert "\n" not in str(error.value)
     assert hub.faults[0].seen == len(objects.PAUSES) + 1
 
 
 def test_nobody_answers(hub: Hub, naps: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    objects._open.cache_clear()
     with pytest.raises(RunFailed, match=r"hf://me/run/runs/a: .*refused"):
         Run.open(URL)
 
@@ -454,7 +464,7 @@ def test_refused_tokens(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
         assert error.value.exit_code == 2
         return str(error.value)
 
-    for ask in (lambda: objects.head(f"{URL}/x"), lambda: objects.listing(URL), lambda: publish_new(path, b"ours")):
+    for ask in (lambda: store().head(f"{URL}/x"), lambda: store().listing(URL), lambda: publish_new(path, b"ours")):
         assert "access denied: Invalid credentials" in said("hf_stolen", ask)
         assert "no such repository, or it is private" in said("", ask)
     assert "access denied: Forbidden: you must use a write token" in said(
@@ -492,14 +502,14 @@ def test_a_client_that_is_missing_or_too_old(hub: Hub, monkeypatch: pytest.Monke
 
 def test_a_file_that_is_not_there(hub: Hub, tmp_path: Path) -> None:
     hub.put(REPO, "one", b"1")
-    entry = objects.head(f"hf://{REPO}/one")
+    entry = store().head(f"hf://{REPO}/one")
     assert entry
-    assert objects.head(f"{URL}/none") is None
+    assert store().head(f"{URL}/none") is None
     with pytest.raises(UserError, match=r"runs/a/none: no such object"):
-        objects.get(f"{URL}/none", tmp_path / "none", entry)
+        store().get(f"{URL}/none", tmp_path / "none", entry)
     with pytest.raises(UserError, match=r"runs/a/none: no such object"):
-        objects.read(f"{URL}/none", 0, 1)
+        store().read(f"{URL}/none", 0, 1)
     hub.put(REPO, "one", b"two")
-    objects.get(f"hf://{REPO}/one", tmp_path / "one", entry)  # replaced since it was looked at
+    store().get(f"hf://{REPO}/one", tmp_path / "one", entry)  # replaced since it was looked at
     assert (tmp_path / "one").read_bytes() == b"two"
-    assert objects.read(f"hf://{REPO}/one", 1, 3) == b"wo"
+    assert store().read(f"hf://{REPO}/one", 1, 3) == b"wo"

@@ -14,10 +14,11 @@ from shards.config import ModelConfig, WorkersConfig
 from shards.files import read_json_lines
 from shards.measures import read_metrics
 from shards.run import Run
-from shards.store import mirror, objects
+from shards.store.objects import Objects
 from shards.store.urls import working_copy
 from tests.support.s3_server import KEYS, Fault, Proxy, proxied, served
 from tests.support.store_machines import SETTINGS, assert_same, die_in_second_update, look, take_over
+from tests.support.stores import client, forget_clients
 from tests.support.training import make_run
 from train.run import train
 
@@ -30,11 +31,11 @@ def s3(tiny_t2v2: Path) -> Iterator[Proxy]:
     with served() as port, proxied(port) as proxy, pytest.MonkeyPatch.context() as patch:
         for name, value in {**KEYS, "AWS_ENDPOINT_URL": proxy.url}.items():
             patch.setenv(name, value)
-        objects._open.cache_clear()
-        objects._store(URL).mkdir("bucket")
-        objects._store(URL).put(str(tiny_t2v2), "bucket/tiny", recursive=True)
+        forget_clients()
+        client(URL).mkdir("bucket")
+        client(URL).put(str(tiny_t2v2), "bucket/tiny", recursive=True)
         yield proxy
-        objects._open.cache_clear()
+        forget_clients()
 
 
 def sampled_and_scored(run: Run, iteration: int, policy: Policy) -> None:
@@ -77,7 +78,6 @@ def test_two_iterations_on_two_machines_equal_a_local_run(
     # a third one looks, without torch, and proves every byte
     look(URL, [key for k in (0, 1) for key in _keys(run, k)], RUSHES_CACHE=str(tmp_path / "third"))
     assert not list(working_copy(URL).glob("*.tmp-*"))
-    mirror._looked.clear()
 
 
 def test_two_machines_train_an_expert_each(
@@ -105,7 +105,7 @@ def test_two_machines_train_an_expert_each(
     assert train(second, 0, policy, expert="low_noise").updates == {"high_noise": 2, "low_noise": 2}
     second.iteration(0).fetched_policy()  # as the next iteration does: this machine has only what it trained
     assert_same(second, local, 0)
-    names = objects.listing(f"{url}/iter-0000/policy")
+    names = Objects("s3").listing(f"{url}/iter-0000/policy")
     assert not {name for name in names if name.endswith("_noise.json") or "_noise.jsonl" in name}
 
     monkeypatch.setenv("RUSHES_CACHE", str(tmp_path / "first"))
@@ -114,7 +114,6 @@ def test_two_machines_train_an_expert_each(
     assert [(row["expert"], row["update"]) for row in read_metrics(again.iteration(0))] == [
         ("high_noise", 1), ("high_noise", 2), ("low_noise", 1), ("low_noise", 2)]  # fmt: skip
     assert all(row["loss"] < 9.0 for row in read_metrics(again.iteration(0)))
-    mirror._looked.clear()
 
 
 def _model(config: ModelConfig) -> ModelConfig:

@@ -18,7 +18,6 @@ import score.run  # noqa: F401
 import train.run  # noqa: F401
 from rollout.helpers import helpers
 from score.process import processes
-from shards.workers import claims
 from tests.support.ports import free_port
 
 PATIENCE = 900.0  # seconds after which a child hangs; less than the half hour that a rank waits for another one
@@ -139,7 +138,6 @@ def _be_child(folder: Path, work: Work, environment: dict[str, str]) -> NoReturn
 
 def _forget() -> None:
     """Processes and threads of the test's process are not at the service of its children."""
-    claims._heart = claims._Heart()
     for pool in POOLS:
         _inherited.append(pool.executors)  # kept alive: its end would wake the threads of the test's process
         pool.executors = {}

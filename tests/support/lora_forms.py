@@ -109,7 +109,7 @@ def load(model: Path, **options: Any) -> Policy:
 
 def answers(policy: Policy) -> list[Tensor]:
     """What the experts of a policy answer."""
-    return [probe(policy.module(expert), policy.layout) for expert in policy.expert_ids]
+    return [probe(policy.experts.module(expert), policy.layout) for expert in policy.layout.expert_ids]
 
 
 def same(one: list[Tensor], other: list[Tensor]) -> bool:

@@ -15,6 +15,7 @@ import torch
 from rollout.ranks import meet
 from rollout.ranks.world import World, local
 from shards.errors import RunFailed, UserError
+from shards.files import LocalFiles
 from shards.process.signals import stopped
 from shards.run import Run
 from train import losses, ranks, replay
@@ -38,6 +39,16 @@ def changed(place: Any, name: str, function: Change) -> Iterator[Change]:
         setattr(place, name, before)
 
 
+class CountingFiles(LocalFiles):
+    """Files that count how often the ranks have compared the folder of the run."""
+
+    named = 0
+
+    def common_name(self, folder: Path) -> str | None:
+        self.named += 1
+        return super().common_name(folder)
+
+
 def train_case(case: Case, rank: int) -> dict[str, Any]:
     """Train an iteration of a run, or of the run that `others` names on the ranks after the first.
 
@@ -46,8 +57,8 @@ def train_case(case: Case, rank: int) -> dict[str, Any]:
     sums: list[str] = []
     used: list[list[Any]] = []
     held: list[dict[str, int]] = []
-    met: list[Path] = []
-    check, backward, compare = ExpertTrainer.check_ranks, ExpertTrainer.backward, meet._agree_on_directory
+    files = CountingFiles()
+    check, backward = ExpertTrainer.check_ranks, ExpertTrainer.backward
 
     def noting_sums(self: ExpertTrainer) -> str:
         sums.append(check(self))
@@ -58,16 +69,11 @@ def train_case(case: Case, rank: int) -> dict[str, Any]:
         used.append([self.state.updates, counts, *unit])
         return backward(self, unit, *args, counts=counts, **names)
 
-    def noting_meetings(path: Path, all_ranks: World) -> None:
-        met.append(path)
-        compare(path, all_ranks)
-
     path = case.get("others", case["run"]) if rank else case["run"]
-    run = Run.open(Path(path), case.get("sets", []) if rank else [])
+    run = Run.open(Path(path), case.get("sets", []) if rank else [], files)
     with (
         changed(ExpertTrainer, "check_ranks", noting_sums),
         changed(ExpertTrainer, "backward", noting_units),
-        changed(meet, "_agree_on_directory", noting_meetings),
     ):
         if case.get("command"):
             meet.meet(run)
@@ -80,23 +86,25 @@ def train_case(case: Case, rank: int) -> dict[str, Any]:
         "sums": sums,
         "used": used,
         "held": held,
-        "met": len(met),
+        "met": files.named,
     }
 
 
 def held_by(trainer: ExpertTrainer) -> dict[str, int]:
     """Bytes of an expert and of what training keeps beside it that lie on this rank, after an update."""
     learning = list(trainer.state.parameters.values())
-    frozen = [weight for weight in trainer.policy.module(trainer.expert).parameters() if not weight.requires_grad]
+    frozen = [
+        weight for weight in trainer.policy.experts.module(trainer.expert).parameters() if not weight.requires_grad
+    ]
     moments = [state[name] for state in trainer.state.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
     parts: dict[str, Any] = {
-        "weights" if trainer.policy.is_full else "LoRA": learning,
+        "weights" if trainer.policy.experts.is_full else "LoRA": learning,
         "gradients": [weight.grad for weight in learning],
         "AdamW": moments,
         "average": trainer.state.ema.values(),
         "weights of the rollout": trainer.rolled_out.kept.values(),
     }
-    parts |= {} if trainer.policy.is_full else {"weights": frozen}
+    parts |= {} if trainer.policy.experts.is_full else {"weights": frozen}
     return {name: sum(local(tensor.detach()).nbytes for tensor in tensors) for name, tensors in parts.items()}
 
 

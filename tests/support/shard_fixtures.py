@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from shards.files import Files
 from shards.plan import RolloutPlan, group_key, sample_key
 from shards.run import Run, Stage
 from shards.spool import Sample, write_group, write_sample
@@ -142,19 +143,22 @@ def fill(stage: Stage, shard: int, **options: Any) -> None:
             write_sample(stage, shard, make_sample(stage, group, sample, **options))
 
 
-def planned_stage(run_path: Path, iteration: int = 0, *, evaluation: bool = False, **plan: Any) -> Stage:
+def planned_stage(
+    run_path: str | Path, iteration: int = 0, *, evaluation: bool = False, files: Files | None = None, **plan: Any
+) -> Stage:
     """A stage with a plan and nothing else; `plan` goes to make_plan."""
-    run = Run(run_path)
+    run = Run(run_path, files=files)
     stage = run.evaluation(iteration) if evaluation else run.iteration(iteration)
     stage.publish_plan(plan_of(make_plan(iteration, **plan) | {"kind": stage.kind}))
     return stage
 
 
-def committed_stage(
-    run_path: Path, iteration: int = 0, *, evaluation: bool = False, dtype: Any = "float32", **plan: Any
-) -> Stage:
-    """A stage with all its shards committed (2 shards of 3 samples unless `plan` says otherwise)."""
-    stage = planned_stage(run_path, iteration, evaluation=evaluation, **plan)
+def committed_stage(run_path: str | Path, iteration: int = 0, *, dtype: Any = "float32", **options: Any) -> Stage:
+    """A stage with all its shards committed (2 shards of 3 samples unless the plan says otherwise).
+
+    `options` go to planned_stage.
+    """
+    stage = planned_stage(run_path, iteration, **options)
     for shard in range(stage.expected()):
         fill(stage, shard, dtype=dtype)
         assert seal(stage, shard, {"host": "test"})

@@ -73,17 +73,17 @@ def test_records_hold_what_the_encoder_reads(tiny_t2v: Path, tmp_path: Path) -> 
                 meta = shard.meta(key)
                 assert (meta["prompt"], meta["target"]) == texts[meta["prompt_id"]]
                 tensors = shard.group(meta["text"])
-                (raw,) = policy.encode([written[meta["prompt_id"]]])
-                (stored,) = policy.encode([meta["prompt"]], cleaned=True)
+                (raw,) = policy.text.encode([written[meta["prompt_id"]]])
+                (stored,) = policy.text.encode([meta["prompt"]], cleaned=True)
                 assert torch.equal(tensors["prompt"], raw)
                 assert torch.equal(tensors["prompt"], stored)
-                assert torch.equal(tensors["negative"], policy.encode(["a & b"])[0])
+                assert torch.equal(tensors["negative"], policy.text.encode(["a & b"])[0])
 
 
 def test_a_clean_prompt_is_encoded_as_before(tiny_t2v: Path) -> None:
     policy = Policy.load(tiny_t2v, device="cpu", text_length=TEXT_LENGTH)
     for text in ('"FILM" in cyan', "", "a cat"):
-        assert torch.equal(policy.encode([text])[0], policy.encode([text], cleaned=True)[0])
+        assert torch.equal(policy.text.encode([text])[0], policy.text.encode([text], cleaned=True)[0])
 
 
 def test_the_prompts_of_a_run_may_stand_in_another_column(tiny_t2v: Path, tmp_path: Path) -> None:

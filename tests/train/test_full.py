@@ -72,7 +72,7 @@ def test_every_weight_of_both_experts_moves_and_plain_diffusers_loads_them(
     record = json.loads((folder / "policy.json").read_text())
     files = {f"{e}/{name}" for e in EXPERTS for name in ("config.json", "diffusion_pytorch_model.safetensors")}
     assert set(record["adapters"]) == files
-    assert record["fingerprint"] == policy.fingerprint(folder)["fingerprint"]
+    assert record["fingerprint"] == policy.experts.fingerprint(folder)["fingerprint"]
     assert not training.equal(weights(trained, 0, "ema"), after)
 
 
@@ -80,7 +80,7 @@ def test_the_next_rollout_replays_to_zero_and_training_goes_on(trained: Run, tmp
     run, policy = training.fork(trained, tmp_path / "run"), Policy.of(trained.config.model)
     stage = run.iteration(1)
     rollout(run, stage, policy)
-    assert policy.is_full
+    assert policy.experts.is_full
     assert prove(policy, Rollouts.open(stage), samples=10**6, limit=0.0).largest == 0.0
     training.advise(stage)
     report = train(run, 1, Policy.of(run.config.model))
@@ -88,8 +88,8 @@ def test_the_next_rollout_replays_to_zero_and_training_goes_on(trained: Run, tmp
     lines = [json.loads(line) for line in (stage.policy_dir / "metrics.jsonl").open()]
     assert [line["total_updates"] for line in lines] == [3, 4, 3, 4]
     assert all(line["kl"] > 0 for line in lines)  # against the base model, not against iteration 0
-    policy.become(None)
-    assert not policy.is_full
+    policy.experts.become(None)
+    assert not policy.experts.is_full
 
 
 def test_kill_and_resume_end_in_the_same_bits(rolled: Run, trained: Run, policy: Policy, tmp_path: Path) -> None:
@@ -123,9 +123,9 @@ def test_lora_and_full_do_not_mix_within_a_run(rolled: Run, trained: Run, policy
     training.advise(training.roll(run, 1, policy))
     with pytest.raises(UserError, match=r"train\.full is off, but .*iter-0000/policy holds all weights"):
         train(run, 1, policy)
-    policy.become(None)
-    policy.add_lora(2, 4.0, 0)
-    policy.save_lora(tmp_path / "lora")
+    policy.experts.become(None)
+    policy.experts.add_lora(2, 4.0, 0)
+    policy.experts.save_lora(tmp_path / "lora")
     model = run.config.model.model_copy(update={"lora": str(tmp_path / "lora")})
     other = training.make_run(tmp_path / "other", Path(model.path), FULL, model=model.model_dump())
     started = Policy.of(model)

@@ -48,7 +48,7 @@ def test_a_layout_goes_round(case: str, tmp_path: Path, request: pytest.FixtureR
     trained = train(run, 0, policy)
     assert trained.replay == 0.0
     assert set(trained.updates.values()) == {2}
-    assert len(trained.updates) == len(policy.expert_ids)
+    assert len(trained.updates) == len(policy.layout.expert_ids)
     lines = [json.loads(line) for line in (stage.policy_dir / "metrics.jsonl").open()]
     assert all(line["gradient_norm"] > 0 for line in lines)
     assert [line["kl"] > 0 for line in lines] == [line["update"] > 1 for line in lines]
@@ -68,7 +68,7 @@ def test_what_happens_in_the_given_frame_has_no_say(
     stage = training.roll(run, 0, policy)
     training.advise(stage)
     inputs = freeze(run, stage)
-    policy.add_lora(2, 4.0, 0)
+    policy.experts.add_lora(2, 4.0, 0)
     trainer = ExpertTrainer(policy, inputs, run.config.train, 0)
     unit = inputs.units()[0]
     with torch.no_grad():

@@ -38,11 +38,11 @@ def test_every_transition_replays_to_exactly_zero(run: Run, policy: Policy) -> N
 
 
 def test_a_fresh_adapter_changes_nothing(run: Run, policy: Policy) -> None:
-    policy.add_lora(2, 4.0, seed=0)
+    policy.experts.add_lora(2, 4.0, seed=0)
     try:
         assert prove(policy, Rollouts.open(run.iteration(0)), samples=4, limit=0.0).largest == 0.0
     finally:
-        policy.become(None)
+        policy.experts.become(None)
 
 
 @pytest.mark.parametrize("settings", [
@@ -58,7 +58,7 @@ def test_rounded_states_and_other_laws_replay_too(
 
 def test_the_gate_names_value_sample_step_expert_and_shard(run: Run, policy: Policy) -> None:
     rollouts = Rollouts.open(run.iteration(0))
-    parameter = policy.module(1).proj_out.bias  # type: ignore[union-attr]
+    parameter = policy.experts.module(1).proj_out.bias  # type: ignore[union-attr]
     with torch.no_grad():
         parameter += 1e-3
     try:
@@ -81,7 +81,7 @@ def test_the_gate_names_value_sample_step_expert_and_shard(run: Run, policy: Pol
 
 
 def test_a_log_prob_that_is_no_number_fails_the_gate(run: Run, policy: Policy) -> None:
-    parameter = policy.module(1).proj_out.bias  # type: ignore[union-attr]
+    parameter = policy.experts.module(1).proj_out.bias  # type: ignore[union-attr]
     before = parameter.detach().clone()
     with torch.no_grad():
         parameter.fill_(torch.nan)
@@ -97,7 +97,7 @@ def test_a_wrong_batch_shape_is_what_the_chunks_avoid(run: Run, policy: Policy) 
     """The gate's log-probs are those of the stored chunk, row by row."""
     rollouts = Rollouts.open(run.iteration(0))
     unit = next(unit for unit in rollouts.units() if unit.size == 2)
-    policy.use(unit.expert)
+    policy.experts.use(unit.expert)
     chunk = read_batch(rollouts, policy, unit)
     assert chunk.x.shape[0] == 2
     assert chunk.prompt.shape[:2] == (2, training.TEXT_LENGTH)

@@ -11,7 +11,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from rollout.sampler import Sampler
 from rollout.schedule import step_std
 from rollout.transitions import noise, noise_seed
 from shards.errors import RunFailed, StillBusy, UserError
+from shards.files import Buffer, LocalFiles
 from shards.process.signals import stoppable
 from shards.reader import open_shard
 from shards.run import Run
@@ -72,10 +73,10 @@ def metrics(run: Run, iteration: int = 0) -> list[dict[str, Any]]:
 
 def initial(run: Run, policy: Policy, folder: Path) -> dict[str, torch.Tensor]:
     """The adapter weights training begins with."""
-    policy.become(None)
-    policy.add_lora(run.config.train.lora_rank, run.config.train.lora_alpha, run.config.rollout.seed)
-    policy.save_lora(folder / "iter-0000" / "policy")
-    policy.become(None)
+    policy.experts.become(None)
+    policy.experts.add_lora(run.config.train.lora_rank, run.config.train.lora_alpha, run.config.rollout.seed)
+    policy.experts.save_lora(folder / "iter-0000" / "policy")
+    policy.experts.become(None)
     return training.weights(Run(folder), 0)
 
 
@@ -139,10 +140,10 @@ def test_both_experts_move_and_the_policy_is_published(trained: Run, policy: Pol
     for expert in ("high_noise", "low_noise"):
         assert any(not torch.equal(after[name], before[name]) for name in after if name.startswith(expert))
     record = json.loads((trained.iteration(0).policy_dir / "policy.json").read_text())
-    assert record["fingerprint"] == policy.fingerprint(trained.iteration(0).policy_dir)["fingerprint"]
+    assert record["fingerprint"] == policy.experts.fingerprint(trained.iteration(0).policy_dir)["fingerprint"]
     assert set(record["adapters"]) == {f"{expert}/pytorch_lora_weights.safetensors"
                                        for expert in ("high_noise", "low_noise")}  # fmt: skip
-    average = policy.fingerprint(trained.iteration(0).policy_dir / "ema")
+    average = policy.experts.fingerprint(trained.iteration(0).policy_dir / "ema")
     assert record["average"] == {name: average[name] for name in ("fingerprint", "adapters")}
     assert record["average"]["fingerprint"] != record["fingerprint"]
     averaged = training.weights(trained, 0, "ema")
@@ -281,9 +282,9 @@ def test_chunks_add_up_to_one_big_batch(objective: str, rolled: Run, policy: Pol
     inputs = freeze(run, run.iteration(0))
     plan = dataclasses.replace(inputs.rollouts.plan, batch_size=training.GROUP)
     whole = dataclasses.replace(inputs, rollouts=dataclasses.replace(inputs.rollouts, plan=plan))
-    policy.become(None)
-    policy.add_lora(2, 4.0, 0)
-    for expert in policy.expert_ids:
+    policy.experts.become(None)
+    policy.experts.add_lora(2, 4.0, 0)
+    for expert in policy.layout.expert_ids:
         small, big = gradient(policy, inputs, run, expert), gradient(policy, whole, run, expert)
         scale = max(value.abs().max().item() for value in big.values())
         assert scale > 0
@@ -297,8 +298,8 @@ def test_the_gradient_is_the_mean_over_rows_that_count(rolled: Run, policy: Poli
 
     run = training.fork(rolled, tmp_path / "run", kl_beta=0.0)
     inputs = freeze(run, run.iteration(0))
-    policy.become(None)
-    policy.add_lora(2, 4.0, 0)
+    policy.experts.become(None)
+    policy.experts.add_lora(2, 4.0, 0)
     found = gradient(policy, inputs, run, 1)
     rows = []
     for unit in (unit for unit in inputs.units() if unit.expert == 1):
@@ -309,7 +310,7 @@ def test_the_gradient_is_the_mean_over_rows_that_count(rolled: Run, policy: Poli
                  for key, value in zip(keys_of(unit), scored.log_prob, strict=True)]  # fmt: skip
     assert len(rows) == 2 * training.GROUP * 2
     (-torch.stack(rows).mean()).backward()
-    for name, parameter in policy.trainable(1):
+    for name, parameter in policy.experts.trainable(1):
         if parameter.grad is not None:
             torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-8)
             parameter.grad = None
@@ -318,8 +319,8 @@ def test_the_gradient_is_the_mean_over_rows_that_count(rolled: Run, policy: Poli
 def test_the_gradient_is_cut_to_its_norm_over_all_weights(rolled: Run, policy: Policy, tmp_path: Path) -> None:
     run = training.fork(rolled, tmp_path / "run", max_grad_norm=1e-3)
     inputs = freeze(run, run.iteration(0))
-    policy.become(None)
-    policy.add_lora(2, 4.0, 0)
+    policy.experts.become(None)
+    policy.experts.add_lora(2, 4.0, 0)
     units = [unit for unit in inputs.units() if unit.expert == 1]
     whole = gradient(policy, inputs, run, 1)
     with contextlib.closing(ExpertTrainer(policy, inputs, run.config.train, 1)) as trainer:
@@ -335,8 +336,8 @@ def test_the_gradient_is_cut_to_its_norm_over_all_weights(rolled: Run, policy: P
 def test_a_gradient_that_is_no_number_moves_nothing(rolled: Run, policy: Policy, tmp_path: Path) -> None:
     run = training.fork(rolled, tmp_path / "run")
     inputs = freeze(run, run.iteration(0))
-    policy.become(None)
-    policy.add_lora(2, 4.0, 0)
+    policy.experts.become(None)
+    policy.experts.add_lora(2, 4.0, 0)
     units = [unit for unit in inputs.units() if unit.expert == 1]
     with contextlib.closing(ExpertTrainer(policy, inputs, run.config.train, 1)) as trainer:
         first, *others = trainer.state.parameters.values()
@@ -358,8 +359,8 @@ def test_the_loss_is_the_sum_of_its_parts(objective: str, rolled: Run, policy: P
     inputs, base = freeze(run, run.iteration(0)), Policy.of(run.config.model)
     schedule, plan = inputs.rollouts.schedule, inputs.rollouts.plan
     stds = {step: step_std(schedule, step) for step in inputs.rollouts.steps(1)}
-    policy.become(None)
-    policy.add_lora(2, 4.0, 0)
+    policy.experts.become(None)
+    policy.experts.add_lora(2, 4.0, 0)
     with contextlib.closing(ExpertTrainer(policy, inputs, run.config.train, 1)) as trainer:
         for number, weight in enumerate(trainer.state.parameters.values()):
             weight.data += 0.05 * noise(tuple(weight.shape), seed=number)
@@ -430,6 +431,15 @@ def at_update(expert: str, update: int) -> Callable[..., None]:
     return progress
 
 
+class DyingFiles(LocalFiles):
+    """Files whose process is killed when the policy is committed."""
+
+    def publish_new(self, path: Path, data: Buffer | Iterable[Buffer]) -> bool:
+        if path.name == "policy.json":
+            training.kill_self()
+        return super().publish_new(path, data)
+
+
 @pytest.mark.parametrize("where", [
     ("high_noise", 1), ("high_noise", 2), ("low_noise", 1), ("low_noise", 2), "in a checkpoint", "in the commit"],
     ids=str)  # fmt: skip
@@ -441,9 +451,8 @@ def test_kill_and_resume_end_in_the_same_bits(
         progress = at_update(*where) if isinstance(where, tuple) else None
         if where == "in a checkpoint":
             patch.setattr("train.checkpoint_files.os.rename", training.kill_self)
-        if where == "in the commit":
-            patch.setattr("train.publish.publish_new", training.kill_self)
-        training.killed(lambda: train(run, 0, policy, progress))
+        mortal = Run.open(run.path, files=DyingFiles()) if where == "in the commit" else run
+        training.killed(lambda: train(mortal, 0, policy, progress))
     assert not (run.iteration(0).policy_dir / "policy.json").exists()
     train(run, 0, policy)
     assert training.equal(training.weights(run, 0), training.weights(trained, 0))
@@ -534,7 +543,7 @@ def test_shards_of_another_policy_are_refused_by_name(rolled: Run, tiny_t2v2: Pa
     (run.path / "model.json").unlink()  # what the shards say counts all the same
     with pytest.raises(UserError, match=r"shard-000000\.tar, shard-000001\.tar came from policy") as caught:
         train(run, 0, other)
-    assert other.fingerprint(None)["fingerprint"][:12] in caught.value.problem
+    assert other.experts.fingerprint(None)["fingerprint"][:12] in caught.value.problem
     assert not run.iteration(0).policy_dir.exists()
 
 
@@ -600,8 +609,8 @@ def test_ratio_norm_cannot_take_older_shards_without_their_means(trained: Run, p
     """Shards of iteration 1 that the policy of iteration 0 made: a lag of one."""
     run = training.fork(trained, tmp_path / "run", ratio_norm=True, max_policy_lag=1)
     stage = run.iteration(1)
-    policy.become(None)
-    identity = policy.fingerprint(None)
+    policy.experts.become(None)
+    identity = policy.experts.fingerprint(None)
     plan = stage_plan(run, stage, policy.layout, identity)
     plan = stage.publish_plan(dataclasses.replace(plan, policy=dataclasses.replace(plan.policy, lag_of=0)))
     sampler = Sampler(policy, plan, stage.plan_sha256())
@@ -663,10 +672,10 @@ def test_an_untrained_iteration_before_is_named(rolled: Run, policy: Policy, tmp
 def test_good_samples_become_likelier_and_bad_ones_less(trained: Run, policy: Policy) -> None:
     """Over all transitions, the change of log-prob that training brought goes along with the advantage."""
     rollouts = Rollouts.open(trained.iteration(0))
-    policy.become(trained.iteration(0).policy_dir)
+    policy.experts.become(trained.iteration(0).policy_dir)
     gains: dict[int, float] = {0: 0.0, 1: 0.0}
     for unit in rollouts.units():
-        policy.use(unit.expert)
+        policy.experts.use(unit.expert)
         chunk = read_batch(rollouts, policy, unit)
         change = log_probs(policy, rollouts, chunk) - chunk.log_prob
         advantages = torch.tensor([training.advantage_of(key)[0] for key in chunk.keys])

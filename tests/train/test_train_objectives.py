@@ -73,7 +73,7 @@ class Independent:
 
     def velocity(self, policy: Policy, unit: Unit, x: Tensor) -> Tensor:
         text = self.inputs.rollouts.shards[unit.shard].group(unit.group)
-        prompt, negative = (policy.pad(text[name], unit.size) for name in ("prompt", "negative"))
+        prompt, negative = (policy.text.pad(text[name], unit.size) for name in ("prompt", "negative"))
         step = unit.step
         return policy.velocity(
             unit.expert, x, self.schedule.timesteps[step], prompt, negative, self.schedule.guidance[step]
@@ -148,15 +148,15 @@ class Independent:
 def moved_trainer(run: Run, policy: Policy, expert: int) -> Any:
     """A trainer whose weights have moved from those of the rollout, and the formulas beside it."""
     inputs, old = freeze(run, run.iteration(0)), Policy.of(run.config.model)
-    policy.become(None)
-    policy.add_lora(2, 4.0, 0)
-    old.use(expert)
+    policy.experts.become(None)
+    policy.experts.add_lora(2, 4.0, 0)
+    old.experts.use(expert)
     with contextlib.closing(ExpertTrainer(policy, inputs, run.config.train, expert)) as trainer:
         for number, weight in enumerate(trainer.state.parameters.values()):
             weight.data += 0.05 * noise(tuple(weight.shape), seed=number)
         trainer.moved = True
         yield trainer, Independent(inputs, run.config.train, policy, old)
-    policy.become(None)
+    policy.experts.become(None)
 
 
 GRADIENTS: dict[str, dict[str, Any]] = {
@@ -274,7 +274,7 @@ def test_every_objective_trains_both_experts_and_logs_what_decides(
         if not full and record["expert"] == "low_noise":
             assert -1 <= record["signal"] <= 1
         assert ("signal" in record) <= (not full)
-    policy.become(None)
+    policy.experts.become(None)
 
 
 def test_the_signal_is_the_cosine_of_the_two_halves(rolled: Run, policy: Policy, tmp_path: Path) -> None:

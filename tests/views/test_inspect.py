@@ -13,6 +13,7 @@ import pandas
 import pytest
 from PIL import Image
 
+import cli
 from shards import sidecar
 from shards.config import ScoreConfig
 from shards.errors import UserError
@@ -201,6 +202,33 @@ def test_every_format_reads_back(frame: pandas.DataFrame, tmp_path: Path) -> Non
         query.emit(few, "parquet", None, io.StringIO())
 
 
+def test_json_keeps_every_bit(run: Path) -> None:
+    """Seventeen digits, seeds beyond 2^53, lists: what is read back is what was written; NaN is null."""
+    frame = table.samples(run).head(2)
+    third = 1 / 3 + 1e-16
+    frame["reward"] = [third, float("nan")]
+    frame["noise_seed"] = [2**63 - 1, 0]
+    frame["log_prob"] = [[-third, 1e-300], [float("inf"), float("-inf")]]
+    for name in ("json", "jsonl"):
+        text = table.write(frame, name).decode()
+        rows = json.loads(text) if name == "json" else [json.loads(line) for line in text.splitlines()]
+        assert [row["reward"] for row in rows] == [third, None]
+        assert [row["noise_seed"] for row in rows] == [2**63 - 1, 0]
+        assert [row["log_prob"] for row in rows] == [[-third, 1e-300], ["Infinity", "-Infinity"]]
+        assert [row["window"] for row in rows] == frame["window"].to_list()
+        assert [*rows[0]] == [*frame]
+    assert json.loads(table.write(frame[:0], "json")) == []
+
+
+def test_the_video_of_a_sample_is_written_as_it_is_stored(run: Path, tmp_path: Path) -> None:
+    key, file = "i000001-p000001-s02", tmp_path / "one.mp4"
+    cli.app(["inspect", str(run), key, "--video", str(file)], standalone_mode=False)
+    assert file.read_bytes() == sample.read_video(run, key)
+    assert not (run / "frames" / key).exists()  # which a command without --video writes
+    with pytest.raises(UserError, match="--video needs the KEY"):
+        cli.app(["inspect", str(run), "--video", str(file)], standalone_mode=False)
+
+
 def test_one_sample_in_full(run: Path) -> None:
     key = "i000001-p000001-s02"
     found = sample.describe(run, key)
@@ -255,3 +283,16 @@ def test_the_same_key_means_another_sample_in_an_evaluation(run: Path) -> None:
 def test_an_unknown_key_is_explained(run: Path, key: str) -> None:
     with pytest.raises(UserError, match=key):
         sample.find(run, key)
+
+
+def test_control_characters_are_shown_and_data_keeps_them(tmp_path: Path) -> None:
+    prompt = "\x1b[31mred\x07 \u202eeslaf"
+    stage = committed_stage(tmp_path, prompt=prompt)
+    frame = query.select(table.samples(tmp_path), columns="prompt")
+    assert b"\\x1b[31mred\\x07 \\u202eeslaf 0" in table.write(frame, "table")
+    shown = sample.show(tmp_path, stage.keys(0)[0])
+    assert "\\x1b[31mred\\x07 \\u202eeslaf 0" in shown
+    for text in (shown, sample.show(tmp_path, stage.keys(0)[0], "json"), table.write(frame, "jsonl").decode()):
+        assert not set(text) & set("\x1b\x07\u202e")
+    assert json.loads(table.write(frame, "json"))[0]["prompt"] == f"{prompt} 0"
+    assert frame["prompt"][0] in table.write(frame, "csv").decode()

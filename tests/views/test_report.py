@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -25,9 +26,11 @@ from shards.errors import UserError
 from shards.report import clips as report_clips
 from shards.report import facts as report_facts
 from shards.report import tracked_clips
-from shards.report.page import duration, write_report
+from shards.report.page import write_report
 from shards.report.points import Point
+from shards.report.shell import security_policy
 from shards.report.svg import Series, lines, nice_ticks
+from shards.report.tables import duration
 from shards.report.trackers import NAME, send_wandb, write_board
 from shards.run import Run, Stage
 from shards.video import encode_mp4
@@ -40,26 +43,29 @@ CLIPS = (
 )  # evaluations: policies x prompts x seeds; groups: iterations x groups x best, median, worst
 
 
-def make_run(path: Path, *, iterations: int = 2, dark_after: float = 0.2) -> Run:
-    """Iterations of two groups, each with an evaluation; saturation stays and luma moves to `dark_after`."""
-    for k in range(iterations):
-        judge(committed_stage(path, k, group_size=4, prompt=HOSTILE), 0.2 if k == 0 else dark_after)
-        judge(committed_stage(path, k, evaluation=True, group_size=2, prompt=HOSTILE), 0.2)
+def make_run(
+    path: Path, *, first: int = 0, iterations: int = 2, dark_after: float = 0.2, text: str = '["<FILM>", ""]'
+) -> Run:
+    """Iterations of two groups, each with an evaluation; luma moves to `dark_after`, saturation stays."""
+    for k in range(first, iterations):
+        judge(committed_stage(path, k, group_size=4, prompt=HOSTILE), 0.2 if k == 0 else dark_after, text)
+        judge(committed_stage(path, k, evaluation=True, group_size=2, prompt=HOSTILE), 0.2, text)
         write_updates(Run(path).iteration(k))
     (path / "run.toml").write_text('schema = 1\npreset = "words"\n', encoding="utf-8")
     return Run.open(path)
 
 
-def judge(stage: Stage, luma: float) -> None:
-    """Scores of a reward that reads, guards and advantages for a whole stage."""
+def judge(stage: Stage, luma: float | tuple[float, ...], text: str = "[]") -> None:
+    """Scores of a reward that reads, guards and advantages for a whole stage; `luma` for all shards, or of each."""
     for shard in stage.shards():
+        level = luma if isinstance(luma, float) else luma[shard]
         scores = score_frame(stage, shard)
         cost = {"seconds": "1.25", "peak_memory_bytes": str(3 * 2**30)}
-        sidecar.write_scores(stage, shard, "ocr-1a2b3c4d", scores.assign(text='["<FILM>", ""]'), cost)
+        sidecar.write_scores(stage, shard, "ocr-1a2b3c4d", scores.assign(text=text), cost)
         guards = scores.drop(columns=["accuracy", "text"])
         noise = 0.001 * np.arange(len(guards))
         sidecar.write_scores(
-            stage, shard, "guards-1a2b3c4d", guards.assign(reward=luma, luma=luma + noise, saturation=0.5), {}
+            stage, shard, "guards-1a2b3c4d", guards.assign(reward=level, luma=level + noise, saturation=0.5), {}
         )
         sidecar.write_advantages(stage, shard, "0123abcd", advantage_frame(stage, shard), {})
 
@@ -385,6 +391,67 @@ def test_without_the_package_nothing_is_sent(run: Run, monkeypatch: pytest.Monke
         send_wandb(run)
 
 
+def test_control_characters_and_marks_of_direction_are_shown(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "signs", iterations=1, text='["\\u001b[31mred\\u0007", "\\u202eDER"]')
+    text = write_report(run).read_text(encoding="utf-8")
+    assert "\\x1b[31mred\\x07 · \\u202eDER" in text
+    assert not set(text) & set("\x1b\x07\u202e")
+
+
+def test_an_unsure_move_is_not_green(tmp_path: Path) -> None:
+    """A guard moved by a fifth, in groups that differ by more: no alarm, and nothing to be calm about."""
+    run = make_run(tmp_path / "signs")
+    assert 'class="alarms quiet"' in write_report(run).read_text(encoding="utf-8")
+    for k, levels in enumerate(((0.2, 0.8), (0.3, 0.95))):
+        judge(run.iteration(k), levels)
+    text = write_report(run).read_text(encoding="utf-8")
+    assert 'class="alarms unsure"><b>No alarm, but 1 guard moved.' in text
+    assert 'class="alarms quiet"' not in text
+    for path in run.path.rglob("guards-*"):
+        shutil.rmtree(path)
+    assert "<b>No alarm, but no guards either.</b>" in write_report(run).read_text(encoding="utf-8")
+
+
+def test_the_settings_of_the_iterations_are_told(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "signs")
+    for k, (objective, rate) in enumerate((("nft", 1e-3), ("grpo", 2e-3))):
+        run.iteration(k).train_dir.mkdir()
+        frozen = {"objective": objective, "learning_rate": rate, "clip_range": 1e-3}
+        run.iteration(k).train_plan_path.write_text(json.dumps({"train": frozen}), encoding="utf-8")
+    run.config_path.write_text('schema = 1\npreset = "words"\n[train]\nlearning_rate = 2e-3\n', encoding="utf-8")
+    text = write_report(Run.open(run.path)).read_text(encoding="utf-8")
+    assert "NFT → GRPO" in text
+    assert "<h3>loss, nft</h3>" in text  # each objective's charts, whatever run.toml says now
+    assert "<h3>ratio − 1, grpo</h3>" in text
+    row = re.search(r'<tr><th scope="row">train.learning_rate</th><td>(.*?)</td></tr>', text)
+    assert row
+    assert re.sub("<.*?>", "", row[1]) == "0.001 from iteration 0; 0.002 from iteration 1"
+    assert re.search(r'<tr class="other"><th scope="row">train.learning_rate</th><td>0.002</td>', text)
+
+
+def test_rewards_lie_at_what_was_spent_before(run: Run) -> None:
+    places = report_facts.gather(run).places
+    assert places["videos"] == {0: 0, 1: 8, 2: 16}
+    assert places["updates"] == {0: 0, 1: 4, 2: 8}
+    assert places["hours"] == {0: 0}  # no policy has been published
+
+
+def test_evaluations_are_compared_prompt_by_prompt(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "signs")
+    for k in (0, 1):
+        stage = run.evaluation(k)
+        for shard in stage.shards():
+            frame = advantage_frame(stage, shard)
+            sidecar.write_advantages(stage, shard, "0123abcd", frame.assign(reward=frame["reward"] + k / 10), {})
+        summary = {"mean_reward": 0.05 + k / 10, "std_reward": 0.05, "samples": 4, "groups": 2, "used_groups": 2}
+        stage.summary_path("0123abcd").write_text(json.dumps(summary), encoding="utf-8")
+    text = write_report(run).read_text(encoding="utf-8")
+    [row] = re.findall(r"<tr><td>1</td>(.*?)</tr>", text)
+    assert re.findall("<td>(.*?)</td>", row)[0:1] + re.findall("<td>(.*?)</td>", row)[3:] == [
+        "4", "+0.1000", "0", "2", "0", "0",
+    ]  # fmt: skip
+
+
 # --- In a browser ----------------------------------------------------------------------------------------------------
 
 PLAY = """
@@ -441,9 +508,45 @@ def test_a_browser_shows_it_and_plays_every_clip(run: Run, tab: Any, scheme: str
     assert dark == [scheme == "light", scheme == "dark"]
     assert tab.run(FAINT) == []
     assert tab.run("return document.documentElement.scrollWidth <= window.innerWidth")
-    sizes = tab.run("return [...document.querySelectorAll('svg')].map(s => s.getBoundingClientRect().height)")
+    shown = "[...document.querySelectorAll('svg')].filter(s => getComputedStyle(s).display !== 'none')"
+    sizes = tab.run(f"return {shown}.map(s => s.getBoundingClientRect().height)")
     assert len(sizes) > 10
     assert min(sizes) > 100
+
+
+NARROW = """
+const small = [];
+for (const e of document.querySelectorAll("svg text")) {
+  const box = e.ownerSVGElement.getBoundingClientRect();
+  if (!box.width) continue;
+  const size = parseFloat(getComputedStyle(e).fontSize) * box.width / e.ownerSVGElement.viewBox.baseVal.width;
+  if (size < 9) small.push(e.textContent);
+}
+const cut = [...document.querySelectorAll("nav a")].filter((e) => e.getBoundingClientRect().right > innerWidth);
+return [document.documentElement.scrollWidth, innerWidth, small, cut.map((e) => e.textContent)];
+"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_narrow_screen_can_read_it(run: Run, tab: Any, scheme: str) -> None:
+    tab.command("Emulation.setDeviceMetricsOverride", width=420, height=900, deviceScaleFactor=1, mobile=False)
+    try:
+        tab.open(write_report(run), scheme)
+        width, window, small, cut = tab.run(NARROW)
+        assert (width, window) == (420, 420)
+        assert small == cut == []
+        assert tab.run(FAINT) == []
+    finally:
+        tab.command("Emulation.clearDeviceMetricsOverride")
+
+
+def test_code_that_slips_into_the_page_does_not_run(run: Run, tab: Any, tmp_path: Path) -> None:
+    text = write_report(run).read_text(encoding="utf-8")
+    slipped = tmp_path / "slipped.html"
+    slipped.write_text(text.replace("</main>", "<script>window.slipped = 1;</script></main>"), encoding="utf-8")
+    tab.open(slipped)
+    assert tab.run("return window.slipped") is None
+    assert any("Content Security Policy" in message for message in tab.console())
 
 
 def test_a_point_shows_its_value_under_the_pointer(run: Run, tab: Any) -> None:
@@ -455,6 +558,8 @@ def test_a_point_shows_its_value_under_the_pointer(run: Run, tab: Any) -> None:
 def test_the_browser_test_can_fail(run: Run, tab: Any, tmp_path: Path) -> None:
     text = write_report(run).read_text(encoding="utf-8")
     broken = tmp_path / "broken.html"
+    style, script = (re.search(f"<{tag}>(.*?)</{tag}>", text, re.S)[1] for tag in ("style", "script"))
+    text = text.replace(security_policy(style, script, live=False), "default-src data: 'unsafe-inline'")
     broken.write_text(text.replace('"use strict";', "missing();").replace("AAAA", "BBBB"), encoding="utf-8")
     tab.open(broken)
     assert any("missing is not defined" in message for message in tab.console())

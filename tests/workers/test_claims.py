@@ -20,8 +20,8 @@ from shards.errors import RunFailed, UserError
 from shards.process.versions import our_version
 from shards.run import Run, Stage
 from shards.workers import claims, owners
-from shards.workers.claims import Claim, claim
-from shards.workers.owners import _seen, claims_of, life, sweep
+from shards.workers.claims import claim
+from shards.workers.owners import claims_of, life, sweep
 from shards.workers.worker import order
 from tests.support.clock import Clock
 
@@ -245,28 +245,24 @@ def test_of_many_who_find_a_dead_owner_one_gets_the_claim(stage: Stage, locks: s
     for turn in range(20):
         folder = stage.path / "work"
         folder.mkdir(parents=True, exist_ok=True)
-        dead = folder / "shard-000000.rollout.claim-0007"
+        dead = folder / f"shard-000000.rollout.claim-{2 * turn + 1:04d}"
         record = {"owner": str(turn), "host": "elsewhere", "boot": "", "pid": 1, "worker": "0/1", "every": 0.01}
         dead.write_text(json.dumps(record | {"locked": False, "version": our_version()}) + "\n000000000001\n")
-        _seen.clear()  # the same name as in the turn before
         assert life(claims_of(stage)[0], 0.05) == "silent"
         clock.now += 0.06
-        winners = race(stage)
-        assert len(winners) == 1
-        assert winners[0].path.name.endswith("claim-0008")
+        assert race(stage) == [f"shard-000000.rollout.claim-{2 * turn + 2:04d}"]
         assert not dead.exists()
-        winners[0].release()
 
 
-def race(stage: Stage) -> list[Claim]:
-    """Six threads that take shard 0 at the same moment; those that got it."""
-    gate, won = threading.Barrier(6), []
+def race(stage: Stage) -> list[str]:
+    """Six threads that claim shard 0 at the same moment; the names of the claims that they got, and have given up."""
+    gate, over, won = threading.Barrier(6), threading.Barrier(6), []
 
     def run() -> None:
         gate.wait()
-        held = claims._take(stage, 0, "rollout", 0.05, (0, 1))
-        if held:
-            won.append(held)
+        with claim(stage, 0, "rollout", 0.05) as held:
+            won.extend([held.path.name] if held else [])
+            over.wait(PATIENCE)
 
     threads = [threading.Thread(target=run) for _ in range(6)]
     for thread in threads:

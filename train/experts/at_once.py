@@ -108,8 +108,6 @@ def _hand_out(run: Run, iteration: int, advantage: str, device: str) -> Future[T
 def _train_second(path: str, sets: tuple[Setting, ...], iteration: int, advantage: str, device: str) -> TrainReport:
     """A helper's part. SIGTERM ends it after an update, which is kept."""
     run = Run.open(path, sets)
-    if device.startswith("cuda:"):
-        torch.cuda.set_device(device)
     policy = loaded(run, device)
     with stoppable():
         return train(run, iteration, policy, None, advantage, SECOND)

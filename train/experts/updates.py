@@ -115,13 +115,14 @@ def _restore(trainer: ExpertTrainer, folder: Path, start: Path | None) -> int:
 
     Returns the number of updates of this iteration that are done.
     """
-    found = checkpoint.latest(folder)
+    files = trainer.inputs.rollouts.stage.files
+    found = checkpoint.latest(folder, files)
     if found is not None:
         checkpoint.load(found[1], trainer.state)
         trainer.masters.publish()
         trainer.moved = found[0] > 0
         return found[0]
-    before = checkpoint.latest(trainer_dir(start, trainer.name)) if start else None
+    before = checkpoint.latest(trainer_dir(start, trainer.name), files) if start else None
     if before is not None:
         masters = checkpoint.load(before[1], trainer.state, weights=False)
         with trainer.world.together():

@@ -13,14 +13,14 @@ from torch.distributed.fsdp import FSDPModule
 Module = TypeVar("Module", bound=nn.Module)
 
 
-class Places:
-    """Brings modules to the device and sends them away again. On a CPU nothing moves."""
+class Offload:
+    """Brings the modules of a part of a policy to the device and sends them away again. On a CPU nothing moves."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._homes: dict[nn.Module, dict[str, Tensor]] = {}
 
-    def _enter(self, module: nn.Module) -> None:
+    def enter(self, module: nn.Module) -> None:
         """Bring a module to the device. Frozen weights keep their host copy, so that leaving costs no transfer."""
         if self.device.type == "cpu" or module in self._homes:
             return
@@ -32,7 +32,7 @@ class Places:
             tensor.data = tensor.data.to(self.device, non_blocking=True)
         self._homes[module] = home
 
-    def _leave(self, module: nn.Module) -> None:
+    def leave(self, module: nn.Module) -> None:
         """Give a module's frozen weights their host copies back; weights that learn are copied from the device."""
         if isinstance(module, FSDPModule) and self.device.type != "cpu":
             module.to("cpu")
@@ -44,13 +44,13 @@ class Places:
             tensor.data = tensor.data.cpu() if kept is None else kept
 
     @contextlib.contextmanager
-    def _working(self, module: Module) -> Iterator[Module]:
+    def working(self, module: Module) -> Iterator[Module]:
         """A helper module on the device for as long as it works."""
-        self._enter(module)
+        self.enter(module)
         try:
             yield module
         finally:
-            self._leave(module)
+            self.leave(module)
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -1,0 +1,1 @@
+"""A run in a notebook: what `shards.open` gives."""

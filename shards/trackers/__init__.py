@@ -1,0 +1,1 @@
+"""Metrics for the programs that people watch their runs with."""
