@@ -182,6 +182,9 @@ def train(
     advantage: Annotated[
         str, typer.Option(metavar="NAME", help="a folder in iter-*/advantage, when there are several")
     ] = "",
+    expert: Annotated[
+        str, typer.Option(metavar="NAME", help="high_noise or low_noise alone; the last to finish publishes")
+    ] = "",
     sets: Sets = [],  # noqa: B006
 ) -> None:
     """Prove that the shards replay exactly, then update the policy."""
@@ -189,7 +192,7 @@ def train(
     stage = stage_of(opened, iteration)
     warn(opened, stage, "train")
     with ranks(opened):
-        do_train(opened, stage.iteration, None, advantage)
+        do_train(opened, stage.iteration, None, advantage, expert)
 
 
 @app.command(
@@ -774,14 +777,18 @@ def do_score(
 
 
 @stoppable()
-def do_train(run: Run, iteration: int, policy: Policy | None, advantage: str = "") -> None:
-    """Train one iteration and say what happened."""
+def do_train(run: Run, iteration: int, policy: Policy | None, advantage: str = "", expert: str = "") -> None:
+    """Train one iteration, or one of its experts, and say what happened."""
+    from train.experts.at_once import train_at_once
     from train.run import train as run_train
 
     if world_size() == 1:  # ranks stop together, which training sees to
         check(f"before iter-{iteration:04d} train")
     with show(f"iter-{iteration:04d} train") as report:
-        result = run_train(run, iteration, policy, report, advantage)
+        if expert:
+            result = run_train(run, iteration, policy, report, advantage, expert)
+        else:
+            result = train_at_once(run, iteration, policy, report, advantage)
     say(f"iter-{iteration:04d} train: {result}")
 
 

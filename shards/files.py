@@ -124,6 +124,9 @@ class Files(Protocol):
     def remove(self, folder: Path, keep: Iterable[str]) -> None:
         """Where a folder is published elsewhere: delete what it has there but for the folders in it named in `keep`."""
 
+    def remove_files(self, paths: Iterable[Path]) -> None:
+        """Delete files, here and where they are published; one that is already gone is fine."""
+
 
 class LocalFiles:
     """As Files, on a disk or a file system that all machines share: what is published is here, and nowhere else."""
@@ -153,6 +156,10 @@ class LocalFiles:
     def fetch_newest(self, folder: Path, commit: str) -> None: ...
     def put_folder(self, folder: Path, last: str = "", wanted: Wanted = every) -> None: ...
     def remove(self, folder: Path, keep: Iterable[str]) -> None: ...
+
+    def remove_files(self, paths: Iterable[Path]) -> None:
+        for path in paths:
+            path.unlink(missing_ok=True)
 
     def borrowed(self, path: Path) -> AbstractContextManager[None]:
         return nullcontext()
@@ -270,9 +277,8 @@ def read_json(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist", "run the stage that writes it") from error
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} is damaged: {error}", "restore it from a copy; `rushes verify` lists all faults"
-        ) from error
+        hint = "restore it from a copy; `rushes verify` lists all faults"
+        raise UserError(f"{path} is damaged: {error}", hint) from error
     if not isinstance(value, dict):
         raise UserError(f"{path} is damaged: it holds no JSON object", "restore it from a copy")
     return value
@@ -339,7 +345,6 @@ def disk_errors(path: str | Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in FULL:
-            raise RunFailed(
-                f"{path}: disk full", "make room and run the same command again; nothing is lost"
-            ) from error
+            hint = "make room and run the same command again; nothing is lost"
+            raise RunFailed(f"{path}: disk full", hint) from error
         raise RunFailed(f"{path}: cannot be written: {error.strerror}", "check the disk and its permissions") from error

@@ -149,8 +149,10 @@ def load(path: Path, state: TrainerState, *, weights: bool = True) -> dict[str, 
     for name, parameter in state.parameters.items():
         if weights:
             parameter.data.copy_(tensors[f"weight.{name}"])
+        # a fused optimizer counts where it steps, any other one on the host
+        where = parameter.device if state.optimizer.defaults["fused"] else "cpu"
         state.optimizer.state[parameter] = {
-            "step": tensors[f"step.{name}"].reshape(()).clone(),
+            "step": tensors[f"step.{name}"].reshape(()).to(where, copy=True),
             "exp_avg": tensors[f"first.{name}"],
             "exp_avg_sq": tensors[f"second.{name}"],
         }

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from shards import diagnosis
-from shards.files import read_json, read_json_lines
+from shards.files import read_json
+from shards.measures import read_metrics
 from shards.plan import group_of
 from shards.run import EXPERT_NAMES
 from shards.sidecar import specifications
@@ -48,7 +49,7 @@ def history(run: Run, iteration: int, records: Sequence[Record]) -> list[str]:
     """
     if iteration == 0:
         return []
-    before, now = read_json_lines(run.iteration(iteration - 1).metrics_path), list(records)
+    before, now = read_metrics(run.iteration(iteration - 1)), list(records)
     return diagnosis.note_drift(
         _distance(before), _distance(now), _guards(run.iteration(0)), _guards(run.iteration(iteration))
     )

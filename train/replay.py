@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -56,18 +57,20 @@ def prove(
     limit: float,
     progress: Progress | None = None,
     world: World | None = None,
+    experts: Sequence[int] | None = None,
 ) -> Replayed:
     """Recompute the log-probs of at least `samples` transitions of each expert and shard with the policy as it is.
 
-    The very chunks of the rollout are run again, so that the batch shape is the same; ranks take them in turn, and all
-    find the same. The low-noise expert goes first, which leaves the other one in memory for training. Raises RunFailed
-    at the first |log-ratio| above `limit`.
+    `experts` are those to be proven, all if absent. The very chunks of the rollout are run again, so that the batch
+    shape is the same; ranks take them in turn, and all find the same. The low-noise expert goes first, which leaves the
+    other one in memory for training. Raises RunFailed at the first |log-ratio| above `limit`.
     """
     world = world or World()
-    chosen = sample_units(rollouts, samples)
+    experts = policy.layout.expert_ids if experts is None else experts
+    chosen = [unit for unit in sample_units(rollouts, samples) if unit.expert in experts]
     per_expert: dict[str, float] = {}
     transitions = 0
-    for expert in reversed(policy.layout.expert_ids):
+    for expert in sorted(experts, reverse=True):
         mine = [unit for unit in chosen if unit.expert == expert]
         if mine:
             policy.experts.use(expert)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from shards import diagnosis, sidecar
 from shards.diagnosis import Limits, Move
-from shards.files import read_json_lines
 from shards.inspect import table
+from shards.measures import read_metrics
 from shards.reader import read_manifest
 from shards.report.points import Point
 from shards.run import Run, Stage
@@ -84,11 +84,6 @@ def gather(run: Run) -> Facts:
         {k: Limits.of(settings[k], _lag(run.iteration(k))) for k in trained},
         _places(run, samples, updates),
     )
-
-
-def read_metrics(stage: Stage) -> list[dict[str, Any]]:
-    """The updates of an iteration, as training wrote them down."""
-    return read_json_lines(stage.metrics_path)
 
 
 def components(samples: pandas.DataFrame) -> list[str]:

@@ -10,14 +10,15 @@ from typing import Any
 
 from shards.errors import ANEW, Damaged, UserError
 from shards.files import read_json, sha256_file
-from shards.run import AVERAGE, COMMIT, POLICY_RECORD, Stage
+from shards.run import AVERAGE, COMMIT, EXPERT_NAMES, POLICY_RECORD, Stage
 
 
 def policy_faults(stage: Stage) -> Iterator[Damaged]:
     """All that is not as training wrote it; what an unfinished training has left so far is looked at too."""
     for commit in sorted(stage.policy_dir.glob(f"trainer/*/update-*/{COMMIT}")):
         yield from _checkpoint_faults(commit, stage.trained())
-    yield from _log_faults(stage.metrics_path)
+    for log in (stage.metrics_path, *map(stage.expert_metrics_path, EXPERT_NAMES)):
+        yield from _log_faults(log)
     if stage.trained():
         yield from _weight_faults(stage.fetched_policy())
 

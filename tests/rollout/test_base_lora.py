@@ -272,7 +272,8 @@ def test_what_cannot_lie_beneath(tiny_t2v: Path, tiny_t2v2: Path, tmp_path: Path
     assert names in refused(tiny_t2v2, lora=file, lora_2="none")
     policy = load(tiny_t2v)
     policy.experts.train_all()
-    policy.experts.save(tmp_path / "full")
+    for expert in policy.layout.expert_ids:
+        policy.experts.save(tmp_path / "full", expert)
     found = refused(tiny_t2v, base_lora=tmp_path / "full")
     assert found.startswith(f"model.base_lora: {tmp_path}/full holds whole transformers, not a LoRA")
 
