@@ -692,7 +692,7 @@ def follow(run: Run, megabytes: float, port: int) -> None:
 
     with served(run, megabytes, port) as server:
         host, number = server.server_address[:2]
-        say(f"http://{host!s}:{number}/ shows the run as it goes on; Ctrl-C ends it")
+        say(f"http://{host!s}:{number}/ shows the run as it works; Ctrl-C ends it")
         server.serve_forever()
 
 
