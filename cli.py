@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from score.run import ScoreReport
     from shards.run import Run, Stage
     from shards.run_toml import Setting
+    from train.replay import Replayed
 
 UNLIKELY = 2.0  # seconds after which torchrun has ended all ranks, if the first one failed
 LONGEST_PAUSE = 1e9  # seconds; the system's sleep takes no number much larger
@@ -182,6 +183,9 @@ def train(
     advantage: Annotated[
         str, typer.Option(metavar="NAME", help="a folder in iter-*/advantage, when there are several")
     ] = "",
+    expert: Annotated[
+        str, typer.Option(metavar="NAME", help="high_noise or low_noise alone; the last to finish publishes")
+    ] = "",
     sets: Sets = [],  # noqa: B006
 ) -> None:
     """Prove that the shards replay exactly, then update the policy."""
@@ -189,7 +193,7 @@ def train(
     stage = stage_of(opened, iteration)
     warn(opened, stage, "train")
     with ranks(opened):
-        do_train(opened, stage.iteration, None, advantage)
+        do_train(opened, stage.iteration, None, advantage, expert)
 
 
 @app.command(
@@ -478,7 +482,9 @@ def verify(
             raise RunFailed(f"{path}: {counted(damaged, 'fault')}", "each line says what to do about it")
         say(f"{path}: everything published is whole")
         if run is not None:
-            record["replay"] = prove(run)
+            found = prove(run)
+            record["replay"] = {k: one.largest for k, one in found.items()}
+            record["replay_steps"] = {k: [asdict(step) for step in one.per_step] for k, one in found.items()}
     finally:
         if as_json:
             print_json(record)
@@ -691,7 +697,7 @@ def follow(run: Run, megabytes: float, port: int) -> None:
 
     with served(run, megabytes, port) as server:
         host, number = server.server_address[:2]
-        say(f"http://{host!s}:{number}/ shows the run as it goes on; Ctrl-C ends it")
+        say(f"http://{host!s}:{number}/ shows the run as it works; Ctrl-C ends it")
         server.serve_forever()
 
 
@@ -779,14 +785,18 @@ def do_score(
 
 
 @stoppable()
-def do_train(run: Run, iteration: int, policy: Policy | None, advantage: str = "") -> None:
-    """Train one iteration and say what happened."""
+def do_train(run: Run, iteration: int, policy: Policy | None, advantage: str = "", expert: str = "") -> None:
+    """Train one iteration, or one of its experts, and say what happened."""
+    from train.experts.at_once import train_at_once
     from train.run import train as run_train
 
     if world_size() == 1:  # ranks stop together, which training sees to
         check(f"before iter-{iteration:04d} train")
     with show(f"iter-{iteration:04d} train") as report:
-        result = run_train(run, iteration, policy, report, advantage)
+        if expert:
+            result = run_train(run, iteration, policy, report, advantage, expert)
+        else:
+            result = train_at_once(run, iteration, policy, report, advantage)
     say(f"iter-{iteration:04d} train: {result}")
 
 
@@ -818,18 +828,19 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, allow_nan=False), flush=True)
 
 
-def prove(run: Run) -> dict[int, float]:
-    """Replay every finished iteration of a run with the policy that made it; the largest |log-ratio| of each.
+def prove(run: Run) -> dict[int, Replayed]:
+    """Replay every finished iteration of a run with the policy that made it, and print a table of |log-ratios|.
 
     Raises RunFailed where one differs.
     """
-    from train.replay import prove_iteration
+    from train.replay import prove_iteration, render_ratios
 
     policy, found = load_policy(run), {}
     for k in run.iterations():
         with show(f"iter-{k:04d} replay") as report:
             found[k] = prove_iteration(run, k, policy, report)
-        say(f"iter-{k:04d} replay: largest |log-ratio| {found[k]:.3g}")
+        say(f"iter-{k:04d} replay: largest |log-ratio| {found[k].largest:.3g}")
+        say(render_ratios(found[k]))
     return found
 
 

@@ -168,6 +168,7 @@ def _timed(records: Sequence[dict[str, Any]], rate: float, cpu: float, spent: Co
     parts, calls = Counter[str](), Counter[str]()
     for record in records:
         parts.update(record["total"])
+        parts.update(record["aside"])
         calls.update(record["calls"])
     shares = {kind: spent[kind] / whole for kind in KINDS}
     written = sum(record["bytes"]["written"] for record in records)

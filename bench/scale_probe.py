@@ -63,6 +63,7 @@ PROBES = (
     Probe("phase", "write", "shards.spool:write_phase"),
     Probe("text", "write", "shards.spool:write_group"),
     Probe("seal", "write", "shards.writer:seal"),
+    Probe("behind", "write", "shards.process.background:Background.settle"),  # for encoding and writing, in a thread
     Probe("publish", "write", "shards.files:publish_new"),
     Probe("fsync", "write", "os:fsync"),
     Probe("link", "write", "os:link"),
@@ -111,6 +112,7 @@ class Account:
                 yield
             finally:
                 self.aside[label] += self.clock() - began
+                self.calls[label] += 1
             return
         worked = self.processor()
         self._turn(began)

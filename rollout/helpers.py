@@ -72,7 +72,7 @@ def _hand_out(run: Run, stage: Stage, parts: list[Part], devices: list[str]) -> 
     When one has ended since the last stage, new ones take the place of all. When one ends while this gives out work,
     nobody gets any: new helpers start with the next stage.
     """
-    executor = _start(len(parts))
+    executor = start_helpers(len(parts))
     job = (str(run.path), run.sets, stage.kind, stage.iteration)
     try:
         return [executor.submit(_sample, *job, part, device) for part, device in zip(parts, devices, strict=True)]
@@ -81,7 +81,7 @@ def _hand_out(run: Run, stage: Stage, parts: list[Part], devices: list[str]) -> 
         return []
 
 
-def _start(count: int) -> ProcessPoolExecutor:
+def start_helpers(count: int) -> ProcessPoolExecutor:
     """So many helpers, with our number of threads: another one could give other bits."""
     return helpers.of(count, torch.get_num_threads())
 
@@ -100,7 +100,16 @@ def _join(futures: list[Future[Counts]], seconds: float | None) -> Counts:
 
 
 _loaded: dict[str, Policy] = {}
-"""By run, on the device that this helper was given first: later parts stay there, whichever they are."""
+"""By run, on the device that this helper was given first: later work stays there, whichever it names."""
+
+
+def loaded(run: Run, device: str) -> Policy:
+    """The model of a run in a helper, which keeps it from one piece of work to the next."""
+    name = str(run.path)
+    if name not in _loaded:
+        _loaded.clear()
+        _loaded[name] = Policy.of(run.config.model.model_copy(update={"device": device}))
+    return _loaded[name]
 
 
 def _sample(path: str, sets: tuple[Setting, ...], kind: Kind, iteration: int, part: Part, device: str) -> Counts:
@@ -109,8 +118,5 @@ def _sample(path: str, sets: tuple[Setting, ...], kind: Kind, iteration: int, pa
     stage = run.iteration(iteration) if kind == "rollout" else run.evaluation(iteration)
     if stage.is_complete():
         return 0, 0
-    if path not in _loaded:
-        _loaded.clear()
-        _loaded[path] = Policy.of(run.config.model.model_copy(update={"device": device}))
-    report = rollout_run.rollout(run, stage, _loaded[path], None, part)
+    report = rollout_run.rollout(run, stage, loaded(run, device), None, part)
     return report.done, report.broken

@@ -52,7 +52,10 @@ def check_committed(source: Path, identity: dict[str, Any]) -> None:
     record = read_policy(path)
     known = record.average if source.name == AVERAGE else record
     if known is not None and known.fingerprint != identity["fingerprint"]:  # once averages were not named
-        raise RunFailed(f"{source}: its files are not those its {POLICY_RECORD} names", ANEW)
+        named, found = known.adapters, identity["adapters"]
+        changed = [name for name in sorted({*named, *found}) if named.get(name) != found.get(name)]
+        which = f": {', '.join(changed)}" if changed else ", or the base model is another one"
+        raise RunFailed(f"{source}: its files are not those its {POLICY_RECORD} names{which}", ANEW)
 
 
 def take_policy(run: Run, stage: Stage, policy: Policy) -> dict[str, Any]:

@@ -6,9 +6,11 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rollout.policy import Policy
@@ -80,6 +82,16 @@ class State:
         return state
 
 
+class Decoded(NamedTuple):
+    """The videos of a chunk, before they are encoded."""
+
+    frames: NDArray[np.uint8]
+    """[B,F,H,W,3]"""
+    whole: list[bool]
+    """[B] whether latents and log-probs are finite"""
+    seconds: float
+
+
 class Sampler:
     """Samples the chunks of a stage as its plan says. What it computes depends on the plan and the policy alone."""
 
@@ -147,17 +159,24 @@ class Sampler:
         state.seconds += time.monotonic() - began
 
     def finish(self, chunk: Chunk, state: State) -> list[Sample]:
-        """Decode a chunk that took all its steps, and put its samples together.
+        """Decode a chunk that took all its steps, and put its samples together."""
+        return self.put_together(chunk, state, self.decode(state))
 
-        A sample that is not finite, as when numbers outgrow float16, is stored as zeros, with a status that says so.
+    def decode(self, state: State) -> Decoded:
+        """The videos of a chunk that took all its steps.
+
+        A sample that is not finite, as when numbers outgrow float16, becomes zeros.
         """
-        began = time.monotonic()
-        video, whole = self.plan.video, state.blank_broken()
-        frames = self.policy.vae.decode(state.x)
-        videos = [encode_mp4(rows, video.fps, video.crf) for rows in frames]
-        seconds = round((state.seconds + time.monotonic() - began) / chunk.count, 3)
+        began, whole = time.monotonic(), state.blank_broken()
+        return Decoded(self.policy.vae.decode(state.x), whole, time.monotonic() - began)
+
+    def put_together(self, chunk: Chunk, state: State, decoded: Decoded) -> list[Sample]:
+        """The samples of a chunk, their videos encoded, a broken one with its status. Any thread may call this."""
+        began, video = time.monotonic(), self.plan.video
+        videos = [encode_mp4(rows, video.fps, video.crf) for rows in decoded.frames]
+        seconds = round((state.seconds + decoded.seconds + time.monotonic() - began) / chunk.count, 3)
         samples = [self._sample(chunk, state, index, videos[index], seconds) for index in range(chunk.count)]
-        for sample, ok in zip(samples, whole, strict=True):
+        for sample, ok in zip(samples, decoded.whole, strict=True):
             sample.meta["status"] = "ok" if ok else "its latents or log-probs are not finite"
         return samples
 

@@ -6,15 +6,17 @@ import platform
 import socket
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rollout.sampler import Sampler, State, Tensors
 from shards.plan import Chunk
+from shards.process.background import Background
 from shards.process.peak_memory import peak_memory_bytes
 from shards.process.signals import check
 from shards.process.versions import version_of
-from shards.spool import read_group, read_phase, spooled, write_group, write_phase, write_sample
+from shards.spool import Sample, read_group, read_phase, spooled, write_group, write_phase, write_sample
 from shards.workers.worker import Tally, Worker, order
 from shards.writer import seal
 
@@ -41,7 +43,11 @@ class _InHand:
 
 
 class Work:
-    """What one worker does in a stage."""
+    """What one worker does in a stage.
+
+    Videos are encoded, spooled and sealed in a thread, one chunk behind the sampling. What is counted is on the disk,
+    and a claim is held until its shard is sealed.
+    """
 
     def __init__(self, stage: Stage, sampler: Sampler, worker: Worker, progress: Progress | None) -> None:
         self.stage, self.sampler, self.worker = stage, sampler, worker
@@ -49,6 +55,7 @@ class Work:
         """Videos sampled here."""
         self.broken = 0
         """Those of them that are not finite."""
+        self.background = Background()
         self.tally = Tally(worker, progress, "videos", self._finished)
         self.tally.add(
             {shard: size for shard, size in sampler.plan.shard_sizes.items() if not stage.is_committed(shard)}
@@ -59,12 +66,13 @@ class Work:
 
         With `wait` it stays until there are none.
         """
-        busy = self._go(order(range(self.stage.expected()), self.worker.part))
-        while busy and (wait or not self.worker.all_held(busy)):
-            self.tally.tell(f"waiting for {len(busy)} shards of others")
-            self.sampler.stay()
-            self.worker.wait()
-            busy = self._go(busy)
+        with self.background:
+            busy = self._go(order(range(self.stage.expected()), self.worker.part))
+            while busy and (wait or not self.worker.all_held(busy)):
+                self.tally.tell(f"waiting for {len(busy)} shards of others")
+                self.sampler.stay()
+                self.worker.wait()
+                busy = self._go(busy)
         if not busy:
             self.tally.tell_rest()
         self.worker.sweep()
@@ -76,9 +84,13 @@ class Work:
         for shard in shards:
             if self.stage.is_committed(shard):
                 continue
-            with self.worker.claim(shard) as held:
+            with ExitStack() as claimed:
+                held = claimed.enter_context(self.worker.claim(shard))
                 if not held or not (self.stage.is_committed(shard) or self._sample(shard, held)):
                     busy.append(shard)
+                else:
+                    self.background.add(claimed.pop_all().close)
+        self.background.settle()
         return [shard for shard in busy if not self.stage.is_committed(shard)]
 
     def _sample(self, shard: int, held: Claim) -> bool:
@@ -101,7 +113,7 @@ class Work:
                 return False
         if chunks:
             self.sampler.policy.experts.use(None)
-        seal(self.stage, shard, self._circumstances(time.monotonic() - began))
+        self.background.add(lambda: seal(self.stage, shard, self._circumstances(time.monotonic() - began)))
         return True
 
     def _phase(self, hand: _InHand, phase: int) -> bool:
@@ -128,7 +140,7 @@ class Work:
     def _shared(self, shard: int, groups: list[str]) -> dict[str, Tensors]:
         """The tensors of the groups as the spool has them; what is missing is encoded and put there first.
 
-        They are always read back: whoever goes on with this shard, here or elsewhere, uses the same bits.
+        They are always read back: whoever continues with this shard, here or elsewhere, uses the same bits.
         """
         missing = [group for group in groups if read_group(self.stage, shard, group) is None]
         if missing:
@@ -148,19 +160,32 @@ class Work:
 
     def _park(self, hand: _InHand, chunk: Chunk, state: State) -> None:
         """Keep and spool a chunk between its phases."""
+        self.background.settle()
         hand.states[chunk] = state
-        for index, key in enumerate(chunk.keys):
-            write_phase(self.stage, hand.shard, key, state.row(index))
+        rows = [(key, state.row(index)) for index, key in enumerate(chunk.keys)]
+
+        def write() -> None:
+            for key, row in rows:
+                write_phase(self.stage, hand.shard, key, row)
+
+        self.background.add(write)
         self.tally.tell(f"shard {hand.shard}, {chunk.keys[0]}: high-noise steps done")
 
     def _commit(self, hand: _InHand, chunk: Chunk, state: State) -> None:
-        """Decode a chunk and spool its samples; those that were there stay as they are."""
-        samples = self.sampler.finish(chunk, state)
-        written = [sample for sample in samples if write_sample(self.stage, hand.shard, sample)]
-        new = len(written)
-        self.made += new
-        self.broken += sum(sample.meta["status"] != "ok" for sample in written)
-        self.tally.count(new, f"shard {hand.shard}, {chunk.keys[-1]}")
+        """Decode a chunk and have its samples spooled; those that were there stay as they are."""
+        self.background.settle()
+        decoded = self.sampler.decode(state)
+
+        def write() -> list[Sample]:
+            samples = self.sampler.put_together(chunk, state, decoded)
+            return [sample for sample in samples if write_sample(self.stage, hand.shard, sample)]
+
+        def count(written: list[Sample]) -> None:
+            self.made += len(written)
+            self.broken += sum(sample.meta["status"] != "ok" for sample in written)
+            self.tally.count(len(written), f"shard {hand.shard}, {chunk.keys[-1]}")
+
+        self.background.add(write, count)
 
     def _finished(self, shards: list[int]) -> int:
         """Videos of these shards that are there, in the shard or in its spool."""

@@ -14,6 +14,7 @@ SigmaGrid = Literal["shifted", "unipc", "euler"]
 Window = Literal["random", "fixed", "progressive"]
 Objective = Literal["grpo", "nft", "dpo", "sft"]
 Estimator = Literal["noise", "endpoint", "fresh"]
+AtOnce = Literal["auto", True, False]
 ErrorWeight = Literal["derived", "calibrated", "velocity", "adaptive"]
 
 
@@ -203,6 +204,9 @@ class TrainConfig(Section):
         0,
         ge=0,
         description="how many policies old shards may be; all but the published ratio then take their start for it",
+    )
+    experts_at_once: AtOnce = Field(
+        "auto", description="two experts in a process each: where a second one, or GPU, is there (auto), always, never"
     )
     save_every: int = Field(1, ge=1, description="updates between trainer checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="trainer checkpoints kept of each expert and iteration")

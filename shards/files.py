@@ -126,6 +126,9 @@ class Files(Protocol):
     def remove(self, folder: Path, keep: Iterable[str]) -> None:
         """Where a folder is published elsewhere: delete what it has there but for the folders in it named in `keep`."""
 
+    def remove_files(self, paths: Iterable[Path]) -> None:
+        """Delete files, here and where they are published; one that is already gone is fine."""
+
 
 class LocalFiles:
     """As Files, on a disk or a file system that all machines share: what is published is here, and nowhere else."""
@@ -155,6 +158,10 @@ class LocalFiles:
     def fetch_newest(self, folder: Path, commit: str) -> None: ...
     def put_folder(self, folder: Path, last: str = "", wanted: Wanted = every) -> None: ...
     def remove(self, folder: Path, keep: Iterable[str]) -> None: ...
+
+    def remove_files(self, paths: Iterable[Path]) -> None:
+        for path in paths:
+            path.unlink(missing_ok=True)
 
     def borrowed(self, path: Path) -> AbstractContextManager[None]:
         return nullcontext()
@@ -268,9 +275,8 @@ def read_json(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist", "run the stage that writes it") from error
     except ValueError as error:
-        raise UserError(
-            f"{path} is damaged: {error}", "restore it from a copy; `rushes verify` lists all faults"
-        ) from error
+        hint = "restore it from a copy; `rushes verify` lists all faults"
+        raise UserError(f"{path} is damaged: {error}", hint) from error
 
 
 def out_of_room(error: Exception) -> RunFailed | None:
@@ -334,7 +340,6 @@ def disk_errors(path: str | Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in FULL:
-            raise RunFailed(
-                f"{path}: disk full", "make room and run the same command again; nothing is lost"
-            ) from error
+            hint = "make room and run the same command again; nothing is lost"
+            raise RunFailed(f"{path}: disk full", hint) from error
         raise RunFailed(f"{path}: cannot be written: {error.strerror}", "check the disk and its permissions") from error

@@ -1,4 +1,4 @@
-"""The mean reward of a stage from its summary, with its standard error, and its change since the first stage."""
+"""The mean reward of a stage with its standard error and its change since the first stage; the updates of training."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from shards.records.kinds import read_summary
-from shards.run import Run, Stage
+from shards.records.updates import Update, read_updates
+from shards.run import EXPERT_NAMES, Run, Stage
 from shards.sidecar import specifications
 
 
@@ -83,3 +84,27 @@ def stage_reward(
         if first := measured(of(number), weights):
             return StageReward(stage.name, stage.kind, now, number, now.mean - first.mean)
     return StageReward(stage.name, stage.kind, now, None, None)
+
+
+def read_metrics(stage: Stage) -> list[Update]:
+    """The updates of an iteration so far, as training wrote them down, those of the high-noise expert first.
+
+    While the experts train in a process each, either has a log of its own, which counts instead of the lines of that
+    expert in the common one. The common one is complete when the policy is there. Raises as `read_updates`.
+    """
+    own: dict[str, list[Update]] = {}
+    if not stage.policy_record_path.exists():
+        for name in EXPERT_NAMES:
+            path = stage.expert_metrics_path(name)
+            found = read_updates(path, stage.iteration)
+            if found or path.exists():  # it goes when its lines are in the common log
+                own[name] = found
+    # read last: a log that was gone has its lines in this one by now
+    common = [record for record in read_updates(stage.metrics_path, stage.iteration) if record["expert"] not in own]
+    found = [*common, *(record for records in own.values() for record in records)]
+    return sorted(found, key=_place)
+
+
+def _place(record: Update) -> int:
+    """Where an expert's updates stand among those of both; in the order of its own log."""
+    return EXPERT_NAMES.index(record["expert"]) if record["expert"] in EXPERT_NAMES else 0

@@ -176,6 +176,14 @@ class Stage:
         """The trainer checkpoints of an expert."""
         return trainer_dir(self.policy_dir, expert)
 
+    def expert_metrics_path(self, expert: str) -> Path:
+        """The lines of an expert that a process trains by itself, until they join those of the other one."""
+        return self.policy_dir / f"metrics.{expert}.jsonl"
+
+    def expert_record_path(self, expert: str) -> Path:
+        """Says that an expert is trained and its weights are whole, until policy/policy.json says it of both."""
+        return self.policy_dir / f"{expert}.json"
+
     @property
     def train_dir(self) -> Path:
         """Where training freezes its input."""

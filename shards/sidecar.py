@@ -109,7 +109,7 @@ def read_table(path: Path) -> tuple[pyarrow.Table, dict[str, str]]:
     table, kv = parquet.read(path, SCORE_AGAIN, data)
     try:
         genuine = kv.get(CONTENT) == content_sha256(table)
-    except ValueError:  # bytes that are no text any more
+    except ValueError:  # bytes that are not text any more
         genuine = False
     if parquet.FILE in kv and not parquet.is_sealed(data, kv):
         raise Damaged(f"{path}: the table is damaged: the file is not the one written (sha256)", SCORE_AGAIN)

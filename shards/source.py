@@ -199,7 +199,7 @@ def scan_tar(path: Path) -> list[index.Row]:
 
 
 def map_plain(path: Path) -> memoryview:
-    """The bytes of a file that is no link. Raises Damaged."""
+    """The bytes of a file that is not a link. Raises Damaged."""
     handle = _open_tar_file(path)
     try:
         if not os.fstat(handle).st_size:

@@ -150,8 +150,10 @@ def load(path: Path, state: TrainerState, *, weights: bool = True) -> dict[str, 
     for name, parameter in state.parameters.items():
         if weights:
             parameter.data.copy_(tensors[f"weight.{name}"])
+        # a fused optimizer counts where it steps, any other one on the host
+        where = parameter.device if state.optimizer.defaults["fused"] else "cpu"
         state.optimizer.state[parameter] = {
-            "step": tensors[f"step.{name}"].reshape(()).clone(),
+            "step": tensors[f"step.{name}"].reshape(()).to(where, copy=True),
             "exp_avg": tensors[f"first.{name}"],
             "exp_avg_sq": tensors[f"second.{name}"],
         }
@@ -218,7 +220,7 @@ def _check_sums(path: Path, sums: dict[str, str]) -> None:
     first = next((name for name in changed if name), None)
     if first:
         problem = f"{path / first} is damaged: its sha256 is not that in {COMMIT}"
-        hint = f"restore it from a copy, or delete {path.name}; training then goes on from the checkpoint before"
+        hint = f"restore it from a copy, or delete {path.name}; training then continues from the checkpoint before"
         raise ranks.one_voice(UserError(problem, hint))
 
 
@@ -233,8 +235,8 @@ def _failure(final: Path, error: BaseException) -> RunFailed:
         reason = getattr(cause, "strerror", None) or str(cause)
     return RunFailed(
         f"{final}: the trainer checkpoint could not be written ({where}{reason.splitlines()[0]})",
-        "free some disk space, look at the permissions, and run the same command again; it goes on from the checkpoint "
-        "before",
+        "free some disk space, look at the permissions, and run the same command again; it continues from the "
+        "checkpoint before",
     )
 
 

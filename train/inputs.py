@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 FREE = {"save_every", "replay_samples", "replay_limit", "gradient_checkpointing", "max_policy_lag", "keep_checkpoints",
-        "async_checkpoints", "ulysses",
-        "replicate"}  # fmt: skip
+        "async_checkpoints", "ulysses", "replicate", "experts_at_once"}  # fmt: skip
 """Settings of [train] that may change between a kill and a resume: they do not change the result."""
 
 

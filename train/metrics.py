@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shards.files import Files, LocalFiles
-from shards.records.opening import refuse_escape
-from shards.records.updates import read_updates, update_line
-from shards.run import METRICS
+from shards.measures import read_metrics
+from shards.records.opening import read_plain, refuse_escape
+from shards.records.updates import MOST_BYTES, update_line
+from shards.run import EXPERT_NAMES
 from shards.trackers.live import track_update
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+    from shards.run import Stage
 
 Record = dict[str, Any]
 
@@ -22,18 +24,26 @@ Record = dict[str, Any]
 class MetricsLog:
     """`policy/metrics.jsonl` and `policy/tensorboard` of one iteration.
 
-    The JSON lines are the truth; the TensorBoard folder is made from them again whenever training begins or resumes.
+    A process that trains one of two experts has a log of its own, `policy/metrics.high_noise.jsonl`, so that no file
+    has two writers; `joined_logs` makes one of both. The JSON lines are the truth; what TensorBoard reads is made from
+    them again whenever training begins or resumes.
     """
 
-    def __init__(self, policy_dir: Path, kept: Mapping[str, int], files: Files | None = None) -> None:
-        """Keep the records of updates that a checkpoint covers (`kept`: expert name -> updates) and drop later ones."""
-        self.path, self.files = policy_dir / METRICS, files or LocalFiles()
-        self.files.look(self.path)
-        self.records = [
-            record for record in read_updates(self.path) if record["update"] <= kept.get(record["expert"], 0)
-        ]
-        self.files.publish_replace(self.path, "".join(update_line(record) for record in self.records).encode())
-        self._board = _board(policy_dir / "tensorboard")
+    def __init__(self, stage: Stage, kept: Mapping[str, int], expert: str = "") -> None:
+        """Keep the records of updates that a checkpoint covers (`kept`: expert name -> updates) and drop later ones.
+
+        `expert` is the only one that this process trains; without it this process is the only one that trains.
+        """
+        self.path, self.files = stage.expert_metrics_path(expert) if expert else stage.metrics_path, stage.files
+        for path in (stage.metrics_path, *map(stage.expert_metrics_path, EXPERT_NAMES)):
+            self.files.look(path)
+        self.records = [record for record in read_metrics(stage) if record["update"] <= kept.get(record["expert"], 0)]
+        if expert:
+            self.records = [record for record in self.records if record["expert"] == expert]
+        self.files.publish_replace(self.path, _lines(self.records))
+        if not expert:
+            _forget_own_logs(stage)
+        self._board = _board(stage.policy_dir / "tensorboard", expert)
         for record in self.records:
             self._show(record)
 
@@ -55,9 +65,39 @@ class MetricsLog:
                 self._board.add_scalar(f"{record['expert']}/{name}", value, record["total_updates"])
 
 
-def _board(folder: Path) -> SummaryWriter:
+@contextmanager
+def joined_logs(stage: Stage, experts: Iterable[str]) -> Iterator[list[Record]]:
+    """The records of all experts, in one log; those of `experts`, which other processes trained, are fetched first.
+
+    Inside, policy.json makes the common log the only one that counts; at the end the logs of single experts go. Several
+    processes may do this at once: all write the same.
+    """
+    for path in map(stage.expert_metrics_path, experts):
+        stage.files.agree(path)
+    records = read_metrics(stage)
+    lines = _lines(records)
+    if not stage.metrics_path.exists() or read_plain(stage.metrics_path, MOST_BYTES) != lines:
+        stage.files.publish_replace(stage.metrics_path, lines)
+    yield records
+    _forget_own_logs(stage)
+
+
+def _forget_own_logs(stage: Stage) -> None:
+    """Remove the logs of single experts: their lines are in the common one."""
+    stage.files.remove_files([path for path in map(stage.expert_metrics_path, EXPERT_NAMES) if path.exists()])
+
+
+def _lines(records: Iterable[Record]) -> bytes:
+    return "".join(map(update_line, records)).encode()
+
+
+def _board(folder: Path, expert: str) -> SummaryWriter:
+    """A new log for TensorBoard, in the place of what was shown so far; that of another expert alone stays."""
     from torch.utils.tensorboard import SummaryWriter
 
     refuse_escape(folder)
-    shutil.rmtree(folder, ignore_errors=True)
-    return SummaryWriter(str(folder))
+    others = [f".{name}" for name in EXPERT_NAMES if expert and name != expert]
+    for path in folder.glob("*"):
+        if path.suffix not in others:
+            path.unlink(missing_ok=True)
+    return SummaryWriter(str(folder), filename_suffix=f".{expert}" if expert else "")

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from shards import diagnosis
+from shards.measures import read_metrics
 from shards.plan import group_of
 from shards.records.kinds import read_summary
-from shards.records.updates import read_updates
 from shards.run import EXPERT_NAMES
 from shards.sidecar import specifications
 from train.data import Inputs
@@ -49,7 +49,7 @@ def history(run: Run, iteration: int, records: Sequence[Record]) -> list[str]:
     """
     if iteration == 0:
         return []
-    before, now = read_updates(run.iteration(iteration - 1).metrics_path), list(records)
+    before, now = read_metrics(run.iteration(iteration - 1)), list(records)
     return diagnosis.note_drift(
         _distance(before), _distance(now), _guards(run.iteration(0)), _guards(run.iteration(iteration))
     )

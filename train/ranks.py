@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ from torch import distributed
 from rollout.ranks.world import World
 from shards.errors import RunFailed, StillBusy
 from shards.process.signals import stopped, stopping
+from shards.run import EXPERT_NAMES
 from shards.workers.claims import BEATS, Claim, Pause, claim
 from shards.workers.owners import holder, life
 from train.inputs import freeze
@@ -31,29 +32,32 @@ LOST = re.compile(r"gloo|nccl|connection (closed|reset)|socket|broken pipe|timed
 
 
 @contextmanager
-def claimed(world: World, stage: Stage, seconds: float) -> Iterator[Claim | None]:
-    """Inside, this process, or rank 0 for all, holds the training of an iteration; StillBusy when another one does.
+def claimed(world: World, stage: Stage, seconds: float, experts: Sequence[int] = (0,)) -> Iterator[list[Claim]]:
+    """Inside, this process, or rank 0 for all, holds the training of these experts of an iteration; StillBusy when
+    another one holds one of them.
 
-    Yields the claim on the rank that holds it.
+    Yields the claims on the rank that holds them.
     """
     with ExitStack() as stack:
-        held = None
+        held: list[Claim] = []
         with world.together():
             if world.is_first:
-                held = _hold(stack, stage, seconds)
+                held = [_hold(stack, stage, expert, seconds) for expert in experts]
         yield held
 
 
-def _hold(stack: ExitStack, stage: Stage, seconds: float) -> Claim:
-    """Claim the training. What a silent machine holds is watched until it gives a sign of life or its claim is void."""
+def _hold(stack: ExitStack, stage: Stage, expert: int, seconds: float) -> Claim:
+    """Claim the training of an expert. What a silent machine holds is watched until it gives a sign of life or its
+    claim is void."""
     pause = Pause(seconds / BEATS)
     while True:
-        held = stack.enter_context(claim(stage, 0, "train", seconds))
+        held = stack.enter_context(claim(stage, expert, "train", seconds))
         if held:
             return held
-        found = holder(stage, 0, "train")
+        found = holder(stage, expert, "train")
         if found and life(found, seconds) == "alive":
-            raise StillBusy(f"{stage.path} is being trained by another process", "wait for it, or stop it")
+            problem = f"{stage.path}: its {EXPERT_NAMES[expert]} expert is being trained by another process"
+            raise StillBusy(problem, "wait for it, or stop it")
         pause()
 
 
@@ -103,7 +107,7 @@ def lost_ranks() -> Iterator[None]:
         first = str(error).strip().splitlines()[0]
         raise RunFailed(
             f"rank {distributed.get_rank()}: another rank has ended or cannot be reached ({first[:160]})",
-            "the rank that ended first says why; run the same command again, it goes on from the last checkpoint",
+            "the rank that ended first says why; run the same command again, it continues from the last checkpoint",
         ) from error
 
 

@@ -3,35 +3,31 @@
 from __future__ import annotations
 
 import time
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
 from rollout.lineage import policy_record, starting_policy
 from rollout.policy import Policy
+from rollout.policy.folder import find_folder, read_layout
 from rollout.ranks.meet import meet
 from rollout.ranks.world import World
 from shards.errors import UserError
 from shards.process.progress import counted
-from shards.process.signals import stopped
-from shards.run import EXPERT_NAMES, Stage, trainer_dir
+from shards.run import EXPERT_NAMES, Stage
 from shards.store.urls import in_shell
 from shards.workers.leftovers import sweep_run
 from train import checkpoint
 from train.checkpoint import Checkpoints
-from train.data import Inputs, Rollouts
+from train.data import Rollouts
+from train.experts.updates import Work, all_updates
 from train.inputs import check_policy
-from train.metrics import MetricsLog
+from train.metrics import MetricsLog, Record, joined_logs
 from train.notes import notes
 from train.objectives.settings import check_settings
-from train.order import RankPlan, plan_ranks
-from train.publish import publish
-from train.ranks import agree_on_inputs, agreed, claimed, lost_ranks
+from train.publish import Trained, forget_records, publish, read_record, write_record
+from train.ranks import agree_on_inputs, claimed, lost_ranks
 from train.replay import prove, replay_limit
-from train.trainer import ExpertTrainer
 
 if TYPE_CHECKING:
     from shards.config import RunConfig, TrainConfig
@@ -41,48 +37,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Trained:
-    """What became of one expert."""
-
-    averages: dict[str, Tensor]
-    """Averaged weights by name, on the host of rank 0; empty without `train.ema`."""
-    unmoved: list[str]
-    """Layers that no gradient reached."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """What the training of every expert of an iteration needs."""
-
-    policy: Policy
-    inputs: Inputs
-    config: RunConfig
-    world: World
-    start: Path | None
-    """Folder of the policy the iteration starts from."""
-    log: MetricsLog | None
-    """None on all ranks but the first."""
-    checkpoints: Checkpoints
-    progress: Progress | None
-    held: Claim | None
-    """The claim on the training, on the rank that holds it."""
-
-    def require_claim(self) -> None:
-        """Raise RunFailed on all ranks when another process trains in our place, as after a sleep of this machine: what
-        that one writes, or has published, must not be touched."""
-        with self.world.together():
-            if self.held:
-                self.held.require()
-
-
-@dataclass(frozen=True)
 class TrainReport:
     """What `train` did."""
 
     skipped: bool
     """True when the policy was there already and nothing was done."""
     fingerprint: str
-    """Of the policy that is there now."""
+    """Of the policy that is there now; empty while the other expert is not trained."""
     updates: dict[str, int] = field(default_factory=dict)
     """Optimizer steps of each expert in this iteration."""
     advantages: str = ""
@@ -92,6 +53,8 @@ class TrainReport:
     warnings: list[str] = field(default_factory=list)
     """What is worth a look, in plain words."""
     seconds: float = 0.0
+    missing: list[str] = field(default_factory=list)
+    """Experts that are not trained yet, when this process trained the other one alone."""
 
     def __str__(self) -> str:
         if self.skipped:
@@ -100,21 +63,29 @@ class TrainReport:
         steps = ", ".join(f"{counted(count, 'update')} of {name}" for name, count in self.updates.items())
         words = "".join(f"\n  note: {sentence}" for sentence in self.warnings)
         done = f"{steps} on advantages {self.advantages}{proof}"
+        if self.missing:
+            return f"{done}; {self.seconds:.1f} s; the policy is published when {self.missing[0]} is trained too"
         return f"{done}; policy {self.fingerprint[:12]}; {self.seconds:.1f} s{words}"
 
 
 def train(
-    run: Run, iteration: int, policy: Policy | None = None, progress: Progress | None = None, advantage: str = ""
+    run: Run,
+    iteration: int,
+    policy: Policy | None = None,
+    progress: Progress | None = None,
+    advantage: str = "",
+    expert: str = "",
 ) -> TrainReport:
     """Train the policy of one iteration on its shards and advantages and publish it; a second call does nothing.
 
     `policy` is a loaded model to use instead of loading one; its weights are set from the files. `advantage` names the
-    specification to train on, when there are several. Killed at any moment and called again, it goes on from its last
-    checkpoint and ends with the weights of an undisturbed run (on a CPU, bit for bit). Under torchrun all ranks call
-    this; the policy is sharded over them and has to be given the weights it shall have next (`become`) before it is
-    used otherwise.
+    specification to train on, when there are several. `expert` is the only one to train, high_noise or low_noise, while
+    another process may train the other one; the last to finish publishes. Killed at any moment and called again, it
+    continues from its last checkpoint and ends with the weights of an undisturbed run (on a CPU, bit for bit), however
+    the experts were trained. Under torchrun all ranks call this; the policy is sharded over them and has to be given
+    the weights it gets next (`become`) before it is used otherwise.
     Raises UserError for incomplete, stale or changed inputs and for ranks that do not have the same, RunFailed when the
-    replay gate fails, StillBusy when another process trains this iteration.
+    replay gate fails, StillBusy when another process trains what this one shall.
     """
     ranks = World.joined()
     stage = run.iteration(iteration)
@@ -129,15 +100,29 @@ def train(
             if stage.plan() is None:  # told before the claim, which would make the folder of the iteration
                 problem = f"{stage.path} has no rollouts"
                 raise UserError(problem, f"run `rushes rollout {in_shell(run.path)} --iteration {iteration}` first")
+            experts = choose_experts(run, policy, expert)
             device = policy.device if policy else Policy.device_of(run.config.model)
         world = meet(run, device)
-        with claimed(world, stage, run.config.workers.claim_seconds) as held:
+        with claimed(world, stage, run.config.workers.claim_seconds, experts) as held:
             # looked at again: who held the claim before may have published in the meantime
             report = _published(world, stage) or _train(
-                run, stage, policy, world, progress if world.is_first else None, advantage, held
+                run, stage, policy, world, progress if world.is_first else None, advantage, held, experts
             )
             world.barrier()
             return report
+
+
+def choose_experts(run: Run, policy: Policy | None, expert: str) -> list[int]:
+    """The numbers of the experts to train: the one of that name, or all that the model has.
+
+    UserError for a name that none of them has.
+    """
+    numbers = policy.layout.expert_ids if policy else read_layout(find_folder(run.config.model.path)).expert_ids
+    names = [EXPERT_NAMES[number] for number in numbers]
+    if expert and expert not in names:
+        problem = f"--expert {expert}: {run.config.model.path} has no such expert"
+        raise UserError(problem, f"it has {' and '.join(names)}")
+    return [number for number, name in zip(numbers, names, strict=True) if expert in ("", name)]
 
 
 def _published(ranks: World, stage: Stage) -> TrainReport | None:
@@ -153,7 +138,8 @@ def _train(
     world: World,
     progress: Progress | None,
     advantage: str,
-    held: Claim | None,
+    held: list[Claim],
+    experts: list[int],
 ) -> TrainReport:
     started = time.monotonic()
     config = run.config
@@ -161,39 +147,101 @@ def _train(
     with world.together():
         start = starting_policy(run, stage.iteration)
     policy, lag = _ready(run, inputs.rollouts, policy, start, world)
-    covered = {
-        name: found[0] for name in EXPERT_NAMES if (found := checkpoint.latest(stage.trainer_dir(name), stage.files))
-    }
+    alone = len(experts) < len(policy.layout.expert_ids)
+    there = _trained_before(stage, policy, world)
+    mine = [expert for expert in experts if expert not in there]
+    names = [EXPERT_NAMES[expert] for expert in mine]
+    covered = {name: found[0] for name in names if (found := checkpoint.latest(stage.trainer_dir(name), stage.files))}
     replayed = None
-    if not covered and _must_prove(config.train, inputs.rollouts, lag):
-        limit = replay_limit(policy, config.train.replay_limit, max(world.ulysses, config.rollout.ulysses))
-        replayed = prove(
-            policy, inputs.rollouts, samples=config.train.replay_samples, limit=limit, progress=progress, world=world
-        )
-    log = MetricsLog(stage.policy_dir, covered, stage.files) if world.is_first else None
+    if mine and not covered and _must_prove(config.train, inputs.rollouts, lag):
+        replayed = _prove(config, policy, inputs.rollouts, progress, world, mine)
+    kept = covered | {EXPERT_NAMES[expert]: config.train.updates_per_rollout for expert in there}
+    log = MetricsLog(stage, kept, EXPERT_NAMES[experts[0]] if alone else "") if world.is_first else None
     try:
         with Checkpoints(config.train.keep_checkpoints, config.train.async_checkpoints, stage.files) as checkpoints:
             work = Work(policy, inputs, config, world, start, log, checkpoints, progress, held)
-            trained = {expert: _train_expert(work, expert) for expert in policy.layout.expert_ids}
+            trained = there | {expert: all_updates(work, expert, replayed) for expert in mine}
     finally:
         if log:
             log.close()
-    averages = {expert: one.averages for expert, one in trained.items()}
     work.require_claim()
-    fingerprint = publish(policy, stage, averages, world, config.train.ema > 0)
-    records = log.records if log else []
-    updates = {name: sum(record["expert"] == name for record in records) for name in EXPERT_NAMES}
-    unmoved = {expert: one.unmoved for expert, one in trained.items()}
+    if alone:
+        trained = _say_trained(work, trained, mine)
+    return _end(run, work, trained, mine, lag, started)
+
+
+def _prove(
+    config: RunConfig,
+    policy: Policy,
+    rollouts: Rollouts,
+    progress: Progress | None,
+    world: World,
+    experts: list[int],
+) -> float:
+    """The largest |log-ratio| that the gate finds of these experts."""
+    limit = replay_limit(policy, config.train.replay_limit, max(world.ulysses, config.rollout.ulysses))
+    samples = config.train.replay_samples
+    found = prove(policy, rollouts, samples=samples, limit=limit, progress=progress, world=world, experts=experts)
+    return found.largest
+
+
+def _trained_before(stage: Stage, policy: Policy, world: World) -> dict[int, Trained]:
+    """The experts that other processes trained, or this one earlier; the same on all ranks."""
+    found: dict[int, Trained] = {}
+    with world.together():
+        if world.is_first:
+            records = {expert: read_record(stage, expert) for expert in policy.layout.expert_ids}
+            found = {expert: record for expert, record in records.items() if record}
+    return world.broadcast(found)
+
+
+def _say_trained(work: Work, trained: dict[int, Trained], mine: list[int]) -> dict[int, Trained]:
+    """Say that these experts are trained; returns all that are by now."""
+    stage = work.inputs.rollouts.stage
+    with work.world.together():
+        for expert in mine if work.world.is_first else ():
+            write_record(stage, expert, trained[expert])
+    return trained | _trained_before(stage, work.policy, work.world)
+
+
+def _end(run: Run, work: Work, trained: dict[int, Trained], mine: list[int], lag: int, started: float) -> TrainReport:
+    """Publish the policy when all its experts are trained, and report; the same on all ranks."""
+    policy, inputs, world = work.policy, work.inputs, work.world
+    missing = [EXPERT_NAMES[expert] for expert in policy.layout.expert_ids if expert not in trained]
+    # who trained the other one may just have published, and taken the records of single experts away
+    done = _published(world, inputs.rollouts.stage) if missing else None
+    if done:
+        return done
+    records, fingerprint = work.log.records if work.log else [], ""
+    if not missing:
+        fingerprint, records = _publish(work, trained, mine)
+    counts = {EXPERT_NAMES[expert]: 0 for expert in sorted(trained)}
+    for record in records:
+        counts[record["expert"]] += 1
+    unmoved = {expert: trained[expert].unmoved for expert in sorted(trained)}
     report = TrainReport(
         skipped=False,
         fingerprint=fingerprint,
-        updates={EXPERT_NAMES[expert]: updates[EXPERT_NAMES[expert]] for expert in policy.layout.expert_ids},
+        updates=counts,
         advantages=inputs.specification,
-        replay=replayed.largest if replayed else None,
-        warnings=notes(run, inputs, records, unmoved, lag) if world.is_first else [],
+        replay=max((one.replay for one in trained.values() if one.replay is not None), default=None),
+        warnings=notes(run, inputs, records, unmoved, lag) if world.is_first and not missing else [],
         seconds=time.monotonic() - started,
+        missing=missing,
     )
     return world.broadcast(report)
+
+
+def _publish(work: Work, trained: dict[int, Trained], mine: list[int]) -> tuple[str, list[Record]]:
+    """Commit the policy of trained experts: its fingerprint, on all ranks, and on rank 0 the records of all updates."""
+    stage, records, fingerprint = work.inputs.rollouts.stage, [], ""
+    with work.world.together():
+        if work.world.is_first:
+            others = [EXPERT_NAMES[expert] for expert in trained if expert not in mine]
+            with joined_logs(stage, others) as records:
+                fingerprint = publish(work.policy, stage, trained, mine, ema=work.config.train.ema > 0)
+            forget_records(stage)
+    return work.world.broadcast(fingerprint), records
 
 
 def _ready(run: Run, rollouts: Rollouts, policy: Policy | None, start: Path | None, world: World) -> tuple[Policy, int]:
@@ -211,78 +259,6 @@ def _ready(run: Run, rollouts: Rollouts, policy: Policy | None, start: Path | No
     world.agree("policy", fingerprint)
     policy.experts.distribute(world)
     return policy, lag
-
-
-def _train_expert(work: Work, expert: int) -> Trained:
-    """All updates of one expert, from where its last checkpoint left off."""
-    inputs, settings, world = work.inputs, work.config.train, work.world
-    stage = inputs.rollouts.stage
-    trainer = ExpertTrainer(work.policy, inputs, settings, expert, world)
-    done = _restore(trainer, stage.trainer_dir(trainer.name), work.start)
-    plan = plan_ranks(
-        inputs.units(),
-        world.data_parallel,
-        seed=inputs.rollouts.plan.seed,
-        iteration=stage.iteration,
-        expert=expert,
-        updates=settings.updates_per_rollout,
-        whole_groups=bool(inputs.pairs),
-    )
-    with closing(trainer):
-        if settings.is_published and settings.recompute_log_probs and done < len(plan.batches):
-            trainer.recompute_log_probs([unit for unit in inputs.units() if unit.expert == expert])
-        _update_all(work, trainer, plan, done)
-    return Trained(trainer.averages(), trainer.unmoved())
-
-
-def _update_all(work: Work, trainer: ExpertTrainer, plan: RankPlan, done: int) -> None:
-    """The updates of an expert after the first `done`, with their checkpoints and metrics."""
-    stage, rank, total = work.inputs.rollouts.stage, work.world.data_rank, len(plan.batches)
-    folder = stage.trainer_dir(trainer.name)
-    for number in range(done, total):
-        _end_if_asked(work.checkpoints, folder, trainer, number)
-        following = plan.of_rank(number + 1, rank)[0].unit if number + 1 < total else None
-        metrics = trainer.update(plan.batches[number], plan.of_rank(number, rank), following)
-        work.require_claim()
-        names = {"iteration": stage.iteration, "expert": trainer.name, "update": number + 1}
-        if work.log:
-            work.log.add(names | {"total_updates": trainer.state.updates} | metrics)
-        if (number + 1) % work.config.train.save_every == 0 or number + 1 == total:
-            work.checkpoints.save(folder, trainer.state, number + 1)
-        if work.progress:
-            work.progress(number + 1, total, "updates", f"{trainer.name}, loss {metrics['loss']:.4g}")
-    if not total:
-        work.checkpoints.save(folder, trainer.state, 0)
-
-
-def _end_if_asked(checkpoints: Checkpoints, folder: Path, trainer: ExpertTrainer, done: int) -> None:
-    """Stopped, on all ranks after the same update, when a signal asked for the end; first that update is kept."""
-    found = agreed()
-    if found:
-        checkpoints.save(folder, trainer.state, done)
-        checkpoints.wait()
-        trainer.world.part()
-        raise stopped(found, f"after update {done} of the {trainer.name} expert")
-
-
-def _restore(trainer: ExpertTrainer, folder: Path, start: Path | None) -> int:
-    """Take the state of the last checkpoint, or, at the first update of an iteration, the optimizer of the one before.
-
-    Returns the number of updates of this iteration that are done.
-    """
-    files = trainer.inputs.rollouts.stage.files
-    found = checkpoint.latest(folder, files)
-    if found is not None:
-        checkpoint.load(found[1], trainer.state)
-        trainer.masters.publish()
-        trainer.moved = found[0] > 0
-        return found[0]
-    before = checkpoint.latest(trainer_dir(start, trainer.name), files) if start else None
-    if before is not None:
-        masters = checkpoint.load(before[1], trainer.state, weights=False)
-        with trainer.world.together():
-            trainer.masters.take(masters, before[1])
-    return 0
 
 
 def _must_prove(settings: TrainConfig, rollouts: Rollouts, lag: int) -> bool:

@@ -234,12 +234,15 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _new_state(parameters: dict[str, torch.nn.Parameter], config: TrainConfig) -> TrainerState:
+    """A new optimizer, in one kernel on a GPU; on a CPU that would change the last bits."""
+    on_gpu = bool(parameters) and all(value.device.type == "cuda" for value in parameters.values())
     optimizer = torch.optim.AdamW(
         parameters.values(),
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.epsilon,
         weight_decay=config.weight_decay,
+        fused=on_gpu or None,
     )
     ema = {name: value.detach().float().clone() for name, value in parameters.items()} if config.ema > 0 else {}
     return TrainerState(parameters, optimizer, ema)

@@ -54,6 +54,12 @@ def plan_memory(run: Run, ranks: int = 0) -> list[Need]:
     return needs + [_train(model, full, saving, world) for full in (False, True) for saving in (True, False)]
 
 
+def train_need(run: Run) -> Need:
+    """What training as run.toml has it needs in one process. Raises as `plan_memory`."""
+    train = run.config.train
+    return _train(read_model(run.config), train.full, train.gradient_checkpointing)
+
+
 def render(run: Run, needs: list[Need], ranks: int = 0) -> str:
     """The table for the command line; the setting that run.toml has is marked."""
     train, world = run.config.train, _world(run, ranks)

@@ -62,7 +62,7 @@ class ExpertWeights:
     def distribute(self, world: World) -> None:
         """Shard the experts, and the base model's beside them, over ranks; without a mesh they stay as they are.
 
-        What shall be trained must be on them by now. `become` gives each rank plain experts again.
+        What is to be trained must be on them by now. `become` gives each rank plain experts again.
         """
         if world.fsdp_mesh is None:
             return
@@ -143,19 +143,17 @@ class ExpertWeights:
         """Whether the policy has all weights of its own, not adapters on those of the base model."""
         return bool(self._bases)
 
-    def save(self, folder: Path, states: Mapping[int, Mapping[str, Tensor]] | None = None) -> None:
-        """Write what was trained: adapters, or whole transformer folders, below FOLDER/high_noise (and low_noise).
+    def save(self, folder: Path, expert: int, state: Mapping[str, Tensor] | None = None) -> None:
+        """Write what was trained of an expert: its adapter, or its whole transformer folder, to FOLDER/high_noise.
 
-        `states` are other weights to be written instead, whole, by the names of those that learn. Of many ranks, all of
+        `state` are other weights to be written instead, whole, by the names of those that learn. Of many ranks, all of
         which must call this, the first one writes.
         """
-        for expert, module in self._experts.items():
-            state = (states or {}).get(expert)
-            if state is None and self._sharded is not None:
-                state = self.gather(expert)
-            with self._world.together():
-                if self._world.is_first:
-                    self._write(module, folder, expert, state)
+        if state is None and self._sharded is not None:
+            state = self.gather(expert)
+        with self._world.together():
+            if self._world.is_first:
+                self._write(self._experts[expert], folder, expert, state)
 
     def _write(self, module: nn.Module, folder: Path, expert: int, state: Mapping[str, Tensor] | None) -> None:
         if self.is_full:
@@ -271,5 +269,14 @@ class ExpertWeights:
         adapters = {} if folder is None else full_hashes(folder, self.expert_ids)
         if files is not None:
             adapters = hashes_of(files)
-        identity = {"base": self.base_fingerprint, "adapters": adapters}
+        return self.identity(adapters)
+
+    def identity(self, adapters: Mapping[str, str]) -> dict[str, Any]:
+        """That of a policy whose files have these sha256, by their paths in its folder."""
+        identity = {"base": self.base_fingerprint, "adapters": dict(adapters)}
         return {"fingerprint": canonical_sha256(identity), **identity}
+
+    def hashes(self, folder: Path, expert: int) -> dict[str, str]:
+        """sha256 of the files that `save` wrote of an expert, by their paths in the folder."""
+        experts = (expert,)
+        return full_hashes(folder, experts) if self.is_full else hashes_of(policy_files(folder, experts))

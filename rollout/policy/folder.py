@@ -21,9 +21,10 @@ from transformers.utils import logging as transformers_logging
 from rollout.policy.found import check_names, not_a_folder, not_a_pipeline, refuse_pointers
 from rollout.words.paths import words_folder
 from shards.errors import RunFailed, UserError
-from shards.files import canonical_sha256, sha256_file
+from shards.files import canonical_sha256
 from shards.pointers import refuse_pointer
 from shards.store.fetch import fetched_model
+from shards.store.hashes import sha256_once
 
 EXPERT_FOLDERS = ("transformer", "transformer_2")  # of the high-noise expert, of the low-noise one
 PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
@@ -189,7 +190,7 @@ def fingerprint_folder(layout: Layout) -> str:
     files = [layout.folder / "model_index.json"]
     for part in layout.parts:
         files += [path for path in sorted((layout.folder / part).rglob("*")) if path.suffix in FINGERPRINTED]
-    return canonical_sha256({path.relative_to(layout.folder).as_posix(): sha256_file(path) for path in files})
+    return canonical_sha256({path.relative_to(layout.folder).as_posix(): sha256_once(path) for path in files})
 
 
 def _rest(model: Any, device: torch.device) -> Any:

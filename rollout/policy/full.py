@@ -35,10 +35,11 @@ def save_full(module: nn.Module, folder: Path, base: Path, state: Mapping[str, T
     them. RunFailed when the disk is full.
     """
     refuse_escape(folder)
-    aside = folder.parent / f".writing-{uuid.uuid4().hex}"
+    aside = folder.parent / f".writing-{folder.name}-{uuid.uuid4().hex}"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.parent.glob(".writing-*"):  # of a killed process; one trainer at a time has the claim
+        # of a killed process: one trainer at a time has the claim on an expert
+        for leftover in folder.parent.glob(f".writing-{folder.name}-*"):
             shutil.rmtree(leftover, ignore_errors=True)
         source = module if state is None else plain_copy(module, state)
         source.save_pretrained(aside, safe_serialization=True)  # type: ignore[operator]

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shards.inspect import query, sample, table
+from shards.measures import read_metrics
 from shards.notebook.player import Player
-from shards.records.updates import read_updates
 from shards.run import Run
 
 if TYPE_CHECKING:
@@ -70,8 +70,7 @@ class RunView:
 
         run = self.run
         stages = [run.iteration(number) for number in run.iterations()]
-        updates = [read_updates(stage.metrics_path, stage.iteration) for stage in stages]
-        return pandas.DataFrame([record for of_stage in updates for record in of_stage])
+        return pandas.DataFrame([record for stage in stages for record in read_metrics(stage)])
 
     def evaluations(self) -> pandas.DataFrame:
         """Evaluated policies: one row per policy, compared with the first one prompt by prompt.

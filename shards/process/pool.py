@@ -31,12 +31,15 @@ class Pool:
             self.executors[count] = ProcessPoolExecutor(count, context, _start, (self.begin, *arguments))
         return self.executors[count]
 
-    def discard(self) -> None:
-        """Stop all processes, whatever they do; the next call of `of` starts new ones."""
+    def discard(self, *, at_once: bool = False) -> None:
+        """Stop all processes, whatever they do; the next call of `of` starts new ones.
+
+        Work that takes signals (`stoppable`) comes to a good end first, unless it shall stop `at_once`.
+        """
         while self.executors:
             executor = self.executors.popitem()[1]
             for one in _processes(executor):  # `shutdown` lets them finish, and Python would wait for that at its end
-                one.terminate()
+                (one.kill if at_once else one.terminate)()
             executor.shutdown(wait=False, cancel_futures=True)
 
 

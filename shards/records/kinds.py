@@ -112,6 +112,24 @@ class PolicyRecord:
 
 
 @dataclass(frozen=True)
+class ExpertRecord:
+    """policy/high_noise.json, the commit record of an expert that a process trained by itself."""
+
+    __pydantic_config__ = _STRICT
+
+    schema: Literal[1]
+    iteration: Count
+    expert: str
+    train_plan: Sha256
+    """Of train/plan.json."""
+    adapters: Hashes
+    average: Hashes
+    unmoved: list[str]
+    replay: float | None
+    content_sha256: str | None = None
+
+
+@dataclass(frozen=True)
 class TrainPlan:
     """train/plan.json, what an iteration is trained on."""
 
@@ -215,6 +233,11 @@ def read_manifest_file(path: Path) -> Manifest:
 def read_policy(path: Path) -> PolicyRecord:
     """policy.json of a trained policy."""
     return read_record(PolicyRecord, path, ANEW)
+
+
+def read_expert(path: Path) -> ExpertRecord:
+    """policy/high_noise.json or policy/low_noise.json of a training that two processes share."""
+    return read_record(ExpertRecord, path, ANEW)
 
 
 def read_train_plan(path: Path) -> TrainPlan:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from shards import diagnosis, sidecar
 from shards.diagnosis import Limits, Move
 from shards.inspect import table
+from shards.measures import read_metrics
 from shards.reader import read_manifest
-from shards.records.updates import read_updates
 from shards.report.points import Point
 from shards.run import Run, Stage
 from shards.settings.frozen import of_training
@@ -84,11 +84,6 @@ def gather(run: Run) -> Facts:
         {k: Limits.of(settings[k], _lag(run.iteration(k))) for k in trained},
         _places(run, samples, updates),
     )
-
-
-def read_metrics(stage: Stage) -> list[dict[str, Any]]:
-    """The updates of an iteration, as training wrote them down."""
-    return read_updates(stage.metrics_path, stage.iteration)
 
 
 def components(samples: pandas.DataFrame) -> list[str]:

@@ -1,13 +1,16 @@
-"""One file of a working copy: whether it is what the store has, and fetching it."""
+"""Files of a working copy: whether one is what the store has, fetching it, and several transfers at a time."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from shards.files import aside
 from shards.store.objects import Entry, Objects, checksum
 from shards.store.versions import Memos
+
+AT_ONCE = 8  # transfers
 
 
 def same(path: Path, entry: Entry | None, memos: Memos) -> bool:
@@ -53,3 +56,20 @@ def size_of(path: Path) -> int:
         return path.stat().st_size
     except FileNotFoundError:
         return -1
+
+
+def at_once(work: Callable[[str], None], names: Iterable[str]) -> None:
+    """Several transfers at a time; the first error ends it."""
+    chosen = list(names)
+    if not chosen:
+        return
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(min(AT_ONCE, len(chosen))) as pool:
+        jobs = [pool.submit(work, name) for name in chosen]
+        try:
+            for job in jobs:
+                job.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise

@@ -12,7 +12,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,7 @@ from shards.locks import name_new, waiting
 from shards.records.opening import refuse_escape
 from shards.store.claims import StoredClaims
 from shards.store.commits import Commits
-from shards.store.copies import fetch_object, same, size_of
+from shards.store.copies import at_once, fetch_object, same, size_of
 from shards.store.objects import Entry, Objects
 from shards.store.urls import Cache, run_of
 from shards.store.versions import Memos
@@ -46,10 +46,11 @@ SMALL = (".json", ".jsonl", ".parquet", ".toml")  # fetched whenever a stage loo
 ASIDE = re.compile(r"(^|/)(trainer|tensorboard|report|frames|work)/")  # never fetched along
 PLAN = re.compile(r"/iter-\d{4,}/plan\.json$")
 # what has its name here only after the store has it, so that it is gone when the store lacks it
-PUBLISHED = re.compile(r"(^|/)((run|plan|policy|model|_summary)\.(json|toml)|shard-\d{6}\.(json|parquet))$")
+PUBLISHED = re.compile(
+    r"(^|/)((run|plan|policy|model|_summary|(high|low)_noise)\.(json|toml)|shard-\d{6}\.(json|parquet))$"
+)
 LOOK_AGAIN = 1.0  # s between two looks at the same folder of the store
 SETTLED = 60.0  # s for which those who only read take what was found for good
-AT_ONCE = 8  # transfers
 
 
 def files_at(path: str | Path) -> tuple[Files, Path]:
@@ -241,7 +242,7 @@ class MirroredFiles:
             if entry is not None and entry.size == found.st_size:  # so that it is not fetched back
                 memos.note(name, entry.version, found)
 
-        _at_once(send, [name for name in missing if name != last])
+        at_once(send, [name for name in missing if name != last])
         if last in missing:
             send(last)
         memos.write()
@@ -256,7 +257,19 @@ class MirroredFiles:
             return
         for records in (True, False):
             chosen = [name for name in names if name.endswith(".json") is records]
-            _at_once(lambda name: self.objects.remove(f"{url}/{name}"), chosen)
+            at_once(lambda name: self.objects.remove(f"{url}/{name}"), chosen)
+
+    def remove_files(self, paths: Iterable[Path]) -> None:
+        """As Files."""
+        chosen = list(paths)
+        urls = [url for url in map(self.cache.url_of, chosen) if url]
+        for path in chosen:
+            path.unlink(missing_ok=True)
+        if self.objects.in_commits:
+            if urls:
+                self.objects.change({}, urls)
+            return
+        at_once(self.objects.remove, urls)
 
     # --- Both --------------------------------------------------------------------------------------------------------
 
@@ -278,7 +291,7 @@ class MirroredFiles:
         memos = Memos(folder, self.cache)
         here -= self._forget_others(folder, here, there, memos)
         stale = [name for name, entry in there.items() if not same(folder / name, entry, memos)]
-        _at_once(lambda name: fetch_object(self.objects, f"{url}/{name}", folder / name, there[name], memos), stale)
+        at_once(lambda name: fetch_object(self.objects, f"{url}/{name}", folder / name, there[name], memos), stale)
         for name in here - there.keys():
             if gone.search(name):
                 (folder / name).unlink(missing_ok=True)
@@ -328,20 +341,3 @@ class MirroredFiles:
             names = (Path(top, name).relative_to(folder).as_posix() for name in files if not name.startswith("."))
             found.update(name for name in names if wanted(name))
         return found
-
-
-def _at_once(work: Callable[[str], None], names: Iterable[str]) -> None:
-    """Several transfers at a time; the first error ends it."""
-    chosen = list(names)
-    if not chosen:
-        return
-    from concurrent.futures import ThreadPoolExecutor
-
-    with ThreadPoolExecutor(min(AT_ONCE, len(chosen))) as pool:
-        jobs = [pool.submit(work, name) for name in chosen]
-        try:
-            for job in jobs:
-                job.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise

@@ -2,34 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from shards.errors import ANEW, Damaged, UserError
 from shards.files import canonical_sha256, sha256_file
-from shards.records.kinds import PolicyRecord, read_checkpoint, read_policy
-from shards.records.updates import read_updates, update_faults
-from shards.run import AVERAGE, COMMIT, Stage
+from shards.measures import read_metrics
+from shards.records.kinds import PolicyRecord, read_checkpoint, read_expert, read_policy
+from shards.records.updates import update_faults
+from shards.run import AVERAGE, COMMIT, EXPERT_NAMES, Stage
 
 
 def policy_faults(stage: Stage) -> Iterator[Damaged]:
     """All that is not as training wrote it; what an unfinished training has left so far is looked at too."""
     for commit in sorted(stage.policy_dir.glob(f"trainer/*/update-*/{COMMIT}")):
         yield from _checkpoint_faults(commit, stage.trained())
-    try:
-        yield from update_faults(stage.metrics_path, stage.iteration, ended=stage.trained())
-    except Damaged as error:
-        yield error
+    for log in (stage.metrics_path, *map(stage.expert_metrics_path, EXPERT_NAMES)):
+        yield from _log_faults(stage, log)
     if stage.trained():
         yield from _log_gaps(stage)
         yield from _weight_faults(stage, stage.fetched_policy())
+    else:
+        yield from _expert_faults(stage)
+
+
+def _log_faults(stage: Stage, log: Path) -> Iterator[Damaged]:
+    """Damaged lines of a log, the common one or that of one expert, which may still be written to."""
+    try:
+        yield from update_faults(log, stage.iteration, ended=log == stage.metrics_path and stage.trained())
+    except Damaged as error:
+        yield error
 
 
 def _log_gaps(stage: Stage) -> Iterator[Damaged]:
     """Updates that a checkpoint covers and that the log does not have."""
     with suppress(Damaged):  # a log that cannot be read is told of as such
-        known = {(one["expert"], one["update"]) for one in read_updates(stage.metrics_path)}
+        known = {(one["expert"], one["update"]) for one in read_metrics(stage)}
         for folder in sorted(stage.policy_dir.glob("trainer/*/update-*")):
             expert, update = folder.parent.name, folder.name.removeprefix("update-")
             if update.isdigit() and int(update) and (expert, int(update)) not in known:
@@ -51,7 +60,30 @@ def _weight_faults(stage: Stage, folder: Path) -> Iterator[Damaged]:
     for problem in _contradictions(record, stage):
         yield Damaged(f"{path}: {problem}", ANEW)
     averages = record.average.adapters if record.average else {}
-    named = {**record.adapters, **{f"{AVERAGE}/{name}": sha256 for name, sha256 in averages.items()}}
+    yield from _file_faults(folder, path, record.adapters, averages)
+
+
+def _expert_faults(stage: Stage) -> Iterator[Damaged]:
+    """Records of experts that are trained while the policy is not, and the files of weights that they name."""
+    for path in map(stage.expert_record_path, EXPERT_NAMES):
+        if not path.exists():
+            continue
+        try:
+            record = read_expert(path)
+        except UserError as error:
+            if path.exists():  # the policy is published while we look
+                yield Damaged(error.problem, error.hint)
+            continue
+        if record.iteration != stage.iteration or path != stage.expert_record_path(record.expert):
+            yield Damaged(f"{path}: it is of {record.expert} of iteration {record.iteration}", ANEW)
+        yield from _file_faults(stage.policy_dir, path, record.adapters, record.average)
+
+
+def _file_faults(
+    folder: Path, path: Path, adapters: Mapping[str, str], averages: Mapping[str, str]
+) -> Iterator[Damaged]:
+    """Files of weights in a policy's folder that are not those that a record names."""
+    named = {**adapters, **{f"{AVERAGE}/{name}": sha256 for name, sha256 in averages.items()}}
     for name, sha256 in named.items():
         found = _sha256(folder / name)
         if found is None:
@@ -75,7 +107,7 @@ def _contradictions(record: PolicyRecord, stage: Stage) -> Iterator[str]:
 
 def _checkpoint_faults(commit: Path, trained: bool) -> Iterator[Damaged]:
     folder = commit.parent
-    hint = f"restore it from a copy, or delete {folder.name}: training then goes on from the checkpoint before"
+    hint = f"restore it from a copy, or delete {folder.name}: training then continues from the checkpoint before"
     if trained:
         hint = f"restore it from a copy, or delete {folder.parent.parent}: the next iteration makes a new optimizer"
     try:

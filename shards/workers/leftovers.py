@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from shards import spool
 from shards.locks import TEMPORARY, is_abandoned
+from shards.run import EXPERT_NAMES
 from shards.workers import owners
 
 if TYPE_CHECKING:
@@ -70,11 +71,12 @@ def _private(folder: Path) -> Iterator[Path]:
 
 
 def _in_training(stage: Stage) -> bool:
-    """Whether somebody may be training a stage: its policy is not there, and its claim is not known to be void."""
+    """Whether somebody may be training a stage: its policy is not there, and a claim on an expert
+    of it is not known to be void."""
     if stage.policy_record_path.exists():
         return False
-    found = owners.holder(stage, 0, "train")
-    return found is not None and owners.life(found) in ("alive", "silent")
+    claims = (owners.holder(stage, expert, "train") for expert in range(len(EXPERT_NAMES)))
+    return any(found is not None and owners.life(found) in ("alive", "silent") for found in claims)
 
 
 def _spools(stage: Stage) -> list[int]:

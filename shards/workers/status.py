@@ -10,10 +10,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shards.measures import StageReward, stage_reward
+from shards.measures import StageReward, read_metrics, stage_reward
 from shards.plan import RolloutPlan
-from shards.records.updates import read_updates
-from shards.run import Run, Stage
+from shards.run import EXPERT_NAMES, Run, Stage
 from shards.sidecar import scorers, specifications
 from shards.spool import spooled
 from shards.workers import owners
@@ -26,13 +25,13 @@ SHORTEST_NAME = 18  # characters of a part that are always shown
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a stage: the rollout, one scorer, the advantages or the training."""
+    """One part of a stage: the rollout, one scorer, the advantages or the training of an expert."""
 
     stage: str
     what: str
     """rollout, score, advantage or train"""
     name: str
-    """Directory of a scorer or of a specification of advantages; else empty."""
+    """Directory of a scorer or of a specification of advantages, or one of two experts in training; else empty."""
     unit: str
     """What `done`, `claimed`, `left` and `total` count: shards, or updates of the training."""
     total: int
@@ -57,6 +56,7 @@ class Worker:
     stage: str
     what: str
     shard: int
+    """Of the training: 0 the high-noise expert or the only one, 1 the low-noise one."""
     host: str
     pid: int
     worker: str
@@ -130,7 +130,8 @@ def render(found: Status, width: int = WIDTH) -> str:
     claims += [f"{counts['dead']} dead (void)"] if counts["dead"] else []
     lines.append(f"workers: {found.as_dict()['workers_alive']} alive; claims: {', '.join(claims) or 'none'}")
     for one in found.workers:
-        text = f"{one.host} process {one.pid}, worker {one.worker}: {one.stage} {one.what} {one.shard}, {one.state}"
+        piece = EXPERT_NAMES[one.shard] if one.what == "train" else one.shard
+        text = f"{one.host} process {one.pid}, worker {one.worker}: {one.stage} {one.what} {piece}, {one.state}"
         lines += textwrap.wrap(text, width, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
     return "\n".join(lines)
 
@@ -211,22 +212,35 @@ def _parts(run: Run, stage: Stage, held: set[tuple[str, str, int]]) -> list[Part
     for name in specifications(stage) or [""]:
         paths = {shard: stage.advantage_path(name, shard) for shard in sizes} if name else {}
         parts.append(counter.part("advantage", name, {s: path for s, path in paths.items() if path.exists()}))
-    return [*parts, _training(run, stage, plan, counter)] if stage.kind == "rollout" else parts
+    return [*parts, *_training(run, stage, plan, counter)] if stage.kind == "rollout" else parts
 
 
-def _training(run: Run, stage: Stage, plan: RolloutPlan, counter: _Counter) -> Part:
-    """Updates of all experts, as the log of metrics tells them."""
-    log = stage.metrics_path
-    done = len({(row["expert"], row["update"]) for row in read_updates(log, stage.iteration)})
-    experts = len(set(plan.schedule.experts))
-    total = done if stage.trained() else max(done, run.config.train.updates_per_rollout * experts)
+def _training(run: Run, stage: Stage, plan: RolloutPlan, counter: _Counter) -> list[Part]:
+    """Updates of each expert, as the logs of metrics tell them."""
+    numbers = sorted(set(plan.schedule.experts))
+    updates = {(row["expert"], row["update"]) for row in read_metrics(stage)}
+    parts, before = [], 0
+    for number in numbers:
+        expert = EXPERT_NAMES[number]
+        done = sum(name == expert for name, _ in updates)
+        total = done if stage.trained() else max(done, run.config.train.updates_per_rollout)
+        own = stage.expert_metrics_path(expert)
+        alone = own.exists() and not stage.trained()
+        rate = _update_rate(stage, own, done) if alone else _update_rate(stage, stage.metrics_path, len(updates))
+        claimed, left = int(("train", number) in counter.held and done < total), total - done
+        waiting = left if alone else before + left  # one process trains one expert after the other
+        before = waiting
+        seconds = waiting * 3600 / rate if rate and claimed else None
+        name = expert if len(numbers) > 1 else ""
+        parts.append(Part(stage.name, "train", name, "updates", total, done, claimed, left, 0, 0, rate, seconds))
+    return parts
+
+
+def _update_rate(stage: Stage, log: Path, done: int) -> float | None:
+    """Updates in an hour, of those that a log has; None where that cannot be said."""
     began, last = (_written(path) for path in (stage.train_plan_path, log))
     one_clock = stage.files.one_clock  # else one may be the store's time and the other one ours
-    rate = 3600 * done / (last - began) if one_clock and done and began and last and last > began else None
-    claimed = int(("train", 0) in counter.held and done < total)
-    left = total - done
-    seconds = left * 3600 / rate if rate and claimed else None
-    return Part(stage.name, "train", "", "updates", total, done, claimed, left, 0, 0, rate, seconds)
+    return 3600 * done / (last - began) if one_clock and done and began and last and last > began else None
 
 
 @dataclass(frozen=True)
@@ -263,7 +277,7 @@ class _Counter:
         start = _written(self.stage.plan_path) if what == "rollout" else None
         began = max(start or min((moment for moment, _ in events), default=0.0), now - WINDOW)
         recent = sum(count for moment, count in events if moment > began)
-        # files that were copied without their times are all of one moment, which is no time to take a rate from
+        # files that were copied without their times are all of one moment, which is not a time to take a rate from
         return 3600 * recent / (now - began) if recent and now > began + 1.0 else None
 
 

@@ -247,7 +247,7 @@ def test_the_blocks_are_there() -> None:
     languages = [block.language for block in RUNNABLE]
     assert languages.count("python") >= 4
     assert "bash" in languages
-    assert set(FILES) == {"slurm/sample.sbatch", "slurm/train.sbatch", "slurm/submit.sh"}
+    assert set(FILES) == {f"slurm/{name}" for name in ("sample.sbatch", "train.sbatch", "experts.sbatch", "submit.sh")}
     marks = {block.mark for block in BLOCKS}
     text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     assert text.count("<!-- test: ") == len(RUNNABLE) + len(FILES) + text.count("<!-- test: figures -->"), marks
@@ -310,6 +310,17 @@ def test_jobs_wait_for_what_they_need(submitted: Path) -> None:
         "--dependency=afterok:102 slurm/sample.sbatch run 1",
         "--dependency=afterany:103 slurm/train.sbatch run 1",
     ]
+
+
+def test_each_task_of_an_array_trains_an_expert(submitted: Path, tmp_path: Path) -> None:
+    shutil.copytree(submitted / "slurm", tmp_path / "slurm")
+    environment = {**os.environ, "PATH": f"{submitted / 'bin'}:{os.environ['PATH']}", "JOB": "experts.sbatch"}
+    command = ["bash", "slurm/submit.sh", "run", "3", "3"]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 75, result.stderr  # of the second task: the stand-in of sbatch runs what it queues
+    assert read_lines(tmp_path / "called")[-2:] == [
+        "0 2 train run --iteration 3 --expert high_noise", "1 2 train run --iteration 3 --expert low_noise",
+    ]  # fmt: skip
 
 
 def test_the_scripts_train_an_iteration(

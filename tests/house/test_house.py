@@ -53,12 +53,15 @@ FOLDERS: dict[str, set[str]] = {
     "score/ocr": {"score", "shards", "shards/text"},
     "score/videoalign": {"score", "shards"},
     "train": {"rollout", "rollout/policy", "rollout/ranks", "shards", "shards/process", "shards/records",
-              "shards/store", "shards/trackers", "shards/workers", "train/objectives"},
+              "shards/store", "shards/trackers", "shards/workers", "train/experts", "train/objectives"},
+    "train/experts": {"rollout", "rollout/memory", "rollout/policy", "rollout/ranks", "shards", "shards/process",
+                      "shards/workers", "train"},
     "train/objectives": {"rollout", "shards"},
 }  # fmt: skip
 """Every folder of the packages, and the other folders whose modules its own may import."""
 ONLY = {
     ("train", "rollout"): {"lineage", "schedule", "step", "transitions"},
+    ("train/experts", "rollout"): {"helpers"},
     ("train/objectives", "rollout"): {"schedule", "transitions"},
     ("shards/store", "shards"): {"errors", "files", "locks"},
     ("shards/store", "shards/records"): {"opening"},

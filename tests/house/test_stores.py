@@ -11,6 +11,7 @@ STORE, FOLDER = "shards.store", "shards/store"
 LENT = {
     f"{STORE}.fetch": {"fetched", "fetched_file", "fetched_model", "local_name"},
     f"{STORE}.files": {"files_at", "of_policy"},
+    f"{STORE}.hashes": {"sha256_once"},
     f"{STORE}.objects": {"PACKAGES"},
     f"{STORE}.urls": {"beside", "full_path", "in_shell", "last_name", "named_here", "shown"},
 }

@@ -180,7 +180,7 @@ def test_training_stops_after_the_update_and_goes_on_in_the_same_bits(
     assert process.code == code
     assert process.said == (
         f"rushes: stopped by {number.name} after update 2 of the high_noise expert "
-        "(hint: run the same command again; it goes on from there)\n"
+        "(hint: run the same command again; it continues from there)\n"
     )
     assert lines(run) == [("high_noise", 1), ("high_noise", 2)]
     assert [path.name for path in (run.iteration(0).policy_dir / "trainer" / "high_noise").iterdir()] == [
@@ -198,7 +198,8 @@ def test_rollout_stops_between_samples(tiny_t2v2: Path, policy: Policy, tmp_path
     folder = tmp_path / "process"
     [process] = signalled(folder, 1, lambda done, *_: done == 2, signal.SIGTERM, 0, "rollout", run.path)
     assert process.code == 75
-    assert process.said.startswith("rushes: stopped by SIGTERM in shard 0 of iter-0000 (hint: run the same command")
+    # a chunk is counted when the next one is sampled, which was the last of the shard
+    assert process.said.startswith("rushes: stopped by SIGTERM in shard 1 of iter-0000 (hint: run the same command")
     assert training.frame_of(training.roll(run, 0, policy)).shape[0] == 2 * training.GROUP
 
 

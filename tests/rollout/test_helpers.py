@@ -103,7 +103,7 @@ def test_helpers_that_die_leave_no_hole(tiny_t2v2: Path, tmp_path: Path, monkeyp
     run = make(tmp_path / "run", tiny_t2v2, 2)
     monkeypatch.setattr(helpers, "MOMENT", PATIENCE)  # a busy machine may be late to tell of a death
     with pytest.raises(BrokenProcessPool):
-        helpers._start(1).submit(os._exit, 1).result()
+        helpers.start_helpers(1).submit(os._exit, 1).result()
     report = helpers.rollout(
         run, run.iteration(0), Policy.of(run.config.model), lambda done, total, unit, note="": kill_helpers()
     )

@@ -11,8 +11,10 @@ from rollout.policy import Policy
 from rollout.run import rollout
 from score.run import score
 from shards.config import ModelConfig, WorkersConfig
+from shards.measures import read_metrics
 from shards.records.updates import read_updates
 from shards.run import Run
+from shards.store.objects import Objects
 from shards.store.urls import working_copy
 from tests.support.s3_server import KEYS, Fault, Proxy, proxied, served
 from tests.support.store_machines import SETTINGS, assert_same, die_in_second_update, look, take_over
@@ -76,6 +78,42 @@ def test_two_iterations_on_two_machines_equal_a_local_run(
     # a third one looks, without torch, and proves every byte
     look(URL, [key for k in (0, 1) for key in _keys(run, k)], RUSHES_CACHE=str(tmp_path / "third"))
     assert not list(working_copy(URL).glob("*.tmp-*"))
+
+
+def test_two_machines_train_an_expert_each(
+    s3: Proxy, tiny_t2v2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = make_run(tmp_path / "local", tiny_t2v2, **SETTINGS)
+    policy = Policy.of(local.config.model)
+    sampled_and_scored(local, 0, policy)
+    train(local, 0, policy)
+
+    url = "s3://bucket/runs/apart"
+    monkeypatch.setenv("RUSHES_CACHE", str(tmp_path / "first"))
+    first = Run.create(url, local.config.model_copy(update={"model": _model(local.config.model)}))
+    policy = Policy.of(first.config.model)
+    sampled_and_scored(first, 0, policy)
+    # what this machine has of the other expert is of an update that another machine makes again
+    die_in_second_update(first, policy)
+    assert train(first, 0, policy, expert="high_noise").missing == ["low_noise"]
+    stale = first.iteration(0).expert_metrics_path("low_noise")
+    stale.write_text('{"expert": "low_noise", "update": 1, "total_updates": 1, "loss": 9.0}\n')
+
+    monkeypatch.setenv("RUSHES_CACHE", str(tmp_path / "second"))
+    second = Run.open(url)
+    policy = Policy.of(second.config.model)
+    assert train(second, 0, policy, expert="low_noise").updates == {"high_noise": 2, "low_noise": 2}
+    second.iteration(0).fetched_policy()  # as the next iteration does: this machine has only what it trained
+    assert_same(second, local, 0)
+    names = Objects("s3").listing(f"{url}/iter-0000/policy")
+    assert not {name for name in names if name.endswith("_noise.json") or "_noise.jsonl" in name}
+
+    monkeypatch.setenv("RUSHES_CACHE", str(tmp_path / "first"))
+    again = Run.open(url)
+    assert train(again, 0, policy).skipped
+    assert [(row["expert"], row["update"]) for row in read_metrics(again.iteration(0))] == [
+        ("high_noise", 1), ("high_noise", 2), ("low_noise", 1), ("low_noise", 2)]  # fmt: skip
+    assert all(row["loss"] < 9.0 for row in read_metrics(again.iteration(0)))
 
 
 def _model(config: ModelConfig) -> ModelConfig:

@@ -27,27 +27,29 @@ def record(update: int, expert: str = "high_noise", **values: Any) -> dict[str, 
 
 
 def test_a_resume_keeps_what_the_checkpoint_covers(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path, {})
+    stage = Run(tmp_path).iteration(0)
+    log = MetricsLog(stage, {})
     for update in (1, 2, 3):
         log.add(record(update))
     log.close()
-    with (tmp_path / "metrics.jsonl").open("a") as file:
+    with stage.metrics_path.open("a") as file:
         file.write('{"expert": "high_no')  # a kill in the middle of a line
-    assert [one["update"] for one in read_updates(tmp_path / "metrics.jsonl")] == [1, 2, 3]
-    log = MetricsLog(tmp_path, {"high_noise": 2})
+    assert [one["update"] for one in read_updates(stage.metrics_path)] == [1, 2, 3]
+    log = MetricsLog(stage, {"high_noise": 2})
     log.add(record(3, loss=0.25))
     log.close()
-    assert [one["loss"] for one in read_updates(tmp_path / "metrics.jsonl")] == [0.5, 0.5, 0.25]
+    assert [one["loss"] for one in read_updates(stage.metrics_path)] == [0.5, 0.5, 0.25]
 
 
 def test_tensorboard_shows_every_number_once(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    MetricsLog(tmp_path, {}).add(record(1))
-    log = MetricsLog(tmp_path, {"high_noise": 1})
+    stage = Run(tmp_path).iteration(0)
+    MetricsLog(stage, {}).add(record(1))
+    log = MetricsLog(stage, {"high_noise": 1})
     log.add(record(2, loss=0.25))
     log.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events = EventAccumulator(str(stage.policy_dir / "tensorboard"))
     events.Reload()
     assert [(one.step, one.value) for one in events.Scalars("high_noise/loss")] == [(1, 0.5), (2, 0.25)]
 
@@ -116,7 +118,7 @@ def test_a_rising_distance_with_falling_guards_is_told(
     for iteration, distance, guards in ((0, before, first), (1, now, last)):
         folder = run.iteration(iteration).path
         summary: dict[str, Any] = {"schema": 1, "specification": {}, "samples": 2, "mean_reward": 0.5}
-        MetricsLog(folder / "policy", {}).add(record(2, kl=distance))
+        MetricsLog(run.iteration(iteration), {}).add(record(2, kl=distance))
         (folder / "advantage" / "0a1b2c3d").mkdir(parents=True)
         (folder / "advantage" / "0a1b2c3d" / "_summary.json").write_text(json.dumps(summary | {"guards": guards}))
     assert history(run, 1, [record(1, kl=0.0), record(2, kl=now)]) == sentences

@@ -51,7 +51,7 @@ def record(update: int) -> dict[str, object]:
 def train(run: Run) -> None:
     """Two updates and a reward, as `rushes loop` reports them."""
     with live.tracking(run):
-        log = MetricsLog(run.iteration(3).policy_dir, {})
+        log = MetricsLog(run.iteration(3), {})
         for update in (1, 2):
             log.add(record(update))
         log.close()

@@ -102,11 +102,28 @@ def test_updates_of_the_training_are_counted(stage: Stage) -> None:
     stage.train_plan_path.write_text("{}")
     os.utime(stage.train_plan_path, (NOON,) * 2)
     os.utime(log, (NOON + 60,) * 2)
-    with claim(stage, 0, "train"):
-        train = part(stage, "train")
-    assert (train.unit, train.done, train.claimed, train.left, train.total) == ("updates", 2, 1, 2, 4)
-    assert train.per_hour == pytest.approx(120)
-    assert train.seconds_left == pytest.approx(60)
+    with claim(stage, 0, "train"), claim(stage, 1, "train"):  # one process trains both
+        high, low = trainings(stage)
+    assert (high.name, high.done, high.claimed, high.left, high.total) == ("high_noise", 2, 0, 0, 2)
+    assert (low.name, low.done, low.claimed, low.left, low.total) == ("low_noise", 0, 1, 2, 2)
+    assert high.unit == low.unit == "updates"
+    assert low.per_hour == pytest.approx(120)
+    assert low.seconds_left == pytest.approx(60)
+    own = stage.expert_metrics_path("low_noise")  # a process trains the other one
+    own.write_text(json.dumps({"expert": "low_noise", "update": 1}) + "\n")
+    os.utime(own, (NOON + 90,) * 2)
+    with claim(stage, 1, "train"):
+        high, low = trainings(stage)
+        text = render(status(Run(stage.run_path)))
+    assert (high.done, high.claimed, low.done, low.claimed, low.left) == (2, 0, 1, 1, 1)
+    assert low.per_hour == pytest.approx(40)
+    assert low.seconds_left == pytest.approx(90)
+    assert "iter-0000 train low_noise, alive" in text
+
+
+def trainings(stage: Stage) -> list[Part]:
+    """What `status` says of the training of each expert."""
+    return [one for one in status(Run(stage.run_path)).parts if one.what == "train"]
 
 
 def test_workers_are_told_alive_from_dead(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:

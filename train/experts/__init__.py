@@ -1,0 +1,1 @@
+"""The experts of one iteration: one after another, or a process each."""
