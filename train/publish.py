@@ -68,7 +68,7 @@ def write_record(stage: Stage, expert: int, trained: Trained) -> None:
     stage.files.publish_new(path, sealed(identity | asdict(trained), path))
 
 
-def read_record(stage: Stage, expert: int) -> Trained | None:
+def read_trained(stage: Stage, expert: int) -> Trained | None:
     """What another process says of the expert it trained; None before it has.
 
     RunFailed when that was another training than the one frozen in train/plan.json.

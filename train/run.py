@@ -25,7 +25,7 @@ from train.inputs import check_policy
 from train.metrics import MetricsLog, Record, joined_logs
 from train.notes import notes
 from train.objectives.settings import check_settings
-from train.publish import Trained, forget_records, publish, read_record, write_record
+from train.publish import Trained, forget_records, publish, read_trained, write_record
 from train.ranks import agree_on_inputs, claimed, lost_ranks
 from train.replay import prove, replay_limit
 
@@ -190,7 +190,7 @@ def _trained_before(stage: Stage, policy: Policy, world: World) -> dict[int, Tra
     found: dict[int, Trained] = {}
     with world.together():
         if world.is_first:
-            records = {expert: read_record(stage, expert) for expert in policy.layout.expert_ids}
+            records = {expert: read_trained(stage, expert) for expert in policy.layout.expert_ids}
             found = {expert: record for expert, record in records.items() if record}
     return world.broadcast(found)
 

@@ -457,6 +457,26 @@ def test_a_damaged_checkpoint(stage: Stage) -> None:
     assert faults(stage) == ""
 
 
+def test_what_an_expert_that_is_trained_alone_leaves(stage: Stage) -> None:
+    """Its record and its log, until the policy is there."""
+    stage.policy_record_path.unlink()
+    path, log = stage.expert_record_path("high_noise"), stage.expert_metrics_path("high_noise")
+    sums = [sha256_file(stage.policy_dir / f"{folder}{WEIGHTS}") for folder in ("", "ema/")]
+    record: dict[str, Any] = {"schema": 1, "iteration": 0, "expert": "high_noise", "train_plan": "0" * 64}
+    record |= {"adapters": {WEIGHTS: sums[0]}, "average": {WEIGHTS: sums[1]}, "unmoved": [], "replay": 0.0}
+    path.write_bytes(sealed(record, path))
+    stage.metrics_path.rename(log)
+    assert faults(stage) == ""
+    log.write_text("{\n" + update_line(update(2)))
+    assert "metrics.high_noise.jsonl: line 1 is damaged" in faults(stage)
+    path.write_bytes(sealed(record | {"expert": "low_noise"}, path))
+    assert "high_noise.json: it is of low_noise of iteration 0" in faults(stage)
+    (stage.policy_dir / "ema" / WEIGHTS).write_bytes(b"other weights")
+    assert f"policy/ema/{WEIGHTS} is not what" in faults(stage)
+    path.write_bytes(sealed(record, path).replace(b"0.0", b"0.1"))
+    assert "high_noise.json is damaged" in faults(stage)
+
+
 @pytest.mark.parametrize("line", [b"{", b'{"a": "\xff"'])
 def test_a_line_of_the_log_that_is_no_json(stage: Stage, line: bytes) -> None:
     first, second = (update_line(update(number)).encode() for number in (1, 2))

@@ -12,7 +12,7 @@ from rollout.run import rollout
 from score.run import score
 from shards.config import ModelConfig, WorkersConfig
 from shards.measures import read_metrics
-from shards.records.updates import read_updates
+from shards.records.updates import read_updates, update_line
 from shards.run import Run
 from shards.store.objects import Objects
 from shards.store.urls import working_copy
@@ -97,7 +97,7 @@ def test_two_machines_train_an_expert_each(
     die_in_second_update(first, policy)
     assert train(first, 0, policy, expert="high_noise").missing == ["low_noise"]
     stale = first.iteration(0).expert_metrics_path("low_noise")
-    stale.write_text('{"expert": "low_noise", "update": 1, "total_updates": 1, "loss": 9.0}\n')
+    stale.write_text(update_line({"iteration": 0, "expert": "low_noise", "update": 1, "total_updates": 1, "loss": 9.0}))
 
     monkeypatch.setenv("RUSHES_CACHE", str(tmp_path / "second"))
     second = Run.open(url)

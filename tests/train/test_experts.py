@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
@@ -21,6 +20,7 @@ from rollout.policy import Policy
 from shards.errors import RunFailed, StillBusy, UserError
 from shards.files import read_json, sha256_file
 from shards.measures import read_metrics
+from shards.records.updates import read_updates
 from shards.run import Run
 from shards.workers import owners
 from shards.workers.claims import claim
@@ -77,7 +77,7 @@ def contents(run: Run, iteration: int = 0) -> dict[str, str]:
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and "tensorboard" not in path.parts):
         name = path.relative_to(folder).as_posix()
         if path.suffix == ".jsonl":
-            found[name] = repr([_without_costs(line) for line in path.read_text().splitlines()])
+            found[name] = repr([_without_costs(update) for update in read_updates(path)])
         elif "trainer" in path.parts:
             found[name] = _state(path) if path.suffix == ".safetensors" else ""
         else:
@@ -90,8 +90,8 @@ def _state(path: Path) -> str:
     return repr(sorted((name, value.numpy().tobytes()) for name, value in tensors if ".generator" not in name))
 
 
-def _without_costs(line: str) -> dict[str, Any]:
-    return {name: value for name, value in json.loads(line).items() if name not in COST}
+def _without_costs(update: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in update.items() if name not in COST}
 
 
 def at_update(number: int, action: Callable[[], object]) -> Callable[..., None]:
@@ -187,14 +187,10 @@ def test_a_process_that_is_killed_is_replaced(
     train(run, 0, policy, expert="low_noise")
     found = {name: value for name, value in contents(run).items() if where != "forget_records" or name not in RECORDS}
     assert found == contents(trained)
-    assert read_metrics(run.iteration(0)) == read_metrics_file(run)
+    assert read_metrics(run.iteration(0)) == read_updates(run.iteration(0).metrics_path)
 
 
 RECORDS = {f"{expert}.json" for expert in EXPERTS}
-
-
-def read_metrics_file(run: Run) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in run.iteration(0).metrics_path.open()]
 
 
 def test_the_same_expert_is_trained_once(rolled: Run, policy: Policy, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from rollout.memory import needs as memory_needs
 from rollout.memory.model import read_model
 from rollout.policy import Policy
 from rollout.ranks.world import World
+from shards.records.updates import read_updates
 from shards.run import Run
 from tests.support import forks, lora_forms, parallel_ranks, training, workers
 from tests.support.tiny_models import tiny_transformer
@@ -172,9 +173,9 @@ def published(run: Path) -> dict[str, torch.Tensor]:
 
 def metrics(run: Path) -> list[dict[str, Any]]:
     """The metrics of the last iteration, but for what one process used up, and what depends on its share of a batch."""
-    lines = (last(run) / "policy" / "metrics.jsonl").read_text().splitlines()
+    updates = read_updates(last(run) / "policy" / "metrics.jsonl")
     own = ("seconds", "peak_memory_bytes", "signal")
-    return [{name: value for name, value in json.loads(line).items() if name not in own} for line in lines]
+    return [{name: value for name, value in update.items() if name not in own} for update in updates]
 
 
 def last(run: Path) -> Path:

@@ -27,6 +27,7 @@ from shards.errors import RunFailed, StillBusy, UserError
 from shards.files import Buffer, LocalFiles
 from shards.process.signals import stoppable
 from shards.reader import open_shard
+from shards.records.updates import read_updates
 from shards.run import Run
 from shards.spool import write_group, write_sample
 from shards.workers.claims import claim
@@ -68,7 +69,7 @@ def trained(rolled: Run, policy: Policy, tmp_path_factory: pytest.TempPathFactor
 
 
 def metrics(run: Run, iteration: int = 0) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run.iteration(iteration).policy_dir / "metrics.jsonl").open()]
+    return read_updates(run.iteration(iteration).metrics_path)
 
 
 def initial(run: Run, policy: Policy, folder: Path) -> dict[str, torch.Tensor]:

@@ -110,7 +110,7 @@ def test_updates_of_the_training_are_counted(stage: Stage) -> None:
     assert low.per_hour == pytest.approx(120)
     assert low.seconds_left == pytest.approx(60)
     own = stage.expert_metrics_path("low_noise")  # a process trains the other one
-    own.write_text(json.dumps({"expert": "low_noise", "update": 1}) + "\n")
+    own.write_text(json.dumps(rows[0] | {"expert": "low_noise"}) + "\n")
     os.utime(own, (NOON + 90,) * 2)
     with claim(stage, 1, "train"):
         high, low = trainings(stage)
