@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from shards.config import ScoreConfig
 
 GUARDS = "guards"
-SOURCE = "_source.py"  # of a reward of one's own, beside its scores
 
 
 @dataclass(frozen=True)
@@ -130,7 +129,7 @@ def keep_source(stage: Stage, chosen: Chosen) -> None:
     """
     file = reward_file(chosen.target) if chosen.source else None
     if file is not None and sha256_file(file) == chosen.source:
-        stage.files.publish_new(stage.scores_dir / chosen.directory / SOURCE, file.read_bytes())
+        stage.files.publish_new(stage.scores_dir / chosen.directory / sidecar.SOURCE, file.read_bytes())
 
 
 def edited(stage: Stage, chosen: Chosen) -> list[str]:

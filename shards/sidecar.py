@@ -28,6 +28,7 @@ RANGES = {"reward": (-LARGEST, LARGEST), "advantage": (-1e9, 1e9), "weight": (0.
 SCORES = IDENTITY | {"reward": "double", "status": "string"}  # then one double per component, then perhaps text
 ADVANTAGES = IDENTITY | {"advantage": "double", "weight": "double", "reward": "double", "reason": "string"}
 TEXT = "text"
+SOURCE = "_source.py"  # of a reward of one's own, beside its scores
 CONTENT = "content_sha256"
 SCORE_AGAIN = "`rushes score` fills in what is missing and keeps the rest"
 SUMMARY_AGAIN = "delete it; `rushes score` writes it again"

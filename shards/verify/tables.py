@@ -10,7 +10,9 @@ from pathlib import Path
 
 from shards import parquet, sidecar
 from shards.errors import Damaged
+from shards.files import sha256_file
 from shards.records.kinds import read_summary
+from shards.records.opening import COPY
 from shards.run import Stage
 from shards.verify.problems import Problem, attempt, result
 
@@ -33,8 +35,21 @@ def folder_problems(stage: Stage, committed: list[int]) -> Iterator[Problem]:
     for folder in folders:
         yield from _strays(folder, committed)
         yield from attempt(_check_one_schema, folder)
+    for name in sidecar.scorers(stage):
+        yield from attempt(_check_source, stage, name, committed)
     for name in sidecar.specifications(stage):
         yield from attempt(_check_summary, stage, name)
+
+
+def _check_source(stage: Stage, scorer: str, committed: list[int]) -> None:
+    """The source of a reward that is kept beside its scores is the one that its tables name."""
+    path = stage.scores_dir / scorer / sidecar.SOURCE
+    found = sha256_file(path) if os.path.lexists(path) else None
+    for shard in committed if found else ():
+        kv, _ = result(sidecar.score_metadata, stage, shard, scorer)  # a damaged table is reported as such
+        if kv and kv.get("source_sha256", found) != found:
+            table = stage.score_path(scorer, shard)
+            raise Damaged(f"{path}: is not the source that {table.name} names (sha256)", f"{COPY}, or delete it")
 
 
 def _strays(folder: Path, committed: list[int]) -> Iterator[Problem]:

@@ -485,6 +485,17 @@ def test_a_line_of_the_log_that_is_no_json(stage: Stage, line: bytes) -> None:
     assert read_updates(stage.metrics_path) == [update(1)]
 
 
+def test_the_source_of_a_reward_is_the_one_that_its_tables_name(stage: Stage) -> None:
+    path = stage.scores_dir / SCORER / "_source.py"
+    path.write_text("class Mine: ...\n")
+    assert faults(stage) == ""  # tables of older versions name none
+    for shard in stage.shards():
+        write_scores(stage, shard, SCORER, score_frame(stage, shard), {"source_sha256": sha256_file(path)})
+    assert faults(stage) == ""
+    flip(path, 3)
+    assert "_source.py: is not the source that shard-000000.parquet names" in faults(stage)
+
+
 def test_a_summary_that_is_not_of_its_tables(stage: Stage) -> None:
     path = stage.summary_path(SPEC)
     genuine = json.loads(path.read_text())
