@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from score.run import ScoreReport
     from shards.run import Run, Stage
     from shards.run_toml import Setting
+    from train.replay import Replayed
 
 UNLIKELY = 2.0  # seconds after which torchrun has ended all ranks, if the first one failed
 LONGEST_PAUSE = 1e9  # seconds; the system's sleep takes no number much larger
@@ -476,7 +477,9 @@ def verify(
             raise RunFailed(f"{path}: {counted(damaged, 'fault')}", "each line says what to do about it")
         say(f"{path}: everything published is whole")
         if run is not None:
-            record["replay"] = prove(run)
+            found = prove(run)
+            record["replay"] = {k: one.largest for k, one in found.items()}
+            record["replay_steps"] = {k: [asdict(step) for step in one.per_step] for k, one in found.items()}
     finally:
         if as_json:
             print_json(record)
@@ -689,7 +692,7 @@ def follow(run: Run, megabytes: float, port: int) -> None:
 
     with served(run, megabytes, port) as server:
         host, number = server.server_address[:2]
-        say(f"http://{host!s}:{number}/ shows the run as it goes on; Ctrl-C ends it")
+        say(f"http://{host!s}:{number}/ shows the run as it works; Ctrl-C ends it")
         server.serve_forever()
 
 
@@ -820,18 +823,19 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, allow_nan=False), flush=True)
 
 
-def prove(run: Run) -> dict[int, float]:
-    """Replay every finished iteration of a run with the policy that made it; the largest |log-ratio| of each.
+def prove(run: Run) -> dict[int, Replayed]:
+    """Replay every finished iteration of a run with the policy that made it, and print a table of |log-ratios|.
 
     Raises RunFailed where one differs.
     """
-    from train.replay import prove_iteration
+    from train.replay import prove_iteration, render_ratios
 
     policy, found = load_policy(run), {}
     for k in run.iterations():
         with show(f"iter-{k:04d} replay") as report:
             found[k] = prove_iteration(run, k, policy, report)
-        say(f"iter-{k:04d} replay: largest |log-ratio| {found[k]:.3g}")
+        say(f"iter-{k:04d} replay: largest |log-ratio| {found[k].largest:.3g}")
+        say(render_ratios(found[k]))
     return found
 
 

@@ -27,9 +27,9 @@ It is typed, and it loads neither torch nor a model.
 import shards
 
 run = shards.open("runs/demo")
-table = run.table()                            # samples, rewards, advantages
+table = run.table()  # samples, rewards, advantages
 best = table.loc[table["reward"].idxmax(), "key"]
-run.play(best)                                 # the last line of a cell: the notebook plays the video
+run.play(best)  # the last line of a cell: the notebook plays the video
 ```
 
 `examples/notebook.ipynb` goes through all of it. [Querying a run](inspect.md) has three queries on the same table,

@@ -100,7 +100,7 @@ def between_failures(scene: Scene) -> float:
 
 
 def rollout_loss(scene: Scene) -> float:
-    """GPU-seconds lost when a machine dies in a rollout: half a sample, its restart and its loading. Others go on."""
+    """GPU-seconds lost when a machine dies in a rollout: half a sample, its restart, its loading. Others continue."""
     half = sum(scene.sample_seconds().values()) / 2
     return min(scene.gpus, scene.assumed.gpus) * (half + scene.assumed.requeue + load_seconds(scene, 1))
 

@@ -51,7 +51,10 @@ def check_committed(source: Path, identity: dict[str, Any]) -> None:
     record = read_json(path)
     known = record.get("average", identity) if source.name == AVERAGE else record  # once averages were not named
     if known.get("fingerprint") != identity["fingerprint"]:
-        raise RunFailed(f"{source}: its files are not those its {POLICY_RECORD} names", ANEW)
+        named, found = known.get("adapters", {}), identity["adapters"]
+        changed = [name for name in sorted({*named, *found}) if named.get(name) != found.get(name)]
+        which = f": {', '.join(changed)}" if changed else ", or the base model is another one"
+        raise RunFailed(f"{source}: its files are not those its {POLICY_RECORD} names{which}", ANEW)
 
 
 def take_policy(run: Run, stage: Stage, policy: Policy) -> dict[str, Any]:

@@ -73,9 +73,9 @@ def rollout(
     """Sample every shard of a stage that is missing. A stage that is complete is left alone, and no model is loaded.
 
     `policy` is a loaded model, which is given the weights of the stage; None loads it as run.toml says. Worker (i, n)
-    begins with the shards i, i+n, … and goes on with what others have not claimed. It ends when living workers hold
+    begins with the shards i, i+n, … and continues with what others have not claimed. It ends when living workers hold
     what is left, or, with `wait`, when nothing is left; it takes over the shards of the dead in either case. Samples
-    are committed one by one to the spool of their shard, so that a killed stage goes on where it was. `tell` gets a
+    are committed one by one to the spool of their shard, so that a killed stage continues where it was. `tell` gets a
     sentence for each kind of prompt that is longer than the model reads, before anything is sampled. Raises UserError
     for a plan that differs from the one on disk, for a policy that was not trained yet, for prompts or sizes the model
     cannot take, and for shards or claims of another version of rushes. With `rollout.ulysses` the ranks of torchrun
@@ -155,7 +155,7 @@ class Regenerated:
 
     key: str
     differences: dict[str, float]
-    """Largest absolute difference of each part that is not the same, by name; infinite where it is no number."""
+    """Largest absolute difference of each part that is not the same, by name; infinite where it is not a number."""
 
     def largest(self) -> float:
         """The largest of all differences; 0 when every part is the same, bit for bit."""

@@ -140,7 +140,7 @@ class Work:
     def _shared(self, shard: int, groups: list[str]) -> dict[str, Tensors]:
         """The tensors of the groups as the spool has them; what is missing is encoded and put there first.
 
-        They are always read back: whoever goes on with this shard, here or elsewhere, uses the same bits.
+        They are always read back: whoever continues with this shard, here or elsewhere, uses the same bits.
         """
         missing = [group for group in groups if read_group(self.stage, shard, group) is None]
         if missing:

@@ -89,7 +89,7 @@ def apply(layers: Layers, embeddings: Tensor, activation: str) -> Tensor:
 def read_head(path: str) -> Layers:
     """(weight [out, in], bias [out]) in float32 of every layer of a safetensors file.
 
-    Raises UserError for a file that is missing or damaged, and for tensors that are no chain ending in one number.
+    Raises UserError for a file that is missing or damaged, and for tensors that are not a chain ending in one number.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file

@@ -77,7 +77,7 @@ def score(
     """Score the shards of `stage` that are sampled and have no scores yet; when all have them, write the advantages.
 
     `rewards` (name -> weight) replaces [score].rewards. `advantages_only` loads no model and needs all scores. Worker
-    (i, n) begins with the shards i, i+n, … and goes on with what others have not claimed; with `wait` it stays until
+    (i, n) begins with the shards i, i+n, … and continues with what others have not claimed; with `wait` it stays until
     all is sampled and scored, as long as somebody works on that. Without `advantages` it leaves them to another worker.
     Raises UserError for a wrong reward or a stage without a plan, RunFailed when too many rewards are missing,
     StillBusy when there was nothing to do but others sample or score what is left.

@@ -31,7 +31,7 @@ class UserError(Exception):
 
 
 class RunFailed(UserError):
-    """The input was good but the run could not go on: a full disk, a failed replay, a dead worker."""
+    """The input was good but the run could not continue: a full disk, a failed replay, a dead worker."""
 
     exit_code = 1
 

@@ -38,7 +38,7 @@ def load_config(path: Path, sets: Iterable[Setting] = ()) -> RunConfig:
         raise UserError(f"{path}: not valid TOML: {error}", "correct that line") from None
     if "schema" not in values:  # the first line that `init` writes; an empty file would stand for all defaults
         hint = f"restore it from a copy; one written by hand begins with `schema = {SCHEMA}`"
-        raise UserError(f"{path}: has no schema, so it is no run.toml or has lost its beginning", hint)
+        raise UserError(f"{path}: has no schema, so it is not a run.toml or has lost its beginning", hint)
     found = values["schema"]
     if found != SCHEMA:
         raise UserError(f"{path}: schema {found}, but this program writes schema {SCHEMA}", "make a new run directory")
@@ -72,7 +72,7 @@ def parse_config(values: dict[str, Any], where: str) -> RunConfig:
 def apply_sets(values: dict[str, Any], sets: Iterable[Setting]) -> dict[str, Any]:
     """Lay settings over a tree of values; a value in a text is TOML, or else a plain string.
 
-    Raises UserError for a setting without `=` or a key that leads through something that is no table.
+    Raises UserError for a setting without `=` or a key that leads through something that is not a table.
     """
     changed = copy.deepcopy(values)
     for setting in sets:

@@ -102,7 +102,7 @@ def read_table(path: Path) -> tuple[pyarrow.Table, dict[str, str]]:
     table, kv = parquet.read(path, SCORE_AGAIN)
     try:
         genuine = kv.get(CONTENT) == content_sha256(table)
-    except ValueError:  # bytes that are no text any more
+    except ValueError:  # bytes that are not text any more
         genuine = False
     if not genuine:
         raise Damaged(f"{path}: the table is damaged: its values are not those written (sha256)", SCORE_AGAIN)

@@ -201,7 +201,7 @@ def scan_tar(path: Path) -> list[index.Row]:
 
 
 def map_plain(path: Path) -> memoryview:
-    """The bytes of a file that is no link. Raises Damaged."""
+    """The bytes of a file that is not a link. Raises Damaged."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:

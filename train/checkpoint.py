@@ -219,7 +219,7 @@ def _check_sums(path: Path, sums: dict[str, str]) -> None:
     first = next((name for name in changed if name), None)
     if first:
         problem = f"{path / first} is damaged: its sha256 is not that in {COMMIT}"
-        hint = f"restore it from a copy, or delete {path.name}; training then goes on from the checkpoint before"
+        hint = f"restore it from a copy, or delete {path.name}; training then continues from the checkpoint before"
         raise ranks.one_voice(UserError(problem, hint))
 
 
@@ -234,8 +234,8 @@ def _failure(final: Path, error: BaseException) -> RunFailed:
         reason = getattr(cause, "strerror", None) or str(cause)
     return RunFailed(
         f"{final}: the trainer checkpoint could not be written ({where}{reason.splitlines()[0]})",
-        "free some disk space, look at the permissions, and run the same command again; it goes on from the checkpoint "
-        "before",
+        "free some disk space, look at the permissions, and run the same command again; it continues from the "
+        "checkpoint before",
     )
 
 

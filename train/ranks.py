@@ -107,7 +107,7 @@ def lost_ranks() -> Iterator[None]:
         first = str(error).strip().splitlines()[0]
         raise RunFailed(
             f"rank {distributed.get_rank()}: another rank has ended or cannot be reached ({first[:160]})",
-            "the rank that ended first says why; run the same command again, it goes on from the last checkpoint",
+            "the rank that ended first says why; run the same command again, it continues from the last checkpoint",
         ) from error
 
 

@@ -80,9 +80,9 @@ def train(
     `policy` is a loaded model to use instead of loading one; its weights are set from the files. `advantage` names the
     specification to train on, when there are several. `expert` is the only one to train, high_noise or low_noise, while
     another process may train the other one; the last to finish publishes. Killed at any moment and called again, it
-    goes on from its last checkpoint and ends with the weights of an undisturbed run (on a CPU, bit for bit), however
+    continues from its last checkpoint and ends with the weights of an undisturbed run (on a CPU, bit for bit), however
     the experts were trained. Under torchrun all ranks call this; the policy is sharded over them and has to be given
-    the weights it shall have next (`become`) before it is used otherwise.
+    the weights it gets next (`become`) before it is used otherwise.
     Raises UserError for incomplete, stale or changed inputs and for ranks that do not have the same, RunFailed when the
     replay gate fails, StillBusy when another process trains what this one shall.
     """

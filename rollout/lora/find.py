@@ -117,7 +117,7 @@ def locate_lora(setting: str, text: str) -> Path:
 
 
 def _fetched(setting: str, url: str) -> Path | None:
-    """The local copy of what a URL names, of a PEFT file with its configuration; None for what is no URL."""
+    """The local copy of what a URL names, of a PEFT file with its configuration; None for what is not a URL."""
     path = fetched(url, lambda name: name.endswith((".safetensors", ".json")) and of_policy(name))
     if path is not None and path.name == PEFT_WEIGHTS:
         fetched(f"{url.rpartition('/')[0]}/{PEFT_CONFIG}")

@@ -153,7 +153,7 @@ def _config(state: dict[str, Tensor], metadata: dict[str, Any] | None, path: Pat
         return LoraConfig(**{**known, "target_modules": known.get("target_modules") or layers})
     except (TypeError, ValueError) as error:
         line = str(error).splitlines()[0]
-        raise UserError(f"{path}: its metadata are no configuration of a LoRA: {line}", "save it anew") from None
+        raise UserError(f"{path}: its metadata are not a configuration of a LoRA: {line}", "save it anew") from None
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -185,7 +185,7 @@ def _metadata(header: dict[str, str], path: Path) -> dict[str, Any] | None:
         ours = {name.removeprefix(PREFIX): value for name, value in values.items() if name.startswith(PREFIX)}
         return ours or dict(values)
     except (ValueError, AttributeError, TypeError):
-        raise UserError(f"{path}: its metadata are no JSON object", "save it anew") from None
+        raise UserError(f"{path}: its metadata are not a JSON object", "save it anew") from None
 
 
 def _peft_config(path: Path) -> dict[str, Any]:
@@ -197,7 +197,7 @@ def _peft_config(path: Path) -> dict[str, Any]:
         values: dict[str, Any] = LoraConfig.from_pretrained(str(path.parent)).to_dict()
     except (OSError, ValueError, TypeError, KeyError) as error:
         line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: is no configuration of a LoRA: {line}", "save the adapter anew") from None
+        raise UserError(f"{path}: is not a configuration of a LoRA: {line}", "save the adapter anew") from None
     return values
 
 

@@ -104,7 +104,7 @@ def check_model(experts: ExpertWeights, path: Path) -> None:
 
 
 def _check_record(setting: str, folder: Path | None, expected: str, layout: Layout) -> None:
-    for record in (folder / "experts.json", folder / "export.json") if folder else ():
+    for record in (folder / "policy.json", folder / "export.json") if folder else ():
         base = read_json(record).get("base") if record.is_file() else None
         if base is not None and base != expected:
             raise UserError(

@@ -62,7 +62,7 @@ class ExpertWeights:
     def distribute(self, world: World) -> None:
         """Shard the experts, and the base model's beside them, over ranks; without a mesh they stay as they are.
 
-        What shall be trained must be on them by now. `become` gives each rank plain experts again.
+        What is to be trained must be on them by now. `become` gives each rank plain experts again.
         """
         if world.fsdp_mesh is None:
             return

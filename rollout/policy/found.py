@@ -1,4 +1,4 @@
-"""What lies at a path that is no model folder in WanPipeline layout: official checkpoints, single files, parts."""
+"""What lies at a path that is not a model folder in WanPipeline layout: official checkpoints, single files, parts."""
 
 from __future__ import annotations
 

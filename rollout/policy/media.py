@@ -101,7 +101,7 @@ class Vae:
 
         I2V: [1,4+C,F,H,W], a mask and the encoded video that begins with the image and is grey after it. TI2V:
         [1,C,1,H,W], the clean first frame. As `prepare_latents` of diffusers' pipeline_wan_i2v.py. Raises UserError for
-        a file that is no image.
+        a file that is not an image.
         """
         pixels = self._processor.preprocess(open_image(image), height=height, width=width).to(self.device).float()
         video = pixels[:, :, None]

@@ -63,7 +63,7 @@ def read_rows(file: Path, column: Column) -> Iterator[Row]:
     """The records of a prompts file, whose prompts stand in the field `column`; a text file has that field alone.
 
     Raises UserError, naming the line, for an unknown suffix, a file that is missing, a Git LFS pointer or not of its
-    format, bytes that are no UTF-8, columns that are missing or doubled, and rows longer or shorter than their header.
+    format, bytes that are not UTF-8, columns that are missing or doubled, and rows longer or shorter than their header.
     """
     reader = READERS.get(file.suffix.lower())
     if reader is None:

@@ -16,7 +16,7 @@ def find_device(name: str, dtype: str = "float32") -> torch.device:
         try:
             device = torch.device(name)
         except RuntimeError:
-            raise UserError(f"model.device: {name!r} is no device", "auto, cpu, cuda or cuda:1") from None
+            raise UserError(f"model.device: {name!r} is not a device", "auto, cpu, cuda or cuda:1") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"model.device: {name}, but this machine has no CUDA device", "set model.device = auto")
     if device.type == "cuda" and world_size() > 1 and device.index is None:

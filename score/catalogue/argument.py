@@ -31,7 +31,7 @@ class RewardArgument:
 def parse_argument(text: str) -> RewardArgument:
     """Read NAME[=WEIGHT][:OPTION=VALUE,…]; a value may hold commas and colons, and a file may be relative.
 
-    Raises UserError for another form, a weight that is no finite number, an option given twice, a file that is missing.
+    Raises UserError for another form, a weight that is not a finite number, an option given twice, a missing file.
     """
     wrong = UserError(f"--reward {text}: not of the form NAME:option=value,…", EXAMPLE)
     head, colon, rest = text.partition(":")

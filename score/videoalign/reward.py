@@ -264,7 +264,7 @@ def _flag(option: str, value: Any) -> bool:
 
 
 def _step(value: Any) -> int | None:
-    """The step asked for, None for the newest; UserError for what is no whole number."""
+    """The step asked for, None for the newest; UserError for what is not a whole number."""
     if value is None or re.fullmatch(r"-1|\d+", str(value)):
         return None if value is None else int(value)
     raise UserError(f"videoalign: step is {value!r}, not the number of a checkpoint", "leave it out for the newest")

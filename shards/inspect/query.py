@@ -119,7 +119,7 @@ def _where(frame: pandas.DataFrame, where: str) -> pandas.DataFrame:
             f"--where {where!r}: {text}", "write a condition, like 'reward < 0.5 and sample == 0'"
         ) from error
     if str(getattr(found, "dtype", "")) != "bool":
-        raise UserError(f"--where {where!r} is no condition", "compare something, like 'reward < 0.5'")
+        raise UserError(f"--where {where!r} is not a condition", "compare something, like 'reward < 0.5'")
     return frame[found.to_numpy()]
 
 
@@ -145,7 +145,7 @@ def _grouped(frame: pandas.DataFrame, by: list[str], wanted: Sequence[str]) -> p
     _check(frame.assign(**dict.fromkeys(result.columns, 0)), extra)
     texts = [name for name in extra if name not in numbers]
     if texts:
-        problem = f"{texts[0]} is no number, so a group has no mean of it"
+        problem = f"{texts[0]} is not a number, so a group has no mean of it"
         raise UserError(problem, f"group by it: --group-by {shlex.quote(texts[0])}")
     return result.join(groups[extra].mean()).reset_index() if extra else result.reset_index()
 

@@ -29,7 +29,7 @@ def find(path: str | Path, key: str, evaluation: bool = False) -> tuple[Stage, i
     """The stage and the shard that hold a sample. Raises UserError when it is not there, and says what is."""
     matched = SAMPLE_KEY.fullmatch(key)
     if not matched:
-        raise UserError(f"{key} is no sample key", "`rushes inspect RUN --columns key` lists the keys")
+        raise UserError(f"{key} is not a sample key", "`rushes inspect RUN --columns key` lists the keys")
     place = locate(path)
     if not place.stages:
         raise UserError(f"{path} lies outside of a run", "give the run it belongs to")

@@ -82,7 +82,7 @@ def write(frame: pandas.DataFrame, format: str) -> bytes:
         rows = [json.dumps(_exact(row), ensure_ascii=False) for row in frame.to_dict("records")]
         text = "[" + ",\n".join(rows) + "]\n" if format == "json" else "".join(f"{row}\n" for row in rows)
         return visible_json(text).encode()
-    raise UserError(f"{format!r} is no format", f"choose from {', '.join(FORMATS)}")
+    raise UserError(f"{format!r} is not a format", f"choose from {', '.join(FORMATS)}")
 
 
 def fitting(frame: pandas.DataFrame, width: int) -> tuple[pandas.DataFrame, list[str]]:

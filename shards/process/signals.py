@@ -57,7 +57,7 @@ def check(when: str) -> None:
 def stopped(found: signal.Signals, when: str) -> Stopped:
     """The end that `found` asks for, to be raised: exit code 130 for Ctrl-C, else 75, which asks for a restart."""
     code = INTERRUPTED if found == signal.SIGINT else Stopped.exit_code
-    end = Stopped(f"stopped by {found.name} {when}", "run the same command again; it goes on from there", code)
+    end = Stopped(f"stopped by {found.name} {when}", "run the same command again; it continues from there", code)
     end.told = not is_first()
     return end
 

@@ -69,5 +69,5 @@ def _number(name: str, default: int) -> int:
     if not text:
         return default
     if not text.isdecimal():
-        raise UserError(f"{name} = {text!r} in the environment is no number", "start the program with torchrun")
+        raise UserError(f"{name} = {text!r} in the environment is not a number", "start the program with torchrun")
     return int(text)

@@ -46,8 +46,8 @@ def send_wandb(run: Run) -> str:
     """Log curves and clips to Weights & Biases as one run named after the folder; returns where it went.
 
     Its own variables say how: WANDB_MODE=offline, or WANDB_PROJECT, without which the project is `rushes`. Nothing is
-    sent unless this is called. The same folder is always the same run there, so a later call goes on where the last one
-    ended. Raises UserError without the package, RunFailed for what the package itself refuses, as when nobody is logged
+    sent unless this is called. The same folder is always the same run there, so a later call continues the last one.
+    Raises UserError without the package, RunFailed for what the package itself refuses, as when nobody is logged
     in.
     """
     try:

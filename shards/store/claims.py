@@ -66,7 +66,7 @@ class StoredClaims:
         return f"{self.cache.url_of(path.parent.parent)}/claims/{path.name}"
 
     def _send(self, path: Path, content: bytes, *, new: bool) -> bool:
-        """Put a claim to the store as others shall read it: they cannot ask whether our lock is held."""
+        """Put a claim to the store as others read it: they cannot ask whether our lock is held."""
         url = self._url(path)
         with aside(self.cache.notes_folder(path.parent) / path.name) as (temporary, _):
             temporary.write_bytes(content.replace(b'"locked": true', b'"locked": false') + COPY)

@@ -26,7 +26,7 @@ def fetched_file(path: str | Path) -> Path:
 
 def fetched(text: str | Path, wanted: Wanted = every) -> Path | None:
     """The local copy of the file at a URL, or of the wanted files of the folder there, nothing where the store has
-    neither; None for what is no URL. Raises as `fetched_file`."""
+    neither; None for what is not a URL. Raises as `fetched_file`."""
     if not is_url(text):
         return None
     here = fetched_file(text)
@@ -36,7 +36,7 @@ def fetched(text: str | Path, wanted: Wanted = every) -> Path | None:
 
 
 def fetched_model(path: str, wanted: Wanted = every) -> Path | None:
-    """The local copy of those files of a model folder at a URL that are wanted; None for what is no URL.
+    """The local copy of those files of a model folder at a URL that are wanted; None for what is not a URL.
 
     Raises UserError when there is nothing, and as Files.
     """

@@ -55,7 +55,7 @@ class Hub:
     """Repositories of the hub, with those methods of a file system that `objects.py` calls; threads may share it.
 
     Paths are `owner/name[@revision]/…`, or begin with `datasets/`. Errors are those of huggingface_hub, and
-    FileNotFoundError, FileExistsError, Moved, and UserError for what is no path of a repository.
+    FileNotFoundError, FileExistsError, Moved, and UserError for what is not a path of a repository.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -103,7 +103,7 @@ class Hub:
         return content if response.status_code == 206 else content[first:end]
 
     def get_file(self, rpath: str, lpath: str, **_: Any) -> None:
-        """Fetch a file, by Xet where the hub keeps it so; a download that breaks off goes on where it was."""
+        """Fetch a file, by Xet where the hub keeps it so; a download that breaks off continues where it was."""
         seen = self._seen.pop(rpath, None) or self.info(rpath)
         if seen.get("xet_hash"):
             HfFileSystem(**self._options).get_file(rpath, lpath)  # a new one, for it remembers
@@ -198,7 +198,7 @@ class _Silent(tqdm):
 
 
 def _place(path: str) -> HubPath:
-    """The parts of a path on the hub. Raises UserError for what is no path of a repository."""
+    """The parts of a path on the hub. Raises UserError for what is not a path of a repository."""
     match = PATH.fullmatch(path.strip("/"))
     if match is None:
         hint = "hf://OWNER/NAME is a model repository, hf://datasets/OWNER/NAME a dataset; both may end in @BRANCH"

@@ -118,7 +118,7 @@ class Objects:
             if found not in refused:
                 refused.add(found)
                 raise Short("the content is not that of its checksum")
-            self._untold.add(bucket_of(url))  # the same twice: no damage, but a tag that is no md5
+            self._untold.add(bucket_of(url))  # the same twice: no damage, but a tag that is not an md5
             return entry
 
         return _patiently(url, fetch)

@@ -69,7 +69,7 @@ class Cache:
         scheme, rest = match[1], match[2].strip("/")
         if scheme not in STORES:
             raise UserError(
-                f"{scheme}:// is no store that rushes knows", "there are s3://, gs:// and hf://, or a folder"
+                f"{scheme}:// is not a store that rushes knows", "there are s3://, gs:// and hf://, or a folder"
             )
         parts = rest.split("/")
         if not rest or not all(parts) or {".", ".."} & set(parts) or re.search(r"[\x00-\x1f?#]", rest):

@@ -124,7 +124,7 @@ def _opens(text: str, mark: tuple[int, int]) -> bool:
 
 
 def _closes(text: str, mark: tuple[int, int]) -> bool:
-    """Whether a quotation may end with this mark: something stands before it, and no word goes on behind it."""
+    """Whether a quotation may end with this mark: something stands before it, and no word continues behind it."""
     return bool(text[max(0, mark[0] - 1) : mark[0]].strip()) and not _in_word(text[mark[1] : mark[1] + 1])
 
 

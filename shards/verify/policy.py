@@ -45,7 +45,7 @@ def _weight_faults(folder: Path) -> Iterator[Damaged]:
 
 def _checkpoint_faults(commit: Path, trained: bool) -> Iterator[Damaged]:
     folder = commit.parent
-    hint = f"restore it from a copy, or delete {folder.name}: training then goes on from the checkpoint before"
+    hint = f"restore it from a copy, or delete {folder.name}: training then continues from the checkpoint before"
     if trained:
         hint = f"restore it from a copy, or delete {folder.parent.parent}: the next iteration makes a new optimizer"
     try:
@@ -63,13 +63,13 @@ def _checkpoint_faults(commit: Path, trained: bool) -> Iterator[Damaged]:
 
 
 def _log_faults(path: Path) -> Iterator[Damaged]:
-    """A line that is no JSON; the last one may have been cut by a kill, and the next update mends that."""
+    """A line that is not JSON; the last one may have been cut by a kill, and the next update mends that."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     for number, line in enumerate(lines[:-1], start=1):
         try:
             json.loads(line)
         except ValueError:
-            yield Damaged(f"{path}: line {number} is no JSON, so the rest is not read either", "delete that line")
+            yield Damaged(f"{path}: line {number} is not JSON, so the rest is not read either", "delete that line")
             return
 
 

@@ -161,7 +161,7 @@ def _sidecar_problems(stage: Stage, shard: int, keys: list[str]) -> Iterator[Pro
 
 
 def _strays(folder: Path, committed: list[int]) -> Iterator[Problem]:
-    """Tables of shards that do not exist, and files that are no tables and would break a reader of the folder."""
+    """Tables of shards that do not exist, and files that are not tables and would break a reader of the folder."""
     known = {f"shard-{shard:06d}.parquet" for shard in committed}
     for name in sorted(os.listdir(folder)):
         if name not in known and not name.startswith((".", "_")):

@@ -62,7 +62,7 @@ class Claim:
         if self.lost:
             raise RunFailed(
                 f"{self.path.name} was taken over: this process gave no sign of life for too long",
-                "another process goes on with the work; nothing is lost",
+                "another process continues with the work; nothing is lost",
             )
 
     def release(self) -> None:

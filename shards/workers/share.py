@@ -64,5 +64,7 @@ def _variable(name: str, default: int) -> int:
     """A number that SLURM says of an array; `default` where it is not set."""
     text = os.environ.get(f"{ARRAY}{name}", "")
     if text and not text.isdecimal():
-        raise UserError(f"{ARRAY}{name} = {text!r} in the environment is no number", "unset it, or give --worker I/N")
+        raise UserError(
+            f"{ARRAY}{name} = {text!r} in the environment is not a number", "unset it, or give --worker I/N"
+        )
     return int(text or default)

@@ -277,7 +277,7 @@ class _Counter:
         start = _written(self.stage.plan_path) if what == "rollout" else None
         began = max(start or min((moment for moment, _ in events), default=0.0), now - WINDOW)
         recent = sum(count for moment, count in events if moment > began)
-        # files that were copied without their times are all of one moment, which is no time to take a rate from
+        # files that were copied without their times are all of one moment, which is not a time to take a rate from
         return 3600 * recent / (now - began) if recent and now > began + 1.0 else None
 
 

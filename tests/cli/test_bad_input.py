@@ -231,7 +231,7 @@ def test_a_dtype_or_device_that_is_not_there(tiny_t2v: Path, tmp_path: Path) -> 
         "model.dtype: float16, which a CPU computes badly or not at all", "set model.dtype = float32, or bfloat16"
     )  # fmt: skip
     run = training.make_run(tmp_path / "odd", tiny_t2v, model={"device": "gpu"})
-    assert refused(run) == ("model.device: 'gpu' is no device", "auto, cpu, cuda or cuda:1")
+    assert refused(run) == ("model.device: 'gpu' is not a device", "auto, cpu, cuda or cuda:1")
     if not torch.cuda.is_available():
         run = training.make_run(tmp_path / "cuda", tiny_t2v, model={"device": "cuda"})
         problem = "model.device: cuda, but this machine has no CUDA device"

@@ -191,7 +191,11 @@ def test_eval_compares_policies_prompt_by_prompt(small: Path, tmp_path: Path) ->
 
 def test_json_is_the_only_thing_on_stdout(small: Path, tmp_path: Path) -> None:
     verified = rushes("verify", small, "--replay", "--json")
-    assert json.loads(verified.stdout) == {"path": str(small), "problems": [], "replay": {"0": 0.0}}
+    found = json.loads(verified.stdout)
+    steps = found.pop("replay_steps")["0"]
+    assert found == {"path": str(small), "problems": [], "replay": {"0": 0.0}}
+    assert {step["expert"] for step in steps} == {"high_noise", "low_noise"}
+    assert all(step["largest"] == step["mean"] == 0.0 for step in steps)
     needs = json.loads(rushes("plan-memory", small, "--json").stdout)["stages"]
     assert needs[0]["device"] == sum(needs[0]["parts"].values())
     exported = json.loads(rushes("export", small, "--out", tmp_path / "export", "--json").stdout)

@@ -1,4 +1,4 @@
-"""Every stage on a file system that is really full: one sentence, nothing half-written, and it goes on with room."""
+"""Every stage on a file system that is really full: one sentence, nothing half-written, and it continues with room."""
 
 from __future__ import annotations
 

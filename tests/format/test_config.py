@@ -132,7 +132,7 @@ def test_a_run_toml_that_lost_its_beginning_is_not_taken_for_all_defaults(text: 
     with pytest.raises(UserError) as caught:
         load_config(path)
     assert str(caught.value) == (
-        f"{path}: has no schema, so it is no run.toml or has lost its beginning "
+        f"{path}: has no schema, so it is not a run.toml or has lost its beginning "
         "(hint: restore it from a copy; one written by hand begins with `schema = 1`)"
     )
 

@@ -441,7 +441,7 @@ def test_a_damaged_checkpoint(stage: Stage) -> None:
 def test_a_line_of_the_log_that_is_no_json(stage: Stage, line: bytes) -> None:
     path = stage.policy_dir / "metrics.jsonl"
     path.write_bytes(b'{"update": 1}\n' + line + b'\n{"update": 2}\n')
-    assert "metrics.jsonl: line 2 is no JSON" in faults(stage)
+    assert "metrics.jsonl: line 2 is not JSON" in faults(stage)
     assert read_json_lines(path) == [{"update": 1}]
 
 

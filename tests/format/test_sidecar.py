@@ -175,7 +175,7 @@ def test_table_formats_read_back(stage: Stage, tmp_path: Path) -> None:
         assert found["noise_seed"].tolist() == frame["noise_seed"].tolist()
     assert len(write(frame, "jsonl").splitlines()) == 6
     assert "i000000-p000001-s02" in write(frame, "table").decode()
-    with pytest.raises(UserError, match="'xml' is no format"):
+    with pytest.raises(UserError, match="'xml' is not a format"):
         write(frame, "xml")
 
 

@@ -180,7 +180,7 @@ def test_training_stops_after_the_update_and_goes_on_in_the_same_bits(
     assert process.code == code
     assert process.said == (
         f"rushes: stopped by {number.name} after update 2 of the high_noise expert "
-        "(hint: run the same command again; it goes on from there)\n"
+        "(hint: run the same command again; it continues from there)\n"
     )
     assert lines(run) == [("high_noise", 1), ("high_noise", 2)]
     assert [path.name for path in (run.iteration(0).policy_dir / "trainer" / "high_noise").iterdir()] == [

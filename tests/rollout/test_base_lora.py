@@ -177,7 +177,7 @@ def test_every_stage_has_it_beneath(settings: dict[str, Any], pair: Path, tiny_t
     training.advise(training.roll(run, 1, policy))
     rollout(run, run.evaluation(1), Policy.of(run.config.model))
     for iteration in (0, 1):
-        assert prove_iteration(run, iteration, Policy.of(run.config.model)) == 0.0
+        assert prove_iteration(run, iteration, Policy.of(run.config.model)).largest == 0.0
     without = run.config.model.model_copy(update={"base_lora": ""})
     for stage in (lambda policy: prove_iteration(run, 0, policy), lambda policy: train(run, 1, policy)):
         with pytest.raises(UserError, match=r"model\.base_lora is empty, but this run began with one"):

@@ -92,7 +92,7 @@ def test_one_process_is_a_world_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert (torchrun.rank(), torchrun.world_size(), torchrun.local_rank(), torchrun.is_first()) == (3, 8, 1, False)
     monkeypatch.setenv("RANK", "three")
-    with pytest.raises(UserError, match="RANK = 'three' in the environment is no number"):
+    with pytest.raises(UserError, match="RANK = 'three' in the environment is not a number"):
         torchrun.rank()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 from pathlib import Path
@@ -11,10 +12,11 @@ import torch
 
 from rollout.policy import Policy
 from shards.errors import RunFailed
-from shards.run import Run
+from shards.run import EXPERT_NAMES, Run
 from tests.support import training
 from train.data import Rollouts, read_batch
-from train.replay import log_probs, prove, prove_iteration, replay_limit, sample_units
+from train.replay import log_probs, prove, prove_iteration, render_ratios, replay_limit, sample_units
+from train.run import train
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +37,46 @@ def test_every_transition_replays_to_exactly_zero(run: Run, policy: Policy) -> N
     assert replayed.largest == 0.0
     assert replayed.transitions == 2 * training.GROUP * 3  # groups, samples, window steps
     assert replayed.per_expert == {"high_noise": 0.0, "low_noise": 0.0}
+
+
+def test_ratios_are_told_by_expert_and_step(run: Run, policy: Policy) -> None:
+    """A low-noise expert that is another one: its steps differ, those of the other expert do not."""
+    rollouts = Rollouts.open(run.iteration(0))
+    parameter = policy.experts.module(1).proj_out.bias  # type: ignore[union-attr]
+    with torch.no_grad():
+        parameter += 1e-3
+    try:
+        replayed = prove(policy, rollouts, samples=10**6, limit=math.inf)
+    finally:
+        with torch.no_grad():
+            parameter -= 1e-3
+    steps = {(unit.expert, unit.step) for unit in rollouts.units()}
+    assert [(one.expert, one.step) for one in replayed.per_step] == [
+        (EXPERT_NAMES[expert], step) for expert, step in sorted(steps)
+    ]
+    assert sum(one.transitions for one in replayed.per_step) == replayed.transitions
+    for one in replayed.per_step:
+        assert sum(one.histogram) == one.transitions
+        if one.expert == "high_noise":
+            assert (one.largest, one.mean, one.histogram[0]) == (0.0, 0.0, one.transitions)
+        else:
+            assert 0 < one.mean <= one.largest <= replayed.per_expert["low_noise"] == replayed.largest
+    table = render_ratios(replayed).splitlines()
+    assert len(table) == 1 + len(steps)
+    assert max(map(len, table)) <= 80
+
+
+def test_a_changed_weight_is_named_by_its_file(tiny_t2v2: Path, policy: Policy, tmp_path: Path) -> None:
+    run = training.make_run(tmp_path / "run", tiny_t2v2)
+    training.advise(training.roll(run, 0, policy))
+    train(run, 0, policy)
+    training.roll(run, 1, policy)
+    policy.experts.become(None)
+    path = run.iteration(0).policy_dir / "low_noise" / "pytorch_lora_weights.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(RunFailed, match=r"not those its policy\.json names: low_noise/pytorch_lora_weights"):
+        prove_iteration(run, 1, policy)
 
 
 def test_a_fresh_adapter_changes_nothing(run: Run, policy: Policy) -> None:
@@ -124,4 +166,4 @@ def test_a_copied_run_replays(run: Run, policy: Policy, tmp_path: Path) -> None:
 
 
 def test_a_whole_iteration_is_proven_for_verify(run: Run, policy: Policy) -> None:
-    assert prove_iteration(run, 0, policy) == 0.0
+    assert prove_iteration(run, 0, policy).largest == 0.0

@@ -143,8 +143,8 @@ def test_an_array_may_have_gaps(
     [
         ("0/0", {}, "--worker 0/0: there are no 0 workers"),
         ("-1/2", {}, "--worker -1/2: -1 is not between 0 and 1"),
-        ("", {"ID": "x"}, "SLURM_ARRAY_TASK_ID = 'x' in the environment is no number"),
-        ("", {"ID": "1", "COUNT": "-1"}, "SLURM_ARRAY_TASK_COUNT = '-1' in the environment is no number"),
+        ("", {"ID": "x"}, "SLURM_ARRAY_TASK_ID = 'x' in the environment is not a number"),
+        ("", {"ID": "1", "COUNT": "-1"}, "SLURM_ARRAY_TASK_COUNT = '-1' in the environment is not a number"),
     ],
 )
 def test_a_share_that_makes_no_sense_is_named(
