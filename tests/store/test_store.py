@@ -21,8 +21,7 @@ from shards.files import Buffer, Files, read_json, sha256_file
 from shards.reader import open_shard, webdataset_pipeline
 from shards.run import Run, Stage
 from shards.run_toml import apply_sets, parse_config, read_preset
-from shards.store import copies
-from shards.store import objects
+from shards.store import copies, objects
 from shards.store.fetch import fetched_model
 from shards.store.files import MirroredFiles
 from shards.store.objects import Entry, Objects
