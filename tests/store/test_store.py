@@ -21,8 +21,7 @@ from shards.files import Buffer, Files, read_json, sha256_file
 from shards.reader import open_shard, webdataset_pipeline
 from shards.run import Run, Stage
 from shards.run_toml import apply_sets, parse_config, read_preset
-from shards.store import files as store_files
-from shards.store import objects
+from shards.store import copies, objects
 from shards.store.fetch import fetched_model
 from shards.store.files import MirroredFiles
 from shards.store.objects import Entry, Objects
@@ -550,7 +549,7 @@ def test_no_memo_speaks_for_a_file_of_another_process(
     s3: Proxy, url: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two processes of a machine bring themselves up to date; the slower one puts what it has over the newer file."""
-    monkeypatch.setattr(store_files, "AT_ONCE", 1)  # the files come in the order of their names
+    monkeypatch.setattr(copies, "AT_ONCE", 1)  # the files come in the order of their names
     publish_replace(f"{url}/iter-0000/plan.json", b"old")
     publish_replace(f"{url}/iter-0000/plan.json", b"new")
     publish_replace(f"{url}/iter-0000/then.json", b"{}")

@@ -299,7 +299,7 @@ def test_what_ends_a_helper_is_told(
 
 
 def test_where_two_processes_train(rolled: Run, policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(at_once, "train_need", lambda _: Need("train", device=2000, host=1000, parts={}))
+    monkeypatch.setattr(at_once, "train_need", lambda _: Need("train", device=2000, host=1000, parts={}, reserved=2000))
 
     def device(workers: int, wanted: bool | str, cores: int = 2, memory: int | None = None) -> str | None:
         config = rolled.config
