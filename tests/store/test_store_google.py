@@ -10,6 +10,7 @@ import pytest
 
 from shards.errors import UserError
 from shards.reader import open_shard
+from shards.records.reading import sealed
 from shards.run import Run
 from shards.store.objects import Objects
 from shards.store.urls import working_copy
@@ -70,7 +71,8 @@ def test_a_run_at_google(machine: Machine) -> None:
     assert not publish_new(working_copy(URL) / "model.json", b"second")
     assert (working_copy(URL) / "model.json").read_bytes() == b"first"
     assert not stage.files.claims.begin(stage.path / "work" / claim.name, b"yours\n")
-    third = b'{"base": "%s"}' % (b"b" * 64)  # that of the plan, so that the whole run is sound
+    record = {"schema": 1, "base": "b" * 64, "path": "models/wan"}  # that of the plan, so that the whole run is sound
+    third = sealed(record, "model.json")
     publish_replace(working_copy(URL) / "model.json", third)
 
     machine("first")
