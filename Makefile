@@ -25,7 +25,7 @@ test: setup
 # What `make test` leaves out: a user's first hour in a few minutes, from a fresh clone to an exported policy, with the
 # time of each step; and the first iteration of the demo from the wheel.
 first-hour: setup
-	$(BIN)/python -m pytest -m long -s tests/docs
+	$(BIN)/python -m pytest -m long -s tests/docs tests/store
 
 lint: setup
 	$(BIN)/ruff check .

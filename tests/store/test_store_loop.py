@@ -80,6 +80,7 @@ def test_two_iterations_on_two_machines_equal_a_local_run(
     assert not list(working_copy(URL).glob("*.tmp-*"))
 
 
+@pytest.mark.long  # both halves are tested apart: tests/train/test_experts.py, and the test above
 def test_two_machines_train_an_expert_each(
     s3: Proxy, tiny_t2v2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
