@@ -45,7 +45,8 @@ def make_run(path: Path, *trackers: str) -> Run:
 
 
 def record(update: int) -> dict[str, object]:
-    return {"expert": "high_noise", "update": update, "total_updates": update, "loss": update / 4, "kl": float("nan")}
+    names = {"iteration": 3, "expert": "high_noise", "update": update, "total_updates": update}
+    return names | {"loss": update / 4, "kl": float("nan")}
 
 
 def train(run: Run) -> None:
@@ -92,6 +93,18 @@ def test_a_tracker_that_fails_is_told_once_and_stops_nothing(
     assert f"{run.path}/own.py:Broken: OSError: no route to host (hint: it gets no more metrics" in said
     assert len((run.report_dir / "live" / "signs.jsonl").read_text().splitlines()) == 4
     assert len((run.iteration(3).metrics_path).read_text().splitlines()) == 2
+
+
+def test_a_folder_of_a_tracker_that_leads_out_of_the_run_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "signs", "OWN:Mine")
+    (tmp_path / "elsewhere").mkdir()
+    run.report_dir.mkdir()
+    (run.report_dir / "live").symlink_to(tmp_path / "elsewhere")
+    train(run)
+    assert f"{run.report_dir}/live: a link that leads out of the run" in capsys.readouterr().err
+    assert not any((tmp_path / "elsewhere").iterdir())
 
 
 def test_a_tracker_that_hangs_is_left_behind(
