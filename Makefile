@@ -23,9 +23,9 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 # What `make test` leaves out: a user's first hour in a few minutes, from a fresh clone to an exported policy, with the
-# time of each step; and the first iteration of the demo from the wheel.
+# time of each step; the first iteration of the demo from the wheel; a batch system; two machines that share a training.
 first-hour: setup
-	$(BIN)/python -m pytest -m long -s tests/docs tests/store
+	$(BIN)/python -m pytest -m long -s tests
 
 lint: setup
 	$(BIN)/ruff check .

@@ -53,7 +53,7 @@ work.write_sample, MetricsLog.add = write, add
 held(until=lambda: os.environ.get("SLURM_ARRAY_TASK_ID", "2") == "2")
 cli.start()
 """
-pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
+pytestmark = [pytest.mark.long, pytest.mark.skipif(bool(why_not()), reason=why_not())]
 
 
 @pytest.fixture(scope="module")

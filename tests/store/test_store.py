@@ -638,7 +638,7 @@ def test_prompts_and_their_images_at_urls(s3: Proxy, url: str, tmp_path: Path) -
     (tmp_path / "local.jsonl").write_text(lines.splitlines()[1])
     assert load_prompts(tmp_path / "local.jsonl", False)[0].image == f"{url}/images/first.png"
     (tmp_path / "local.jsonl").write_text(json.dumps({"prompt": "a sign", "image": "https://example.org/a.png"}))
-    with pytest.raises(UserError, match=r"local\.jsonl, line 1: https:// is no store"):
+    with pytest.raises(UserError, match=r"local\.jsonl, line 1: https:// is not a store"):
         load_prompts(tmp_path / "local.jsonl", False)
 
     files.pipe_file(f"{url}/prompts.txt", b"a cat\n")

@@ -117,7 +117,7 @@ def test_where_keeps_what_the_condition_says(frame: pandas.DataFrame) -> None:
     ("where", "words"),
     [
         ("rewrad > 1", "no column rewrad.*did you mean reward"),
-        ("reward", "no condition"),
+        ("reward", "not a condition"),
         ("reward >", "write a condition"),
         ("prompt < 3", "write a condition"),
         ("@secret > 1", "secret"),
@@ -147,7 +147,7 @@ def test_grouping_counts_and_averages(frame: pandas.DataFrame) -> None:
     assert found["reward_mean"].to_list() == pytest.approx([0.1, 0.1])
     assert found["ocr.accuracy"].to_list() == pytest.approx([0.1, 0.1])
     assert len(query.select(frame, "sample < 2", group_by="iteration,prompt")) == 4
-    with pytest.raises(UserError, match="no number"):
+    with pytest.raises(UserError, match="not a number"):
         query.select(frame, group_by="prompt", columns="host")
     with pytest.raises(UserError, match="cannot group by window"):
         query.select(frame, group_by="window")
