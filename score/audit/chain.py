@@ -167,7 +167,8 @@ def _policy(trained: Stage, plan: RolloutPlan) -> Link:
     chosen, below = record, ""
     if record.get("fingerprint") != plan.policy.fingerprint and "average" in record:
         chosen, below = record["average"], AVERAGE
-    files = {name: sha256_file(folder / below / name) for name in chosen.get("adapters", {})}
+    places = {name: folder / below / name for name in chosen.get("adapters", {})}
+    files = {name: sha256_file(place) if place.is_file() else "missing" for name, place in places.items()}
     found = canonical_sha256({"base": record.get("base"), "adapters": files})
     facts = {"fingerprint": found, "base": record.get("base"), "files": files, "average": bool(below)}
     wrong = () if found == plan.policy.fingerprint else (f"its files are not the policy {plan.policy.fingerprint}",)
