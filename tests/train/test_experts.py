@@ -36,22 +36,9 @@ PATIENCE = 300.0  # seconds; a loaded machine starts Python slowly
 
 
 @pytest.fixture(scope="module")
-def policy(tiny_t2v2: Path) -> Policy:
-    return Policy.load(str(tiny_t2v2), device="cpu", text_length=training.TEXT_LENGTH)
-
-
-@pytest.fixture(scope="module")
 def other(tiny_t2v2: Path) -> Policy:
     """The model of another process."""
     return Policy.load(str(tiny_t2v2), device="cpu", text_length=training.TEXT_LENGTH)
-
-
-@pytest.fixture(scope="module")
-def rolled(tiny_t2v2: Path, policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Iteration 0 sampled and scored, not trained."""
-    run = training.make_run(tmp_path_factory.mktemp("experts") / "run", tiny_t2v2)
-    training.advise(training.roll(run, 0, policy))
-    return run
 
 
 @pytest.fixture(scope="module")
