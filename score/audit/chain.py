@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from score.advantages import Specification, advantages
 from score.reward import split_name
-from score.tables import Selection, side_by_side
+from score.tables import side_by_side
 from shards import sidecar
 from shards.errors import UserError
 from shards.files import canonical_sha256, read_json, sha256_file
@@ -105,9 +105,7 @@ def _scores(stage: Stage, reward: str, folder: str) -> Link:
 
 def _differing(table: pd.DataFrame, scores: Mapping[str, pd.DataFrame], specification: Specification) -> Iterator[str]:
     """Columns of stored advantages that are not those which follow from the scores."""
-    rewards = side_by_side(
-        {name: frame.assign(shard=0) for name, frame in scores.items()}, Selection({}, specification)
-    )
+    rewards = side_by_side({name: frame.assign(shard=0) for name, frame in scores.items()}, specification.weights)
     again = advantages(rewards, specification).set_index("key").loc[table["key"]].reset_index()
     for column in ("advantage", "weight", "reward"):
         pairs = zip(table["key"], table[column], again[column], strict=True)

@@ -79,7 +79,7 @@ class _Log(logging.LoggerAdapter[logging.Logger]):
     """A log for accelerate's trackers, which give more arguments than `logging` knows."""
 
     def log(self, level: int, msg: object, *args: object, **options: Any) -> None:
-        """As `logging`; which processes shall log is not our question."""
+        """As `logging`; which processes log is decided elsewhere."""
         options = {name: value for name, value in options.items() if name not in ("main_process_only", "in_order")}
         super().log(level, msg, *args, **options)
 
@@ -139,7 +139,7 @@ class Feed:
 
     def _fail(self, reason: str) -> None:
         self.failed = True
-        text = f"tracker {self.name}: {reason} (hint: it gets no more metrics; the run goes on, and keeps them all)"
+        text = f"tracker {self.name}: {reason} (hint: it gets no more metrics; the run continues, and keeps them all)"
         print(text, file=sys.stderr, flush=True)
 
 

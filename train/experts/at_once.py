@@ -127,7 +127,7 @@ def _result(future: Future[TrainReport]) -> TrainReport | None:
 
 
 def _stop(future: Future[TrainReport] | None, *, at_once: bool) -> None:
-    """End the helper; unless that shall be at once, it finishes its update first, and keeps that."""
+    """End the helper; unless `at_once`, it finishes its update first, and keeps that."""
     helpers.discard(at_once=at_once)
     if future and not at_once:
         concurrent.futures.wait([future])
