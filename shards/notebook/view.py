@@ -7,8 +7,8 @@ import html
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shards.files import read_json_lines
 from shards.inspect import query, sample, table
+from shards.measures import read_metrics
 from shards.notebook.player import Player
 from shards.run import Run
 
@@ -70,7 +70,7 @@ class RunView:
 
         run = self.run
         stages = [run.iteration(number) for number in run.iterations()]
-        return pandas.DataFrame([record for stage in stages for record in read_json_lines(stage.metrics_path)])
+        return pandas.DataFrame([record for stage in stages for record in read_metrics(stage)])
 
     def evaluations(self) -> pandas.DataFrame:
         """Evaluated policies: one row per policy, compared with the first one prompt by prompt.
