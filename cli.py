@@ -114,8 +114,8 @@ def init(
     config = parse_config(values, f"preset {preset}")
     check_settings(config)
     select(config.score, content=False)  # files that its options name may lie on another machine
-    said += [f"trusted: {file} (sha256 {trust(file)[:12]}…)" for file in own_files(named_by(sets))]
     created = Run.create(run, config)
+    said += [f"trusted: {file} (sha256 {trust(file)[:12]}…)" for file in own_files(named_by(sets))]
     done = f"written from preset {preset}" if created.is_new else "is there already, with the same values"
     say(f"{created.config_path}: {done}; read it, change what you like")
     say(f"preset {preset}: {EVIDENCE[preset]}")
@@ -524,13 +524,15 @@ def audit(
 
 
 @app.command(
-    short_help="Let runs use a reward in a file of your own.",
+    short_help="Let runs use a reward or tracker in a file of your own.",
     epilog="Example:  rushes trust colour.py",
 )
 def trust(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE…", help="Python files of rewards", show_default=False)],
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE…", help="Python files of rewards or trackers", show_default=False)
+    ],
 ) -> None:
-    """Trust Python files as they are now, so that a run.toml that names a reward in them may run it.
+    """Trust Python files as they are now, so that a run.toml that names a class in them may run it.
 
     Trust ends when the file changes. `rushes init` trusts the files that its own --set names.
     """
@@ -561,19 +563,19 @@ def regenerate(
     """
     from rollout.run import compare_with_stored
     from rollout.run import regenerate as make_again
-    from shards.files import publish_replace
+    from shards.inspect.query import write_out
     from shards.inspect.sample import find
 
     opened = open_run(run, [])
     stage, shard = find(opened.path, key, evaluation)
     sample = make_again(opened, stage, key, load_policy(opened))
     if video is not None:
-        publish_replace(video, sample.video)
+        write_out(video, sample.video)
     found = compare_with_stored(stage, shard, sample, exact=within == 0.0)
     if as_json:
         numbers = {name: value if isfinite(value) else None for name, value in found.differences.items()}
         print_json({"key": key, "differences": numbers, "within": within})
-    if found.largest() > within:
+    if found.largest > within:
         raise RunFailed(str(found), "another device, library or model: `rushes verify` checks files and fingerprints")
     say(str(found))
 
@@ -635,7 +637,7 @@ def plan_memory(
     epilog="Example:  rushes doctor runs",
 )
 def doctor(
-    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="where runs shall lie")] = Path("."),
+    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="where runs will be kept")] = Path("."),
     as_json: AsJson = False,
 ) -> None:
     """Look at what a run needs on this machine, one line each; exit code 1 when something needed is missing."""

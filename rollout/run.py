@@ -158,6 +158,7 @@ class Regenerated:
     differences: dict[str, float]
     """Largest absolute difference of each part that is not the same, by name; infinite where it is not a number."""
 
+    @property
     def largest(self) -> float:
         """The largest of all differences; 0 when every part is the same, bit for bit."""
         return max(self.differences.values(), default=0.0)

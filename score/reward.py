@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 from score.options import resolve
-from shards.absolute_paths import nearest_file, reward_file
+from shards.absolute_paths import class_file, nearest_file
 from shards.errors import UserError, nearest
 from shards.files import sha256_file
 from shards.store.fetch import local_name
@@ -197,7 +197,7 @@ def choose(name: str, options: Mapping[str, Any] | None = None, content: bool = 
         found.check_options(resolved)
     neutral, keeps_text = tuple(getattr(found, "neutral", ())), bool(getattr(found, "keeps_text", False))
     digests = dict(found.identity(_here(resolved))) if content and hasattr(found, "identity") else {}
-    file = reward_file(name)  # None for a registered name, even where its package lies in the current directory
+    file = class_file(name)  # None for a registered name, even where its package lies in the current directory
     source = sha256_file(file) if file else ""
     return Chosen(name, target, found.version, components, resolved, neutral, keeps_text, digests, source)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from score.advantages import MISSING, NO_SPREAD, NOT_CHOSEN, Specification, advantages
 from score.reward import Chosen, Scored, choose, split_name
 from shards import sidecar
-from shards.absolute_paths import reward_file
+from shards.absolute_paths import class_file
 from shards.errors import RunFailed, UserError
 from shards.files import sha256_file
 from shards.plan import SAMPLE_KEY, group_of
@@ -127,7 +127,7 @@ def keep_source(stage: Stage, chosen: Chosen) -> None:
 
     A file that was edited after it was chosen is not kept: it is not what gave the scores.
     """
-    file = reward_file(chosen.target) if chosen.source else None
+    file = class_file(chosen.target) if chosen.source else None
     if file is not None and sha256_file(file) == chosen.source:
         stage.files.publish_new(stage.scores_dir / chosen.directory / sidecar.SOURCE, file.read_bytes())
 
@@ -138,8 +138,8 @@ def edited(stage: Stage, chosen: Chosen) -> list[str]:
     return [name for name in others if name != chosen.directory] if chosen.source else []
 
 
-def side_by_side(scores: Mapping[str, pd.DataFrame], selection: Selection) -> pd.DataFrame:
-    """Columns key, prompt_id, sample, shard, group, status and one per reward named in the specification.
+def side_by_side(scores: Mapping[str, pd.DataFrame], weights: Mapping[str, float]) -> pd.DataFrame:
+    """Columns key, prompt_id, sample, shard, group, status and one per reward in `weights`.
 
     `scores` has a table per reward name. `status` is the first reason for a missing reward, "" when none is missing.
     """
@@ -150,7 +150,7 @@ def side_by_side(scores: Mapping[str, pd.DataFrame], selection: Selection) -> pd
         if frame is None:
             frame = table[["key", "prompt_id", "sample", "shard"]].copy()
             frame["group"], frame["status"] = frame["key"].map(group_of), ""
-        for name, weight in selection.specification.weights.items():
+        for name, weight in weights.items():
             if split_name(name)[0] == base:
                 column = (table[split_name(name)[1] or "reward"]).to_numpy()
                 frame[name] = column
@@ -182,7 +182,7 @@ def write_advantages(stage: Stage, selection: Selection, max_missing: float) -> 
     not scored. The same scores and configuration always give the same files.
     """
     scores = {name: read_scores(stage, chosen) for name, chosen in selection.rewards.items()}
-    rewards = side_by_side(scores, selection)
+    rewards = side_by_side(scores, selection.specification.weights)
     check_missing(rewards.loc[rewards["status"] != "", "status"].tolist(), len(rewards), max_missing, stage)
     table = advantages(rewards, selection.specification)
     kv = {"specification": json.dumps(asdict(selection.specification), sort_keys=True)}

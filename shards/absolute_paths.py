@@ -65,8 +65,8 @@ def reward_in_full(name: str) -> str:
     return f"{path}:{rest}" if path else name
 
 
-def reward_file(name: str) -> Path | None:
-    """The file of a reward of one's own, `module:Class` or `/path/file.py:Class`; None for what is installed.
+def class_file(name: str) -> Path | None:
+    """The file of a class of one's own, `module:Class` or `/path/file.py:Class`; None for what is installed.
 
     The file need not be there.
     """

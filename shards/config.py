@@ -243,7 +243,7 @@ class EvalConfig(Section):
 
 
 class TrackConfig(Section):
-    """[track]: who is told the numbers while they come."""
+    """[track]: where metrics go while a stage works."""
 
     to: list[str] = Field(
         [], description="trackers, by accelerate's names (tensorboard, wandb, mlflow, …) or your own as module:Class"

@@ -85,7 +85,7 @@ def train(
     the experts were trained. Under torchrun all ranks call this; the policy is sharded over them and has to be given
     the weights it gets next (`become`) before it is used otherwise.
     Raises UserError for incomplete, stale or changed inputs and for ranks that do not have the same, RunFailed when the
-    replay gate fails, StillBusy when another process trains what this one shall.
+    replay gate fails, StillBusy when another process trains the same.
     """
     ranks = World.joined()
     stage = run.iteration(iteration)

@@ -13,7 +13,7 @@ READS = {
     aten._local_scalar_dense.default, aten.is_nonzero.default, aten.equal.default, aten.nonzero.default,
     aten.masked_select.default, aten.unique_consecutive.default, aten._unique2.default,
 }  # fmt: skip
-"""Operations whose answer the host needs before it can go on."""
+"""Operations whose answer the host needs before it can continue."""
 
 
 class HostRead(Exception):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from score.advantages import Specification, advantages
 from score.reward import split_name
-from score.tables import Selection, side_by_side
+from score.tables import side_by_side
 from shards import sidecar
 from shards.errors import UserError
 from shards.files import canonical_sha256, sha256_file
@@ -106,9 +106,7 @@ def _scores(stage: Stage, reward: str, folder: str) -> Link:
 
 def _differing(table: pd.DataFrame, scores: Mapping[str, pd.DataFrame], specification: Specification) -> Iterator[str]:
     """Columns of stored advantages that are not those which follow from the scores."""
-    rewards = side_by_side(
-        {name: frame.assign(shard=0) for name, frame in scores.items()}, Selection({}, specification)
-    )
+    rewards = side_by_side({name: frame.assign(shard=0) for name, frame in scores.items()}, specification.weights)
     again = advantages(rewards, specification).set_index("key").loc[table["key"]].reset_index()
     for column in ("advantage", "weight", "reward"):
         pairs = zip(table["key"], table[column], again[column], strict=True)
@@ -168,7 +166,8 @@ def _policy(trained: Stage, plan: RolloutPlan) -> Link:
     adapters, below = record.adapters, ""
     if record.fingerprint != plan.policy.fingerprint and record.average:
         adapters, below = record.average.adapters, AVERAGE
-    files = {name: sha256_file(folder / below / name) for name in adapters}
+    places = {name: folder / below / name for name in adapters}
+    files = {name: sha256_file(place) if place.is_file() else "missing" for name, place in places.items()}
     found = canonical_sha256({"base": record.base, "adapters": files})
     facts = {"fingerprint": found, "base": record.base, "files": files, "average": bool(below)}
     wrong = () if found == plan.policy.fingerprint else (f"its files are not the policy {plan.policy.fingerprint}",)

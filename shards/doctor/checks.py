@@ -25,7 +25,7 @@ PYTHON = (3, 11)
 OCR_WEIGHTS = ("craft_mlt_25k.pth", "english_g2.pth")
 SDP = {"flash": "flash", "memory-efficient": "mem_efficient", "cuDNN": "cudnn", "math": "math"}  # as torch calls them
 ATTENTION = ("flash_attn", "sageattention", "xformers")  # packages that diffusers can compute attention with
-CHOICE = "DIFFUSERS_ATTN_BACKEND"  # the variable by which it is told to
+CHOICE = "DIFFUSERS_ATTN_BACKEND"  # the variable that chooses the backend
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class Check:
 
 
 def examine(folder: Path) -> list[Check]:
-    """Look at everything; `folder` is where runs shall lie. Raises UserError when it is not there."""
+    """Look at everything; `folder` is where runs will be kept. Raises UserError when it is not there."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder", "name the folder on this machine in which runs shall lie")
+        raise UserError(f"{folder}: no such folder", "name the folder on this machine that will hold the runs")
     checks: list[Callable[[], Check]] = [_python, _packages, _torch, _device, _attention, _ocr, _video]
     checks += [lambda: _disk(folder), lambda: _locks(folder), lambda: _links(folder)]
     stores = [_package(f"{scheme}://", package, f"for runs at {scheme}://") for scheme, package in PACKAGES.items()]

@@ -34,7 +34,7 @@ class Pool:
     def discard(self, *, at_once: bool = False) -> None:
         """Stop all processes, whatever they do; the next call of `of` starts new ones.
 
-        Work that takes signals (`stoppable`) comes to a good end first, unless it shall stop `at_once`.
+        Work that takes signals (`stoppable`) comes to a good end first, unless `at_once`.
         """
         while self.executors:
             executor = self.executors.popitem()[1]

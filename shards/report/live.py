@@ -23,7 +23,7 @@ from shards.workers.status import render, status
 LOOPBACK = "127.0.0.1"
 WATCHED = (  # patterns within a stage; each of these files appears or grows when the page becomes another one
     "plan.json", "rollout/manifest/*.json", "score/*/*.parquet", "advantage/*/*", "train/plan.json",
-    "policy/metrics.jsonl", "policy/policy.json",
+    "policy/metrics*.jsonl", "policy/policy.json",
 )  # fmt: skip
 REST = 10  # times as long as it takes to make a page, none is made: the run has better to do
 HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",

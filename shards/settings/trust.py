@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shards.absolute_paths import reward_file
+from shards.absolute_paths import class_file
 from shards.errors import UserError
 from shards.files import publish_replace, sha256_file
 from shards.run_toml import apply_sets
@@ -45,7 +45,7 @@ def own_files(names: Iterable[str]) -> dict[Path, str]:
     """The files behind names `module:Class` that are neither registered nor installed, each with one of the names."""
     found = {}
     for name in names:
-        file = reward_file(name)
+        file = class_file(name)
         if file is not None:
             found[file] = name
     return found

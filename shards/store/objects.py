@@ -45,7 +45,8 @@ class Entry:
 class Objects:
     """The objects of one store, named by their URLs; threads and forked processes may share it.
 
-    It remembers what the store was found to be like: whether it honours conditional puts, and whose tags are no md5.
+    It remembers what the store was found to be like: whether it honours conditional puts, and which buckets
+    have tags that are not md5 sums.
     """
 
     def __init__(self, scheme: str) -> None:

@@ -20,13 +20,14 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from shards.errors import UserError, nearest
+from shards.measures import read_metrics
 from shards.process.torchrun import is_first
 from shards.records.opening import refuse_escape
+from shards.settings.trust import check_trust
 
 if TYPE_CHECKING:
     from shards.measures import StageReward
-    from shards.run import Run
-from shards.settings.trust import check_trust
+    from shards.run import Run, Stage
 
 SETTING = "track.to"
 MODULES = {"comet_ml": "comet_ml", "dvclive": "dvclive"}  # packages of trackers, where they are called otherwise
@@ -35,6 +36,7 @@ PATIENCE = 15.0  # s that the end of a command waits for a tracker to take the l
 OWN_STEPS = ("wandb", "trackio", "swanlab")  # they count calls, and draw against a metric that they are given
 AXES = {"training/*": "iteration", "held out/*": "iteration", "high_noise/*": "update", "low_noise/*": "update"}
 _open: list[Feed] = []
+_given: set[tuple[str, int]] = set()  # expert and number of the updates that the open trackers were given
 
 
 @contextmanager
@@ -56,14 +58,31 @@ def tracking(run: Run) -> Iterator[None]:
         for feed in _open:
             feed.close()
         _open.clear()
+        _given.clear()
 
 
 def track_update(record: Mapping[str, Any]) -> None:
     """Give the numbers of one update to the trackers; `record` is a line of metrics.jsonl."""
+    if not _open:
+        return
     step = int(record["total_updates"])
+    _given.add((record["expert"], step))
     values = {f"{record['expert']}/{name}": value for name, value in record.items() if isinstance(value, float)}
     for feed in _open:
         feed.put(values, "update", step)
+
+
+@contextmanager
+def tracking_helpers(stage: Stage) -> Iterator[None]:
+    """At the end of the block, give the trackers those updates of an iteration that another process made meanwhile.
+
+    A helper has no trackers of its own: two processes that write to one run of a tracker get in each other's way.
+    """
+    before = [(record["expert"], record["total_updates"]) for record in read_metrics(stage)] if _open else []
+    yield
+    for record in read_metrics(stage) if _open else ():
+        if (record["expert"], record["total_updates"]) not in _given.union(before):
+            track_update(record)
 
 
 def track_reward(reward: StageReward) -> None:
@@ -80,7 +99,7 @@ class _Log(logging.LoggerAdapter[logging.Logger]):
     """A log for accelerate's trackers, which give more arguments than `logging` knows."""
 
     def log(self, level: int, msg: object, *args: object, **options: Any) -> None:
-        """As `logging`; which processes shall log is not our question."""
+        """As `logging`; which processes log is decided elsewhere."""
         options = {name: value for name, value in options.items() if name not in ("main_process_only", "in_order")}
         super().log(level, msg, *args, **options)
 
@@ -140,7 +159,7 @@ class Feed:
 
     def _fail(self, reason: str) -> None:
         self.failed = True
-        text = f"tracker {self.name}: {reason} (hint: it gets no more metrics; the run goes on, and keeps them all)"
+        text = f"tracker {self.name}: {reason} (hint: it gets no more metrics; the run continues, and keeps them all)"
         print(text, file=sys.stderr, flush=True)
 
 

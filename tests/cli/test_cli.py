@@ -470,6 +470,8 @@ def test_an_audit_names_what_was_edited(small: Path, tmp_path: Path) -> None:
     kept = weights.read_bytes()
     weights.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
     assert "its files are not the policy" in failed(run)
+    weights.unlink()
+    assert "its files are not the policy" in failed(run)
     weights.write_bytes(kept)
     stage = Run(run).iteration(1)
     [name] = sidecar.specifications(stage)

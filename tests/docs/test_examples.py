@@ -100,7 +100,9 @@ def test_every_script_is_run_here() -> None:
     assert {path.stem for path in EXAMPLES.glob("*.sh")} - {"common"} == set(CASES)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] if name == "wan21-1.3b-ocr-4gpu" else []) for name in CASES]
+)
 def test_a_script_runs_to_its_end(name: str, tmp_path: Path, request: pytest.FixtureRequest, template: str) -> None:
     layout, size = CASES[name]
     copied(tmp_path, size)

@@ -55,7 +55,7 @@ FOLDERS: dict[str, set[str]] = {
     "train": {"rollout", "rollout/policy", "rollout/ranks", "shards", "shards/process", "shards/records",
               "shards/store", "shards/trackers", "shards/workers", "train/experts", "train/objectives"},
     "train/experts": {"rollout", "rollout/memory", "rollout/policy", "rollout/ranks", "shards", "shards/process",
-                      "shards/workers", "train"},
+                      "shards/trackers", "shards/workers", "train"},
     "train/objectives": {"rollout", "shards"},
 }  # fmt: skip
 """Every folder of the packages, and the other folders whose modules its own may import."""

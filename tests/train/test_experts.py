@@ -22,6 +22,7 @@ from shards.files import read_json, sha256_file
 from shards.measures import read_metrics
 from shards.records.updates import read_updates
 from shards.run import Run
+from shards.trackers.live import tracking
 from shards.workers import owners
 from shards.workers.claims import claim
 from tests.support import training
@@ -36,22 +37,9 @@ PATIENCE = 300.0  # seconds; a loaded machine starts Python slowly
 
 
 @pytest.fixture(scope="module")
-def policy(tiny_t2v2: Path) -> Policy:
-    return Policy.load(str(tiny_t2v2), device="cpu", text_length=training.TEXT_LENGTH)
-
-
-@pytest.fixture(scope="module")
 def other(tiny_t2v2: Path) -> Policy:
     """The model of another process."""
     return Policy.load(str(tiny_t2v2), device="cpu", text_length=training.TEXT_LENGTH)
-
-
-@pytest.fixture(scope="module")
-def rolled(tiny_t2v2: Path, policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Iteration 0 sampled and scored, not trained."""
-    run = training.make_run(tmp_path_factory.mktemp("experts") / "run", tiny_t2v2)
-    training.advise(training.roll(run, 0, policy))
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +233,18 @@ def test_an_expert_that_is_not_there_is_refused(rolled: Run, policy: Policy, tmp
 # --- At once ---------------------------------------------------------------------------------------------------------
 
 
+TRACKER = """class Lines:
+    def __init__(self, project):
+        pass
+
+    def log(self, values, step):
+        with open(FILE, "a") as file:
+            file.writelines(f"{name}:{step}\\n" for name in values if name.endswith("/loss"))
+"""
+
+
 def test_a_helper_trains_the_other_expert(rolled: Run, trained: Run, policy: Policy, tmp_path: Path) -> None:
+    """Its updates reach the trackers of this process, once each."""
     run = training.fork(rolled, tmp_path / "run", experts_at_once=True)
     seen: list[int] = []
 
@@ -258,8 +257,15 @@ def test_a_helper_trains_the_other_expert(rolled: Run, trained: Run, policy: Pol
             assert time.monotonic() < deadline, "the helper does not come"
             time.sleep(0.01)
 
-    report = train_at_once(run, 0, policy, at_update(1, wait))
+    tracker = tmp_path / "lines.py"
+    tracker.write_text(TRACKER.replace("FILE", repr(str(tmp_path / "lines.txt"))), encoding="utf-8")
+    tracked = Run.open(run.path, [f"track.to=['{tracker}:Lines']"])
+    with tracking(tracked):
+        report = train_at_once(tracked, 0, policy, at_update(1, wait))
     assert os.getpid() not in seen
+    assert sorted((tmp_path / "lines.txt").read_text().split()) == [
+        "high_noise/loss:1", "high_noise/loss:2", "low_noise/loss:1", "low_noise/loss:2"
+    ]  # fmt: skip
     assert report.updates == {"high_noise": 2, "low_noise": 2}
     assert contents(run) == contents(trained)
     assert train_at_once(run, 0, policy).skipped

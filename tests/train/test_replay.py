@@ -20,11 +20,6 @@ from train.run import train
 
 
 @pytest.fixture(scope="module")
-def policy(tiny_t2v2: Path) -> Policy:
-    return Policy.load(str(tiny_t2v2), device="cpu", text_length=training.TEXT_LENGTH)
-
-
-@pytest.fixture(scope="module")
 def run(tiny_t2v2: Path, policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> Run:
     run = training.make_run(tmp_path_factory.mktemp("replay") / "run", tiny_t2v2)
     training.roll(run, 0, policy)

@@ -45,19 +45,6 @@ from train.trainer import ExpertTrainer
 
 
 @pytest.fixture(scope="module")
-def policy(tiny_t2v2: Path) -> Policy:
-    return Policy.load(str(tiny_t2v2), device="cpu", text_length=training.TEXT_LENGTH)
-
-
-@pytest.fixture(scope="module")
-def rolled(tiny_t2v2: Path, policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Iteration 0 sampled and scored, not trained."""
-    run = training.make_run(tmp_path_factory.mktemp("train") / "run", tiny_t2v2)
-    training.advise(training.roll(run, 0, policy))
-    return run
-
-
-@pytest.fixture(scope="module")
 def trained(rolled: Run, policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The same, trained without a disturbance."""
     run = training.fork(rolled, tmp_path_factory.mktemp("train") / "trained")

@@ -41,11 +41,6 @@ def advantage_of(key: str) -> tuple[float, float]:
 
 
 @pytest.fixture(scope="module")
-def policy(tiny_t2v2: Path) -> Policy:
-    return Policy.load(str(tiny_t2v2), device="cpu", text_length=training.TEXT_LENGTH)
-
-
-@pytest.fixture(scope="module")
 def rolled(tiny_t2v2: Path, policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Iteration 0 sampled and scored, not trained."""
     run = training.make_run(tmp_path_factory.mktemp("train") / "run", tiny_t2v2, group_size=SIZE)

@@ -20,6 +20,7 @@ from shards.process.peak_memory import available_memory_bytes
 from shards.process.signals import check, stoppable
 from shards.process.torchrun import world_size
 from shards.run import EXPERT_NAMES, Run
+from shards.trackers.live import tracking_helpers
 from train.run import TrainReport, choose_experts, train
 
 if TYPE_CHECKING:
@@ -46,22 +47,35 @@ def train_at_once(
     if device is None:
         return train(run, iteration, policy, progress, advantage)
     policy = policy or Policy.of(run.config.model)
-    future = _hand_out(run, iteration, advantage, device)
+    with tracking_helpers(stage):
+        report = _both(run, iteration, policy, progress, advantage, _hand_out(run, iteration, advantage, device))
+    return replace(report, seconds=time.monotonic() - began)
+
+
+def _both(
+    run: Run,
+    iteration: int,
+    policy: Policy,
+    progress: Progress | None,
+    advantage: str,
+    future: Future[TrainReport] | None,
+) -> TrainReport:
+    """The high-noise expert here; the other one too, unless the helper that `future` stands for trains it."""
     try:
         report = train(run, iteration, policy, progress, advantage, FIRST)
         while report.missing:
             try:
                 report = train(run, iteration, policy, progress, advantage, SECOND)
             except StillBusy:
-                if future is None:  # it is none of ours that has it
+                if future is None:  # another process than our helper has it
                     raise
                 report, future = _result(future) or report, None
-        if report.skipped and future:  # the helper has just published: it says how that was
+        if report.skipped and future:  # the helper has just published: its report says how that was
             report = _result(future) or report
     except BaseException as error:
         _stop(future, at_once=not isinstance(error, Stopped))
         raise
-    return replace(report, seconds=time.monotonic() - began)
+    return report
 
 
 def second_device(run: Run, policy: Policy | None) -> str | None:
@@ -127,7 +141,7 @@ def _result(future: Future[TrainReport]) -> TrainReport | None:
 
 
 def _stop(future: Future[TrainReport] | None, *, at_once: bool) -> None:
-    """End the helper; unless that shall be at once, it finishes its update first, and keeps that."""
+    """End the helper; unless `at_once`, it finishes its update first, and keeps that."""
     helpers.discard(at_once=at_once)
     if future and not at_once:
         concurrent.futures.wait([future])
