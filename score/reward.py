@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-import importlib
 import importlib.metadata
-import importlib.util
 import json
-import os
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 from score.options import resolve
-from shards.absolute_paths import class_file, nearest_file
+from shards.absolute_paths import class_file
 from shards.errors import UserError, nearest
 from shards.files import sha256_file
+from shards.settings.own_class import in_package, is_file, load_class
 from shards.store.fetch import local_name
 
 if TYPE_CHECKING:
@@ -140,29 +135,29 @@ class Chosen:
 
     def build(self) -> Reward:
         """The reward itself."""
-        return cast(Reward, _class_of(self.name, self.target)(**_here(self.options)))
+        return cast(Reward, load_class(f"reward {self.name!r}", self.target)(**_here(self.options)))
 
     def check_files(self) -> None:
         """UserError when a file is not there that the reward needs; it is not loaded."""
-        function = getattr(_class_of(self.name, self.target), "check_files", None)
+        function = getattr(load_class(f"reward {self.name!r}", self.target), "check_files", None)
         if function:
             function(_here(self.options))
 
     def unscorable(self, prompt: str, target: str | None) -> UserError | None:
         """Why no video of a prompt can have a score; None where one can, as far as the prompt tells."""
-        function = getattr(_class_of(self.name, self.target), "unscorable", None)
+        function = getattr(load_class(f"reward {self.name!r}", self.target), "unscorable", None)
         return cast(UserError | None, function(_here(self.options), prompt, target)) if function else None
 
     def after_group(self, scored: list[Scored]) -> list[Scored]:
         """What the reward makes of all samples of one prompt together; most leave them as they are."""
-        function = getattr(_class_of(self.name, self.target), "after_group", None)
+        function = getattr(load_class(f"reward {self.name!r}", self.target), "after_group", None)
         return list(function(scored)) if function else scored
 
 
 def module_name(name: str) -> str:
     """`/home/me/colour.py:Colourful` -> `colour:Colourful`, which names the same reward; other names as they are."""
     path, colon, rest = name.partition(":")
-    return f"{_dotted(Path(path))[1]}:{rest}" if colon and _is_file(path) else name
+    return f"{in_package(Path(path))[1]}:{rest}" if colon and is_file(path) else name
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -179,7 +174,7 @@ def choose(name: str, options: Mapping[str, Any] | None = None, content: bool = 
     of the result is not that of its scores then. Raises UserError.
     """
     target = name if ":" in name else _registered(name)
-    found = _class_of(name, target)
+    found = load_class(f"reward {name!r}", target)
     components = tuple(getattr(found, "components", ()))
     if not isinstance(getattr(found, "version", None), str) or not components or not callable(found):
         raise UserError(
@@ -222,70 +217,3 @@ def _registered(name: str) -> str:
             f"no reward is called {name!r}", f"{hint}there are {', '.join(sorted(names))}; your own is `module:Class`"
         )
     return names[name]
-
-
-def _class_of(name: str, target: str) -> Any:
-    """The class behind `module:Class`. The current folder counts, since that is where one's own reward lies."""
-    source, _, class_name = target.partition(":")
-    try:
-        module = _from_file(Path(source)) if _is_file(source) else _from_path(source)
-    except FileNotFoundError:
-        raise UserError(f"reward {name!r}: {source}: no such file", nearest_file(Path(source))) from None
-    except ImportError as error:
-        hint = "install it, or give the command in the folder where it lies, or name its file: `path/file.py:Class`"
-        raise UserError(f"reward {name!r}: cannot import {source}: {error}", hint) from error
-    except Exception as error:  # whatever stands in a file of the user's
-        problem = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"reward {name!r}: cannot import {source}: {problem}", "--debug says where") from error
-    if not hasattr(module, class_name):
-        names = [key for key, value in vars(module).items() if isinstance(value, type)]
-        near = difflib.get_close_matches(class_name, names, 1)
-        hint = f"did you mean {near[0]!r}?" if near else "write it as `module:Class`"
-        raise UserError(f"reward {name!r}: module {source} has no {class_name!r}", hint)
-    return getattr(module, class_name)
-
-
-def _is_file(source: str) -> bool:
-    return source.endswith(".py") or "/" in source
-
-
-def _from_path(name: str) -> ModuleType:
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    return importlib.import_module(name)
-
-
-def _dotted(file: Path) -> tuple[Path, str]:
-    """The folder that must be on the path for a file, and its module there: `pkg.colour` where its folder is one."""
-    parts = [] if file.name == "__init__.py" else [file.stem]
-    folder = file.parent
-    while (folder / "__init__.py").is_file():
-        parts, folder = [folder.name, *parts], folder.parent
-    return folder, ".".join(parts)
-
-
-def _from_file(file: Path) -> ModuleType:
-    """The module in a file, once per process. Its folder, or that of its package, counts for what it imports.
-
-    Raises FileNotFoundError, and whatever its import raises.
-    """
-    if not file.is_file():
-        raise FileNotFoundError(file)
-    folder, dotted = _dotted(file)
-    if str(folder) not in sys.path:
-        sys.path.append(str(folder))
-    if "." in dotted or file.name == "__init__.py":
-        return importlib.import_module(dotted)
-    # under a name of its own, because two files of one name are two rewards
-    own = f"_reward_{hashlib.sha256(str(file).encode()).hexdigest()[:16]}"
-    if own not in sys.modules:
-        spec = importlib.util.spec_from_file_location(own, file)
-        assert spec
-        assert spec.loader
-        sys.modules[own] = module = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[own]
-            raise
-    return sys.modules[own]

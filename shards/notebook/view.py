@@ -15,7 +15,6 @@ from shards.run import Run
 if TYPE_CHECKING:
     import pandas
 
-    from shards.run import Stage
     from shards.video import Frames
 
 
@@ -83,9 +82,9 @@ class RunView:
         """
         import pandas
 
-        from shards.report.paired import evaluated
+        from shards.report.paired import evaluated, meant
 
-        stages, specification = self._scored_alike()
+        specification, stages = meant(self.run)
         compared = {"change": "difference", "change_error": "standard_error", "wins": "wins", "losses": "losses"}
         compared |= {"ties": "ties"}
         rows: list[dict[str, Any]] = []
@@ -123,13 +122,3 @@ class RunView:
         said = f"{found['record']['prompt']} · reward {'-' if reward is None else format(reward, '.3f')}"
         data = base64.b64encode(self.video(key, evaluation)).decode()
         return Player.of(data, title=html.escape(key), caption=html.escape(said), width=width)
-
-    def _scored_alike(self) -> tuple[list[Stage], str]:
-        """The evaluations that were scored as the last one was, and the specification of their advantages."""
-        run = self.run
-        stages = [run.evaluation(number) for number in run.evaluations()]
-        for stage in reversed(stages):
-            specification = table.specification_meant(stage)
-            if specification and stage.summary_path(specification).exists():
-                return [one for one in stages if one.summary_path(specification).exists()], specification
-        return [], ""

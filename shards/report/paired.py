@@ -72,7 +72,7 @@ def meant(run: Run) -> tuple[str, list[Stage]]:
     counts = Counter(name for names in named.values() for name in names)
     if not counts:
         return "", []
-    wanted = run.config.score.specification()
+    wanted = run.config.score.specification() if run.config_path.exists() else None
     ours = [
         name for stage, names in named.items() for name in names
         if read_summary(stage.summary_path(name)).specification == wanted

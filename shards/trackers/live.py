@@ -10,11 +10,9 @@ import importlib.util
 import logging
 import math
 import os
-import pkgutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from queue import Full, Queue
 from threading import Thread
 from typing import TYPE_CHECKING, Any
@@ -23,6 +21,7 @@ from shards.errors import UserError, nearest
 from shards.measures import read_metrics
 from shards.process.torchrun import is_first
 from shards.records.opening import refuse_escape
+from shards.settings.own_class import load_class
 from shards.settings.trust import check_trust
 
 if TYPE_CHECKING:
@@ -191,7 +190,7 @@ def _started(name: str, made_by: Any, run: Run) -> Any:
 def _class_of(name: str) -> Any:
     """What makes a tracker of this name: a class of accelerate's, or one of the user's, `module:Class`."""
     if ":" in name:
-        return _own_class(name)
+        return load_class(f"tracker {name!r}", name)
     from accelerate import tracking as theirs
 
     theirs.logger = _Log(logging.getLogger(theirs.__name__), {})  # their own one asks for the state of an Accelerator
@@ -204,23 +203,3 @@ def _class_of(name: str) -> Any:
     if importlib.util.find_spec(package) is None:
         raise UserError(f"{SETTING}: {name} is not installed", f"pip install {package}, or take {name} out of it")
     return known_names[name]
-
-
-def _own_class(name: str) -> Any:
-    source, _, attribute = name.rpartition(":")
-    try:
-        if source.endswith(".py"):
-            file = Path(source).expanduser()
-            spec = importlib.util.spec_from_file_location(f"_tracker_{file.stem}", file)
-            assert spec
-            assert spec.loader
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-            return getattr(module, attribute)
-        if os.getcwd() not in sys.path:
-            sys.path.append(os.getcwd())
-        return pkgutil.resolve_name(name)
-    except Exception as error:  # whatever stands in a file of the user's
-        problem = " ".join(f"{type(error).__name__}: {error}".split())
-        hint = "name it as `module:Class`, or by its file in full, `/path/file.py:Class`"
-        raise UserError(f"{SETTING}: cannot load {name}: {problem}", hint) from error

@@ -47,7 +47,7 @@ FOLDERS: dict[str, set[str]] = {
     "rollout/ranks": {"shards", "shards/process"},
     "rollout/words": set(),
     "score": {"score/catalogue", "score/ocr", "shards", "shards/process", "shards/records", "shards/store",
-              "shards/text", "shards/workers"},
+              "shards/settings", "shards/text", "shards/workers"},
     "score/audit": {"score", "shards", "shards/records", "shards/verify"},
     "score/catalogue": {"score", "shards"},
     "score/ocr": {"score", "shards", "shards/text"},

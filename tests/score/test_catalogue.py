@@ -11,9 +11,10 @@ import pytest
 import cli
 from score.catalogue.argument import parse_argument, reward_settings
 from score.catalogue.listing import describe_reward, every_reward
-from score.reward import _class_of, known
+from score.reward import known
 from shards.errors import UserError
 from shards.run_toml import apply_sets
+from shards.settings.own_class import load_class
 from tests.support.cost import loaded_by
 
 
@@ -22,7 +23,7 @@ def test_the_listing_says_what_the_classes_say() -> None:
     entries = {entry.name: entry for entry in every_reward()}
     assert entries.keys() == known().keys()
     for name, target in known().items():
-        found = _class_of(name, target)
+        found = load_class(name, target)
         parameters = inspect.signature(found).parameters
         assert {
             key: "needed" if one.default is one.empty else repr(one.default) for key, one in parameters.items()
