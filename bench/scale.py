@@ -1,12 +1,11 @@
-"""How rushes scales: measured with 1 and 2 processes here, simulated for Wan2.2-A14B on 8 to 512 GPUs.
+"""How rushes scales on one machine: stages with 1 and 2 processes, files of real size, the order for many ranks.
 
-    python bench/scale.py                              both sections of docs/scaling.md, about 15 minutes on two cores
+    python bench/scale.py                              the measured section of docs/scaling.md, in about 15 minutes
     python bench/scale.py --rounds 1 --out runs/scale  keep what was measured in that folder; a second call reads it
 
 The embedded model is sampled and trained by the product's own commands with a stopwatch on their parts
-(bench/scale_probe.py). The order of training is planned for 512 ranks by the product's own function. The simulation
-(bench/scale_simulation.py) takes sizes and FLOP counted from the model's configuration, the measured costs of files,
-and the assumptions that are printed with it. No GPU was at hand.
+(bench/scale_probe.py). The order of training is planned for 512 ranks by the product's own function. No GPU was at
+hand.
 """
 
 from __future__ import annotations
@@ -28,10 +27,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.learn import replace_section
-from bench.scale_measure import KINDS, Size, Timed, dump, measure, middle, restore, time_files, time_order
-from bench.scale_simulation import Measured
-from bench.scale_tables import SHAPES, simulated_section
-from shards.run_toml import parse_config, read_preset
+from bench.scale_measure import KINDS, Measured, Size, Timed, dump, measure, middle, restore, time_files, time_order
 
 RANKS, TRANSITIONS = 512, 100_000
 GOAL = 0.02  # share of an update that may be spent waiting for data
@@ -175,7 +171,7 @@ def order_lines(order: dict[str, float]) -> list[str]:
 
 
 def main(words: list[str] | None = None) -> None:
-    """Measure, count, simulate; print both sections and write them into the page."""
+    """Measure, print the section, and write it into the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     numbers = {"rounds": 3, "prompts": 8, "group": 8, "updates": 4, "samples": 8}
     for name, value in numbers.items():
@@ -192,17 +188,9 @@ def main(words: list[str] | None = None) -> None:
     finally:
         if arguments.out is None:
             shutil.rmtree(out)
-    from bench.scale_units import count
-
-    rank = parse_config(read_preset("wan22-a14b"), "preset wan22-a14b").train.lora_rank
-    units = {name: count(*shape, rank) for name, shape in SHAPES.items()}
-    sections = {
-        "measured": measured_section(" ".join(["python bench/scale.py", *changed]), found),
-        "simulated": simulated_section(units, Measured(**found["files"])),
-    }
-    for name, text in sections.items():
-        print(text)
-        replace_section(arguments.page, name, text)
+    text = measured_section(" ".join(["python bench/scale.py", *changed]), found)
+    print(text)
+    replace_section(arguments.page, "measured", text)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ import numpy as np
 
 from bench.plans import bare_plan
 from bench.scale_probe import kinds, moved
-from bench.scale_simulation import Measured
 from shards.errors import RunFailed
 from shards.files import publish_new
 from shards.plan import SCHEMA, group_key, sample_key
@@ -41,6 +40,18 @@ ENOUGH = {0, 3, 75}  # a worker that came late, or that leaves the last shards t
 STATE = (16, 21, 60, 104)  # A14B at 480x832, 81 frames
 STATES = 7
 VIDEO = 2_500_000
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What files of real size cost."""
+
+    publish: float
+    """Seconds to create, sync and link one small file."""
+    write: float
+    """Bytes a second of spooling samples and sealing the shard: checksums, sha256 and syncs included."""
+    read: float
+    """Bytes a second of reading states with their checksums, from the page cache."""
 
 
 @dataclass(frozen=True)

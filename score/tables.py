@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
@@ -15,7 +14,7 @@ from score.advantages import MISSING, NO_SPREAD, NOT_CHOSEN, Specification, adva
 from score.reward import Chosen, Scored, choose, split_name
 from shards import sidecar
 from shards.absolute_paths import class_file
-from shards.errors import RunFailed, UserError
+from shards.errors import RunFailed, UserError, nearest
 from shards.files import sha256_file
 from shards.plan import SAMPLE_KEY, group_of
 from shards.records.reading import sealed
@@ -66,8 +65,8 @@ def select(config: ScoreConfig, rewards: Mapping[str, float] | None = None, cont
         chosen[base] = chosen.get(base) or choose(base, config.options.get(base), content)
         if component and component not in chosen[base].components:
             known = chosen[base].components
-            near = difflib.get_close_matches(component, known, 1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
+            near = nearest(component, known)
+            hint = f"did you mean {near!r}? " if near else ""
             raise UserError(f"reward {base!r} has no component {component!r}", f"{hint}it has {', '.join(known)}")
         if not math.isfinite(weight):
             raise UserError(f"the weight of reward {name!r} is {weight}", "weights are finite numbers")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import importlib.machinery
 import os
 import sys
@@ -11,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shards.errors import UserError
+from shards.errors import UserError, nearest
 from shards.store.urls import full_path, named_here
 
 PROMPTS = (("rollout", "prompts"), ("eval", "prompts"))
@@ -81,9 +80,8 @@ def class_file(name: str) -> Path | None:
 def nearest_file(path: Path) -> str:
     """For hints: the file beside a missing one that is called most like it, or where a relative path counts from."""
     names = [one.name for one in path.parent.iterdir() if one.is_file()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, names, 1)
-    if near:
-        return f"did you mean {path.with_name(near[0])}?"
+    if near := nearest(path.name, names):
+        return f"did you mean {path.with_name(near)}?"
     if path.is_absolute():
         return "give the path of a file that is there"
     return f"a relative path counts from where the command is given, here from {Path.cwd()}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import re
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 
 from score.reward import known, split_name
 from shards.absolute_paths import reward_in_full
-from shards.errors import UserError
+from shards.errors import UserError, nearest
 
 EXAMPLE = "for example ocr, ocr=0.5, ocr:interval=2 or ocr=0.5:mode=flow_grpo_video,interval=2"
 _OWN = re.compile(r"([A-Za-z_]\w*(?:\.\w+)?)(?:=([^:]*))?(?::(.*))?", re.DOTALL)  # what follows `module:`
@@ -80,9 +79,9 @@ def _weight(text: str, head: str, weight: str) -> float:
         number = math.nan
     if math.isfinite(number):
         return number
-    near = difflib.get_close_matches(head, known(), 1)
+    near = nearest(head, known())
     if ":" in text and near and "=" not in head:  # ocrr:interval=2 reads like module:Class=WEIGHT
-        raise UserError(f"no reward is called {head!r}", f"did you mean {near[0]!r}?")
+        raise UserError(f"no reward is called {head!r}", f"did you mean {near!r}?")
     raise UserError(f"--reward {text}: the weight is not a number", "for example --reward ocr=0.5")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import inspect
 import os
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from score.reward import known
 from shards.absolute_paths import reward_in_full
-from shards.errors import UserError
+from shards.errors import UserError, nearest
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,8 @@ def describe_reward(name: str) -> Entry:
     """One reward by its registered name, `module:Class` or `file.py:Class`. Raises UserError for one that is not."""
     names = known()
     if ":" not in name and name not in names:
-        near = difflib.get_close_matches(name, names, 1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        near = nearest(name, names)
+        hint = f"did you mean {near!r}? " if near else ""
         raise UserError(f"no reward is called {name!r}", f"{hint}there are {', '.join(sorted(names))}")
     target = names.get(name) or reward_in_full(name)
     source, _, class_name = target.partition(":")

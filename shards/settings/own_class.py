@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib
 import importlib.util
@@ -13,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from shards.absolute_paths import nearest_file
-from shards.errors import UserError
+from shards.errors import UserError, nearest
 
 
 def load_class(what: str, target: str) -> Any:
@@ -35,8 +34,8 @@ def load_class(what: str, target: str) -> Any:
         raise UserError(f"{what}: cannot import {source}: {problem}", "--debug says where") from error
     if not hasattr(module, class_name):
         names = [key for key, value in vars(module).items() if isinstance(value, type)]
-        near = difflib.get_close_matches(class_name, names, 1)
-        hint = f"did you mean {near[0]!r}?" if near else "write it as `module:Class`"
+        near = nearest(class_name, names)
+        hint = f"did you mean {near!r}?" if near else "write it as `module:Class`"
         raise UserError(f"{what}: module {source} has no {class_name!r}", hint)
     return getattr(module, class_name)
 

@@ -130,7 +130,10 @@ def test_a_tracker_that_hangs_is_left_behind(
     [
         ("wanbd", r"track\.to: no tracker 'wanbd' \(hint: did you mean wandb\? there are: aim, "),
         ("aim", r"track\.to: aim is not installed \(hint: pip install aim"),
-        ("OWN:Nobody", r"tracker .*own\.py:Nobody.*: module .*own\.py has no 'Nobody' \(hint: write it as `module:Class`"),
+        (
+            "OWN:Nobody",
+            r"tracker .*: module .*own\.py has no 'Nobody' \(hint: write it as `module:Class`",
+        ),
     ],
 )
 def test_a_tracker_that_is_not_there_is_refused_before_anything(tmp_path: Path, name: str, message: str) -> None:
