@@ -23,7 +23,7 @@ from shards.process.signals import INTERRUPTED, check, stoppable
 from shards.process.torchrun import is_first, rank, run_to_end, world_size
 from shards.store.urls import in_shell, shown
 from shards.text.visible import visible
-from shards.workers.share import ALL, Share
+from shards.workers.assignment import ALL, Assignment
 
 if TYPE_CHECKING:
     from rollout.policy import Policy
@@ -145,10 +145,10 @@ def rollout(
     select(opened.config.score, content=False)
     if not dry_run:
         warn(opened, stage, "rollout")
-        share = Share.of(worker, wait)
+        assignment = Assignment.of(worker, wait)
         with ranks(opened):
-            report = do_rollout(opened, stage, None, share)
-        return share.end(report.done == 0, f"{stage.name} rollout")
+            report = do_rollout(opened, stage, None, assignment)
+        return assignment.end(report.done == 0, f"{stage.name} rollout")
     from rollout.preview import preview
 
     print(preview(opened, stage))
@@ -169,11 +169,11 @@ def score(
 
     opened = open_run(run, [*sets, *reward_settings(reward)])
     stage = stage_of(opened, iteration)
-    share = Share.of(worker, wait)
+    assignment = Assignment.of(worker, wait)
     warn(opened, stage, "score", advantages_only)
     with ranks(opened) as barrier:
-        report = do_score(opened, stage, share, barrier, advantages_only)
-    share.end(report.nothing_done, f"{stage.name} score")
+        report = do_score(opened, stage, assignment, barrier, advantages_only)
+    assignment.end(report.nothing_done, f"{stage.name} score")
 
 
 @app.command(epilog="Example:  rushes train runs/signs --iteration 0")
@@ -220,8 +220,8 @@ def loop(
         policy = load_policy(opened, first) if first.iteration < iterations else None
         for k in range(iterations):
             stage = opened.iteration(k)
-            do_rollout(opened, stage, policy, Share.of("", wait))
-            do_score(opened, stage, Share.of("", wait), barrier)
+            do_rollout(opened, stage, policy, Assignment.of("", wait))
+            do_score(opened, stage, Assignment.of("", wait), barrier)
             do_train(opened, k, policy)
             barrier()
     say(what_next(opened))
@@ -251,8 +251,8 @@ def evaluate(
         policy = None if all(stage.is_complete() for stage in stages) else load_policy(opened, stages[0])
         for stage in stages:
             warn(opened, stage, "eval")
-            do_rollout(opened, stage, policy, Share.of("", wait))
-            scored = do_score(opened, stage, Share.of("", wait), barrier)
+            do_rollout(opened, stage, policy, Assignment.of("", wait))
+            scored = do_score(opened, stage, Assignment.of("", wait), barrier)
     if is_first():
         from shards.report.paired import evaluated, evaluation_table
 
@@ -739,13 +739,13 @@ def load_policy(run: Run, stage: Stage | None = None) -> Policy:
 
 
 @stoppable()
-def do_rollout(run: Run, stage: Stage, policy: Policy | None, share: Share = ALL) -> RolloutReport:
+def do_rollout(run: Run, stage: Stage, policy: Policy | None, assignment: Assignment = ALL) -> RolloutReport:
     """Sample what is missing of one stage and say what happened."""
     from rollout.helpers import rollout as run_rollout
 
     check(f"before {stage.name} rollout")
     with show(f"{stage.name} rollout") as report:
-        result = run_rollout(run, stage, policy, report, share.part, share.wait, say)
+        result = run_rollout(run, stage, policy, report, assignment.part, assignment.wait, say)
     say(f"{stage.name} rollout: {result}")
     if result.busy:
         problem = f"{stage.name}: other workers still hold {counted(result.busy, 'shard')}"
@@ -755,7 +755,7 @@ def do_rollout(run: Run, stage: Stage, policy: Policy | None, share: Share = ALL
 
 @stoppable()
 def do_score(
-    run: Run, stage: Stage, share: Share = ALL, barrier: Barrier = lambda: None, advantages_only: bool = False
+    run: Run, stage: Stage, assignment: Assignment = ALL, barrier: Barrier = lambda: None, advantages_only: bool = False
 ) -> ScoreReport:
     """Score what is missing of one stage and say what happened. Its summary is there on the first rank alone."""
     from score.run import score as run_score
@@ -769,8 +769,8 @@ def do_score(
             stage,
             advantages_only=advantages_only,
             progress=report,
-            worker=share.part,
-            wait=share.wait,
+            worker=assignment.part,
+            wait=assignment.wait,
             advantages=is_first(),
         )
     barrier()
@@ -814,11 +814,11 @@ def ranks(run: Run) -> Iterator[Barrier]:
         with tracking(run):
             yield lambda: None
         return
-    from rollout.ranks.meet import meet
+    from rollout.ranks.agreement import agree_on_run
     from train.ranks import lost_ranks
 
     with lost_ranks(), tracking(run):
-        world = meet(run)
+        world = agree_on_run(run)
         yield world.barrier
         world.close()
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rollout.lineage import policy_record, starting_policy
 from rollout.policy import Policy
 from rollout.policy.folder import find_folder, read_layout
-from rollout.ranks.meet import meet
+from rollout.ranks.agreement import agree_on_run
 from rollout.ranks.world import World
 from shards.errors import UserError
 from shards.process.progress import counted
@@ -20,10 +20,10 @@ from shards.workers.leftovers import sweep_run
 from train import checkpoint
 from train.checkpoint import Checkpoints
 from train.data import Rollouts
+from train.diagnosis import diagnose
 from train.experts.updates import Work, all_updates
 from train.inputs import check_policy
 from train.metrics import MetricsLog, Record, joined_logs
-from train.notes import notes
 from train.objectives.settings import check_settings
 from train.publish import Trained, forget_records, publish, read_trained, write_record
 from train.ranks import agree_on_inputs, claimed, lost_ranks
@@ -102,7 +102,7 @@ def train(
                 raise UserError(problem, f"run `rushes rollout {in_shell(run.path)} --iteration {iteration}` first")
             experts = choose_experts(run, policy, expert)
             device = policy.device if policy else Policy.device_of(run.config.model)
-        world = meet(run, device)
+        world = agree_on_run(run, device)
         with claimed(world, stage, run.config.workers.claim_seconds, experts) as held:
             # looked at again: who held the claim before may have published in the meantime
             report = _published(world, stage) or _train(
@@ -225,7 +225,7 @@ def _end(run: Run, work: Work, trained: dict[int, Trained], mine: list[int], lag
         updates=counts,
         advantages=inputs.specification,
         replay=max((one.replay for one in trained.values() if one.replay is not None), default=None),
-        warnings=notes(run, inputs, records, unmoved, lag) if world.is_first and not missing else [],
+        warnings=diagnose(run, inputs, records, unmoved, lag) if world.is_first and not missing else [],
         seconds=time.monotonic() - started,
         missing=missing,
     )

@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
-from rollout.export.card import model_card, reward_curve
-from rollout.export.card_code import Base
+from rollout.export.model_card import model_card, reward_curve
+from rollout.export.model_card_code import Base
 from rollout.export.proof import Exported, beneath_in_diffusers, largest, prove
 from rollout.lineage import averaged, check_committed, take_policy
 from rollout.lora.adapter import fold_strength

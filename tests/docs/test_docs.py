@@ -393,7 +393,7 @@ def test_the_figures_of_sampling_are_computed() -> None:
 def test_the_notes_are_those_of_the_program() -> None:
     text = (DOCS / "metrics.md").read_text(encoding="utf-8").partition("## The notes in plain language")[2]
     notes = [cell.strip("`") for cell in re.findall(r"^\| (`.+?`) \|", text, re.M)]
-    names = ("train/notes.py", "train/run.py", "shards/diagnosis.py")
+    names = ("train/diagnosis.py", "train/run.py", "shards/diagnosis.py")
     source = "".join((ROOT / name).read_text("utf-8") for name in names)
     source = re.sub(r'"\s+f?"', "", source)
     assert len(notes) == 10

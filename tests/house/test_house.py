@@ -303,3 +303,9 @@ def test_long_functions_are_found() -> None:
 def test_every_file_says_what_lives_there() -> None:
     files = [path for name in (*PACKAGES, "bench", "tests") for path in (ROOT / name).rglob("*.py")]
     assert not [path for path in files if path.stat().st_size and not ast.get_docstring(tree_of(path))]
+
+
+def test_no_file_name_says_nothing() -> None:
+    empty = {"ahead", "beacons", "board", "card", "common", "core", "crew", "freeze", "helper", "masters", "meet",
+             "memos", "misc", "notes", "share", "stuff", "together", "tools", "utils"}  # fmt: skip
+    assert not {name for name in modules() if name.rpartition(".")[2] in empty}

@@ -16,8 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-from rollout.export.card_code import Base, public_name
 from rollout.export.export import export
+from rollout.export.model_card_code import Base, public_name
 from rollout.policy import Policy
 from rollout.step import StepInputs, looks_back, take_step
 from shards.files import read_json

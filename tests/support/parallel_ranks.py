@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from rollout.ranks import meet
+from rollout.ranks import agreement
 from rollout.ranks.world import World, local
 from shards.errors import RunFailed, UserError
 from shards.files import LocalFiles
@@ -76,7 +76,7 @@ def train_case(case: Case, rank: int) -> dict[str, Any]:
         changed(ExpertTrainer, "backward", noting_units),
     ):
         if case.get("command"):
-            meet.meet(run)
+            agreement.agree_on_run(run)
         report = train(run, case.get("iteration", 0))
     return {
         "fingerprint": report.fingerprint,
@@ -160,7 +160,7 @@ def odd_advantages(case: Case, rank: int) -> dict[str, Any]:
 def odd_software(case: Case, rank: int) -> dict[str, Any]:
     """The last rank has another version of everything."""
     number = 1 + (rank == World.joined().size - 1)
-    with changed(meet, "version_of", lambda name: f"{number}.0"):
+    with changed(agreement, "version_of", lambda name: f"{number}.0"):
         return train_case(case, rank)
 
 

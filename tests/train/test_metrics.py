@@ -14,8 +14,8 @@ from shards.config import RunConfig, TrainConfig
 from shards.diagnosis import Limits, note_drift, note_groups, note_unmoved, note_updates
 from shards.records.updates import read_updates
 from shards.run import Run
+from train.diagnosis import history
 from train.metrics import MetricsLog
-from train.notes import history
 
 HEALTHY = Limits(ratio=1e-4, epsilon=1e-15, clips="both")
 

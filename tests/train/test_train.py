@@ -102,7 +102,7 @@ def test_a_training_that_was_taken_over_touches_nothing_of_the_one_in_its_place(
 def test_what_was_published_between_the_first_look_and_the_claim_is_left_alone(
     rolled: Run, policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, meet, then = training.fork(rolled, tmp_path / "run"), train_run.meet, {}
+    run, meet, then = training.fork(rolled, tmp_path / "run"), train_run.agree_on_run, {}
 
     def slow(*arguments: Any) -> Any:
         monkeypatch.undo()
@@ -110,7 +110,7 @@ def test_what_was_published_between_the_first_look_and_the_claim_is_left_alone(
         then.update(contents(run.iteration(0).policy_dir))
         return meet(*arguments)
 
-    monkeypatch.setattr(train_run, "meet", slow)
+    monkeypatch.setattr(train_run, "agree_on_run", slow)
     assert train(run, 0, policy).skipped
     assert contents(run.iteration(0).policy_dir) == then
 

@@ -31,9 +31,9 @@ from shards.run import Run, Stage
 from shards.spool import spooled
 from shards.verify.shards import verify
 from shards.workers import claims
+from shards.workers.assignment import Assignment
 from shards.workers.claims import claim
 from shards.workers.owners import claims_of
-from shards.workers.share import Share
 from tests.rollout.test_rollout import contents, differences
 from tests.support.forks import Fork, finish, ranks, rushes
 from tests.support.tiny_models import TEXT_LENGTH
@@ -119,7 +119,7 @@ def test_a_late_worker_says_so(
             patch.setenv("SLURM_ARRAY_TASK_ID", "7")
             patch.setenv("SLURM_ARRAY_TASK_MIN", "4")
             patch.setenv("SLURM_ARRAY_TASK_COUNT", "4")
-            assert Share.of("", False) == Share((3, 4), wait=False, late=True)
+            assert Assignment.of("", False) == Assignment((3, 4), wait=False, late=True)
             with pytest.raises(NothingLeft):
                 cli.app([stage, path, "--iteration", "0"], standalone_mode=False)
 
@@ -135,7 +135,7 @@ def test_an_array_may_have_gaps(
     monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", str(len(tasks)))
     for task, part in zip(tasks, parts, strict=True):
         monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(task))
-        assert Share.of("", False).part == (part, len(tasks))
+        assert Assignment.of("", False).part == (part, len(tasks))
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_a_share_that_makes_no_sense_is_named(
     for name, value in variables.items():
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
     with pytest.raises(UserError) as caught:
-        Share.of(worker, False)
+        Assignment.of(worker, False)
     assert caught.value.problem == problem
 
 
@@ -164,15 +164,15 @@ def test_variables_without_a_value_are_not_set(
     """A script that sets them by hand may leave them empty."""
     for name, value in variables.items():
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
-    assert Share.of("", False) == Share((0, 1), wait=False, late=late)
+    assert Assignment.of("", False) == Assignment((0, 1), wait=False, late=late)
 
 
 def test_ranks_are_workers_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also those of an array task; they wait for each other, and none of them fails for being late."""
     for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    assert Share.of("", False) == Share((1, 2), wait=True, late=False)
-    assert Share.of("2/3", False) == Share((5, 6), wait=True, late=False)
+    assert Assignment.of("", False) == Assignment((1, 2), wait=True, late=False)
+    assert Assignment.of("2/3", False) == Assignment((5, 6), wait=True, late=False)
 
 
 @pytest.mark.parametrize("what", ["rollout", "score"])
@@ -285,7 +285,7 @@ def test_ranks_that_do_not_mean_the_same_run_are_ended(
 ) -> None:
     one, other = small_run(tmp_path / "run", tiny_t2v2), Run(tmp_path / "copy")
     shutil.copytree(one.path, other.path)
-    monkeypatch.setattr("rollout.ranks.meet.PATIENCE", 1.0)
+    monkeypatch.setattr("rollout.ranks.agreement.PATIENCE", 1.0)
     said = refused(tmp_path / "first", one.path, other.path)
     assert said == (
         f"rushes: rank 1 of 2: {other.path} is not the run directory that rank 0 has as {one.path} (hint: all ranks "

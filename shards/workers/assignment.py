@@ -12,7 +12,7 @@ ARRAY = "SLURM_ARRAY_TASK_"
 
 
 @dataclass(frozen=True)
-class Share:
+class Assignment:
     """What part of the shards this process begins with, and what it does at the end."""
 
     part: tuple[int, int]
@@ -23,7 +23,7 @@ class Share:
     """One of several workers that come and go: it says by its exit code that it came too late."""
 
     @classmethod
-    def of(cls, worker: str, wait: bool) -> Share:
+    def of(cls, worker: str, wait: bool) -> Assignment:
         """From --worker, else the array task of SLURM; each of them may be several ranks of torchrun.
 
         Those wait for each other, and end with 0: torchrun takes any other code for the failure of all. Raises
@@ -40,7 +40,7 @@ class Share:
             raise NothingLeft(f"{what}: nothing is left for this worker", "everything is done")
 
 
-ALL = Share((0, 1), wait=False, late=False)
+ALL = Assignment((0, 1), wait=False, late=False)
 
 
 def _worker(text: str) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from rollout.export.card_code import Base, code, comfyui
+from rollout.export.model_card_code import Base, code, comfyui
 from shards.config import RunConfig
 from shards.measures import Measure, measured
 from shards.process.progress import counted

@@ -27,7 +27,7 @@ PATIENCE = 10.0  # seconds in which a shared file system must show a new file to
 _met: set[tuple[Path, str]] = set()  # runs and settings that all ranks have agreed on
 
 
-def meet(run: Run, device: torch.device | None = None) -> World:
+def agree_on_run(run: Run, device: torch.device | None = None) -> World:
     """Join the other ranks, laid out as the run says. Raises UserError on all of them, told by the first, unless all
     have the same software, settings and run directory.
 

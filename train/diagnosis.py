@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from shards.run import Run, Stage
 
 
-def notes(
+def diagnose(
     run: Run, inputs: Inputs, records: Sequence[Record], unmoved: Mapping[int, Sequence[str]], lag: int
 ) -> list[str]:
     """Sentences on an iteration that is trained: its metrics (`records`), and layers of each expert that never moved.
