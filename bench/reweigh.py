@@ -16,14 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from bench.plans import bare_plan
+from bench.plans import bare_plan, bare_sample
 from score import tables
 from score.reward import Chosen, Scored
 from shards import sidecar
-from shards.plan import SCHEMA, sample_key
 from shards.run import Run, Stage
 from shards.run_toml import parse_config, read_preset
-from shards.spool import Sample, write_group, write_sample
+from shards.spool import write_group, write_sample
 from shards.writer import seal
 
 GROUP, GROUPS_A_SHARD = 16, 25
@@ -52,13 +51,12 @@ def measure(folder: Path, samples: int) -> tuple[float, float]:
 def fill(stage: Stage, samples: int) -> Stage:
     """A sampled stage: `samples` of them, rounded up to whole groups, with tensors and videos of a few bytes."""
     plan = stage.publish_plan(bare_plan(stage.iteration, -(-samples // GROUP), GROUP, GROUPS_A_SHARD))
-    tensors: dict[str, Any] = {"latents": np.zeros((1, 1, 1, 1, 1), np.float16), "states": np.zeros(1, np.int32)}
+    latents = np.zeros((1, 1, 1, 1, 1), np.float16)
     for shard, members in enumerate(plan.shards):
         for group in members:
             write_group(stage, shard, group, {"prompt": np.zeros((1, 1), np.float16)})
             for number in range(GROUP):
-                key = sample_key(group, number)
-                write_sample(stage, shard, Sample(key, {"schema": SCHEMA, "key": key}, b"video", tensors))
+                write_sample(stage, shard, bare_sample(stage, group, number, latents, b"video"))
         seal(stage, shard, {})
     return stage
 

@@ -21,15 +21,15 @@ from typing import Any
 
 import numpy as np
 
-from bench.plans import bare_plan
+from bench.plans import bare_plan, bare_sample
 from bench.scale_probe import kinds, moved
 from shards.errors import RunFailed
 from shards.files import publish_new
-from shards.plan import SCHEMA, group_key, sample_key
+from shards.plan import group_key
 from shards.reader import open_shard
 from shards.run import Run, Stage
 from shards.run_toml import apply_sets, parse_config, read_preset
-from shards.spool import Sample, write_group, write_phase, write_sample
+from shards.spool import write_group, write_phase, write_sample
 from shards.workers.claims import claim
 from shards.writer import seal
 from train.order import Unit, plan_ranks
@@ -200,7 +200,7 @@ def time_files(out: Path, samples: int, files: int) -> tuple[Measured, dict[str,
     group = group_key(0, 0)
     stage.publish_plan(bare_plan(0, 1, samples))
     numbers = np.random.default_rng(0).standard_normal((STATES, *STATE), dtype=np.float32).astype(np.float16)
-    found = [_sample(group, number, numbers) for number in range(samples)]
+    found = [bare_sample(stage, group, number, numbers, bytes(VIDEO)) for number in range(samples)]
     parked = {"x": numbers[0].astype(np.float32), "kept": numbers[:4]}
     before, began = moved()["written"], time.perf_counter()
     write_group(stage, 0, group, {"prompt": numbers[0, 0], "negative": numbers[0, 1]})
@@ -223,12 +223,6 @@ def time_files(out: Path, samples: int, files: int) -> tuple[Measured, dict[str,
         "sealing": ended - sealing, "spooling": sealing - began, "claim": statistics.median(claimed),
         "tar": tar, "written": written, "samples": samples,
     }  # fmt: skip
-
-
-def _sample(group: str, number: int, latents: Any) -> Sample:
-    key = sample_key(group, number)
-    tensors = {"latents": latents, "states": np.arange(STATES, dtype=np.int32)}
-    return Sample(key, {"schema": SCHEMA, "key": key}, bytes(VIDEO), tensors)
 
 
 def _claim(stage: Stage) -> None:
