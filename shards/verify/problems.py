@@ -15,7 +15,7 @@ LEFTOVER = "delete it, or run any stage of this run, which sweeps"
 @dataclass(frozen=True)
 class Problem:
     """One fault. `damaged` is an error; `incomplete` is work that can be done; `leftover` wastes space and no more;
-    `unvouched` are files of older versions, which have no checksum of their own."""
+    `unvouched` are files without a checksum: of older versions, or of a record that is damaged."""
 
     kind: Kind
     problem: str

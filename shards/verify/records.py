@@ -92,6 +92,17 @@ def unvouched(stage: Stage) -> Iterator[Problem]:
         found += [stage.metrics_path] if unsealed(stage.metrics_path) else []
     if found:
         yield _unvouched(found)
+    yield from _unvouched_weights(stage)
+
+
+def _unvouched_weights(stage: Stage) -> Iterator[Problem]:
+    """Weights beside a record that is damaged, which has their checksums; that it is damaged is told of elsewhere."""
+    record = stage.policy_record_path
+    if record.exists() and result(read_policy, record)[0] is None:
+        weights = sorted(stage.policy_dir.rglob("*.safetensors"))
+        for path in (one for one in weights if "trainer" not in one.relative_to(stage.policy_dir).parts):
+            problem = f"{path}: its checksum stands in {record}, which is damaged"
+            yield Problem("unvouched", problem, "restore the record from a copy, then verify again")
 
 
 def policy_chain(stage: Stage, before: Stage) -> Iterator[Problem]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shards import index
-from shards.errors import REPAIR, Damaged, UserError
+from shards.errors import REPAIR, Damaged
 from shards.locate import Place, locate
 from shards.locks import TEMPORARY, is_abandoned
 from shards.process.progress import counted
@@ -83,26 +83,37 @@ def _shard_problems(stage: Stage, shard: int) -> Iterator[Problem]:
 
 
 def _faults(stage: Stage, shard: int) -> Iterator[Problem]:
-    try:
-        manifest = read_manifest(stage, shard)
-    except UserError as error:
-        yield of_error(error)
-        return
-    yield from attempt(_check_manifest, stage, manifest)
-    yield from attempt(_check_bytes, stage, shard, manifest)
+    manifest, problems = result(read_manifest, stage, shard)
+    yield from problems
     rows, problems = result(scan_tar, stage.shard_path(shard))
-    table, more = result(checked_index, stage, shard, manifest)
-    yield from [*problems, *more]
+    yield from problems
+    table = None
+    if manifest is None:
+        yield _without_manifest(stage, shard)
+    else:
+        yield from attempt(_check_manifest, stage, manifest)
+        yield from attempt(_check_bytes, stage, shard, manifest)
+        table, problems = result(checked_index, stage, shard, manifest)
+        yield from problems
     if rows is not None:
         yield from attempt(_check_rows, stage, shard, manifest, rows)
         yield from _sample_problems(stage, shard, rows)
         if table is not None:
             yield from attempt(_check_index, stage.index_path(shard), table, rows)
     keys = [row["key"] for row in rows] if rows is not None else table.column("key").to_pylist() if table else None
+    if keys is None and manifest is None:
+        keys, _ = result(stage.keys, shard)  # what is left to go by
     if keys is not None:
         yield from table_problems(stage, shard, keys)
     if stage.work_path(shard).is_dir():
         yield Problem("leftover", f"{stage.work_path(shard)}: the spool of a committed shard is still there", LEFTOVER)
+
+
+def _without_manifest(stage: Stage, shard: int) -> Problem:
+    """What a damaged manifest leaves without a checksum."""
+    paths = f"{stage.shard_path(shard)} and {stage.index_path(shard)}"
+    problem = f"{paths}: their checksums stand in {stage.manifest_path(shard)}, which is damaged"
+    return Problem("unvouched", problem, "restore the manifest from a copy, then verify again")
 
 
 def _check_manifest(stage: Stage, manifest: Manifest) -> None:
@@ -132,12 +143,12 @@ def _check_bytes(stage: Stage, shard: int, manifest: Manifest) -> None:
         raise Damaged(f"{path}: is not what was committed (sha256)", REPAIR)
 
 
-def _check_rows(stage: Stage, shard: int, manifest: Manifest, rows: list[index.Row]) -> None:
-    """Keys are those of the plan and of the manifest."""
+def _check_rows(stage: Stage, shard: int, manifest: Manifest | None, rows: list[index.Row]) -> None:
+    """Keys are those of the plan and of the manifest, where that one can be read."""
     path, keys = stage.shard_path(shard), [row["key"] for row in rows]
     if keys != stage.keys(shard):
         raise Damaged(f"{path}: its samples are not those of plan.json, or in another order", REPAIR)
-    if (manifest.samples, manifest.keys_sha256) != (len(keys), index.keys_sha256(keys)):
+    if manifest and (manifest.samples, manifest.keys_sha256) != (len(keys), index.keys_sha256(keys)):
         raise Damaged(f"{stage.manifest_path(shard)}: its samples are not those of {path.name}", REPAIR)
 
 
