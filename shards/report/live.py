@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -90,6 +91,16 @@ def _waiting(run: Run, version: str, reason: str) -> str:
     return shell(run.path.resolve().name, "", {}, head, version=f"{version}-waiting")
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A browser may leave at any moment, which is no news; any other fault is one line."""
+        error = sys.exception()
+        if not isinstance(error, ConnectionError | TimeoutError):
+            print(f"rushes: the live report failed: {type(error).__name__}: {visible(str(error))}", file=sys.stderr)
+
+
 @contextmanager
 def served(run: Run, megabytes: float, port: int = 0) -> Iterator[ThreadingHTTPServer]:
     """A server on the loopback address that shows a run; `serve_forever` works, and the block ends it.
@@ -98,11 +109,10 @@ def served(run: Run, megabytes: float, port: int = 0) -> Iterator[ThreadingHTTPS
     """
     follower = Follower(run.path, megabytes)
     try:
-        server = ThreadingHTTPServer((LOOPBACK, port), _handler(follower))
+        server = _Server((LOOPBACK, port), _handler(follower))
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"--port {port}: {reason}", "choose another one; 0 takes any that is free") from error
-    server.daemon_threads = True
     try:
         yield server
     finally:

@@ -70,6 +70,16 @@ def test_only_this_machine_by_its_own_name_is_answered(tmp_path: Path) -> None:
             raise AssertionError("it is taken")
 
 
+def test_a_browser_that_leaves_is_no_news(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with served(make_run(tmp_path / "signs", iterations=1), 48) as server:
+        for error in (ConnectionResetError(104, "Connection reset by peer"), ValueError("odd \x1b[2J")):
+            try:
+                raise error
+            except (OSError, ValueError):
+                server.handle_error(None, ("127.0.0.1", 1))  # type: ignore[arg-type]
+    assert capsys.readouterr().err == "rushes: the live report failed: ValueError: odd \\x1b[2J\n"
+
+
 def test_a_run_without_shards_waits_for_them(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text('schema = 1\npreset = "words"\n', encoding="utf-8")
     with serving(Run.open(tmp_path)) as url:
