@@ -473,7 +473,7 @@ def verify(
 
     run = open_run(path, []) if replay else None
     problems = verify_files(path)
-    record: dict[str, Any] = {"path": shown(str(path)), "problems": [asdict(problem) for problem in problems]}
+    record: dict[str, object] = {"path": shown(str(path)), "problems": [asdict(problem) for problem in problems]}
     for problem in problems if not as_json else ():
         print(problem, flush=True)  # before what is said on stderr, wherever the two come together
     try:
@@ -823,7 +823,7 @@ def ranks(run: Run) -> Iterator[Barrier]:
         world.close()
 
 
-def print_json(value: Any) -> None:
+def print_json(value: object) -> None:
     """The one document that a command with --json leaves on stdout. Its values are finite, or None."""
     import json
 

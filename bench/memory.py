@@ -18,7 +18,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -65,14 +65,14 @@ def measure(arguments: argparse.Namespace) -> dict[str, int]:
 
     torch.set_num_threads(1)
     latent = (16, (arguments.frames - 1) // 4 + 1, arguments.height // 8, arguments.width // 8)
-    config = {**LAYER, "num_layers": arguments.layers}
+    config = cast(sizes.TransformerConfig, {**LAYER, "num_layers": arguments.layers})
     if arguments.stage == "decode":
         vae = AutoencoderKLWan().requires_grad_(False)
         z = torch.zeros(1, *latent)
         with torch.no_grad():
             vae.decode(z[:, :, :1, :8, :8])  # what the library sets up once
             measured = highest(lambda: vae.decode(z, return_dict=False))
-        return {"predicted": sizes.decode_bytes(dict(vae.config), latent), "measured": measured}
+        return {"predicted": sizes.decode_bytes(vae.config, latent), "measured": measured}
     size = sizes.expert_size(config, RANK)
     before = resident("VmRSS")
     module: Any = WanTransformer3DModel(**config).requires_grad_(False)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from inspect import signature
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
+    from rollout.policy.folder import SchedulerConfig
     from shards.config import SigmaGrid
+
 
 Grid = tuple[tuple[float, ...], tuple[float, ...]]
 
 
-def grid(schedule: SigmaGrid, steps: int, shift: float, scheduler_config: Mapping[str, Any]) -> Grid:
+def grid(schedule: SigmaGrid, steps: int, shift: float, scheduler_config: SchedulerConfig) -> Grid:
     """(sigmas [N+1], timesteps [N]) of a schedule, as fp32 values; sigmas end with 0.
 
     scheduler_config: the model's scheduler_config.json. Its entries hold, but for the shift and for what makes it a
@@ -38,7 +39,7 @@ def _shifted_grid(steps: int, shift: float, train_steps: int) -> Grid:
     return (*sigmas.tolist(), 0.0), tuple((sigmas * np.float32(train_steps)).tolist())
 
 
-def _unipc_grid(steps: int, shift: float, scheduler_config: Mapping[str, Any]) -> Grid:
+def _unipc_grid(steps: int, shift: float, scheduler_config: SchedulerConfig) -> Grid:
     """The grid of diffusers' UniPC for flow models: sigma 0 is 1 - 1e-6 and the timesteps are whole numbers."""
     from diffusers import UniPCMultistepScheduler
 
@@ -50,7 +51,7 @@ def _unipc_grid(steps: int, shift: float, scheduler_config: Mapping[str, Any]) -
     return tuple(scheduler.sigmas.tolist()), tuple(float(t) for t in scheduler.timesteps.tolist())
 
 
-def _euler_grid(steps: int, shift: float, scheduler_config: Mapping[str, Any]) -> Grid:
+def _euler_grid(steps: int, shift: float, scheduler_config: SchedulerConfig) -> Grid:
     """The grid FlowMatchEulerDiscreteScheduler makes by itself: whole range, its last sigma shifted twice."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -61,7 +62,7 @@ def _euler_grid(steps: int, shift: float, scheduler_config: Mapping[str, Any]) -
     return tuple(scheduler.sigmas.tolist()), tuple(scheduler.timesteps.tolist())
 
 
-def _accepted(scheduler: type, scheduler_config: Mapping[str, Any]) -> dict[str, Any]:
+def _accepted(scheduler: type, scheduler_config: SchedulerConfig) -> dict[str, object]:
     """The entries of a scheduler_config.json that this scheduler knows: a Wan folder may name another one."""
     known = signature(scheduler).parameters
     return {key: value for key, value in scheduler_config.items() if key in known}

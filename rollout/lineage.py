@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from shards.errors import ANEW, RunFailed, UserError
 from shards.plan import SCHEMA
@@ -13,6 +13,7 @@ from shards.run import AVERAGE, POLICY_RECORD, Run, Stage
 
 if TYPE_CHECKING:
     from rollout.policy import Policy
+    from rollout.policy.experts import Identity
 
 
 def policy_source(run: Run, stage: Stage) -> Path | None:
@@ -44,7 +45,7 @@ def averaged(folder: Path) -> Path | None:
     return average if average.is_dir() else None
 
 
-def check_committed(source: Path, identity: dict[str, Any]) -> None:
+def check_committed(source: Path, identity: Identity) -> None:
     """RunFailed unless weights, or averaged ones, have the identity that training wrote down in policy.json."""
     path = (source.parent if source.name == AVERAGE else source) / POLICY_RECORD
     if not path.is_file():
@@ -58,7 +59,7 @@ def check_committed(source: Path, identity: dict[str, Any]) -> None:
         raise RunFailed(f"{source}: its files are not those its {POLICY_RECORD} names{which}", ANEW)
 
 
-def take_policy(run: Run, stage: Stage, policy: Policy) -> dict[str, Any]:
+def take_policy(run: Run, stage: Stage, policy: Policy) -> Identity:
     """Give the policy the weights of the stage; returns their identity, checked against what the run knows.
 
     Raises UserError when the base model is not the one the run began with, RunFailed when adapter files changed since

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -24,6 +24,7 @@ from shards.run import Run, Stage
 from shards.text.cleaning import clean
 
 if TYPE_CHECKING:
+    from rollout.policy.experts import Identity
     from shards.config import RolloutConfig, RunConfig
 
 
@@ -56,7 +57,7 @@ def check_prompts(run: Run, stage: Stage, layout: Layout) -> list[str]:
     return check_lengths(every, taken, run.config, layout.folder)
 
 
-def stage_plan(run: Run, stage: Stage, layout: Layout, identity: dict[str, Any] | None = None) -> RolloutPlan:
+def stage_plan(run: Run, stage: Stage, layout: Layout, identity: Identity | None = None) -> RolloutPlan:
     """The plan of a stage: a pure function of run.toml, the prompts file and the policy. Raises UserError.
 
     `identity` is what `Policy.fingerprint` gives. Without it the plan names no policy, and is only good to look at.

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -182,7 +181,7 @@ def compare_with_stored(stage: Stage, shard: int, sample: Sample, exact: bool = 
         stored = opened.meta(sample.key), opened.trajectory(sample.key), opened.video(sample.key)
     record = json.loads(json.dumps(sample.meta))
     parts = {name: (stored[0].get(name), record.get(name)) for name in stored[0].keys() | record.keys()}
-    pairs: dict[str, tuple[Any, Any]] = {name: pair for name, pair in parts.items() if name not in TIME_AND_PLACE}
+    pairs: dict[str, tuple[object, object]] = {name: pair for name, pair in parts.items() if name not in TIME_AND_PLACE}
     pairs |= {
         name: (stored[1].get(name), sample.tensors.get(name)) for name in stored[1].keys() | sample.tensors.keys()
     }
@@ -192,7 +191,7 @@ def compare_with_stored(stage: Stage, shard: int, sample: Sample, exact: bool = 
     return Regenerated(sample.key, {name: value for name, value in found.items() if value > 0})
 
 
-def _difference(stored: Any, again: Any) -> float:
+def _difference(stored: object, again: object) -> float:
     """Largest absolute difference of two numbers, lists of them or tensors; 0 when equal, inf when they are neither."""
     if not isinstance(stored, Tensor) and stored == again:
         return 0.0

@@ -6,7 +6,7 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -171,7 +171,7 @@ class Sampler:
         return Decoded(self.policy.vae.decode(state.x), whole, time.monotonic() - began)
 
     def put_together(self, chunk: Chunk, state: State, decoded: Decoded) -> list[Sample]:
-        """The samples of a chunk, their videos encoded, a broken one with its status. Any thread may call this."""
+        """The samples of a chunk, their videos encoded, a broken one with its status. Safe in any thread."""
         began, video = time.monotonic(), self.plan.video
         videos = [encode_mp4(rows, video.fps, video.crf) for rows in decoded.frames]
         seconds = round((state.seconds + decoded.seconds + time.monotonic() - began) / chunk.count, 3)
@@ -219,7 +219,7 @@ class Sampler:
         del meta["step_index"]  # the same as `window`
         return Sample(key, meta | {"seconds": seconds}, video, tensors)
 
-    def _meta(self, chunk: Chunk, sample: int) -> dict[str, Any]:
+    def _meta(self, chunk: Chunk, sample: int) -> dict[str, object]:
         """The record of a sample but for what came out of it."""
         group, plan = self.groups[chunk.group], self.plan
         seeds = {"initial": INITIAL} | {str(step): step for step in group.window}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from shards.plan import HIGH_NOISE, LOW_NOISE, Form, Law, Schedule
 from shards.run import EXPERT_NAMES
 
 if TYPE_CHECKING:
+    from rollout.policy.folder import SchedulerConfig
     from shards.config import EvalConfig, RolloutConfig
 
 
@@ -21,7 +22,7 @@ def make_schedule(
     config: RolloutConfig,
     *,
     boundary: float | None,
-    scheduler_config: Mapping[str, Any],
+    scheduler_config: SchedulerConfig,
     evaluation: EvalConfig | None = None,
 ) -> Schedule:
     """The schedule of a rollout, or with `evaluation` that of the deterministic evaluation sampler.
@@ -62,7 +63,22 @@ def expert_ids(timesteps: Sequence[float], boundary: float | None, train_steps: 
     return tuple(HIGH_NOISE if t >= boundary * train_steps else LOW_NOISE for t in timesteps)
 
 
-def describe(schedule: Schedule, window: Sequence[int]) -> list[dict[str, Any]]:
+class PlannedStep(TypedDict):
+    """A row of `describe`, which says what each key means."""
+
+    step: int
+    sigma: float
+    timestep: float
+    expert: str
+    guidance: float
+    law: str
+    std: float
+    noise_share: float
+    trained: bool
+    gradient_share: float
+
+
+def describe(schedule: Schedule, window: Sequence[int]) -> list[PlannedStep]:
     """One row per step, for `--dry-run`.
 
     Keys: step, sigma, timestep, expert (name), guidance, law (that of the window, or the solver), std (of the whole
@@ -71,7 +87,7 @@ def describe(schedule: Schedule, window: Sequence[int]) -> list[dict[str, Any]]:
     """
     chosen = set(window)
     scales = {step: step_scale(schedule, step) for step in chosen}
-    rows = []
+    rows: list[PlannedStep] = []
     for step in range(schedule.steps):
         expert, trained = schedule.experts[step], step in chosen
         std = step_std(schedule, step) if trained else 0.0

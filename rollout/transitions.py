@@ -235,8 +235,8 @@ def average(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 def euler(x: torch.Tensor, velocity: torch.Tensor, sigma: float, sigma_next: float) -> torch.Tensor:
     """x + (s' - s) v in fp32: the ODE step, bit for bit that of diffusers' FlowMatchEulerDiscreteScheduler in fp32.
 
-    For fp32 sigmas, the difference taken in float64 and rounded once to fp32 is the fp32 difference. Product and sum
-    stay two operations: a fused one rounds differently.
+    x and the velocity have one shape, [B,C,F,H,W] or any other. For fp32 sigmas, the difference taken in float64 and
+    rounded once to fp32 is the fp32 difference. Product and sum stay two operations: a fused one rounds differently.
     """
     return x.float() + (sigma_next - sigma) * velocity.float()
 
@@ -246,7 +246,8 @@ def dpm_2m(
 ) -> torch.Tensor:
     """DPM-Solver++(2M), midpoint: the Euler step plus a correction from the x0_hat of the step before, fp32 like x.
 
-    The first step (no `previous`) and the step to s' = 0 are of first order, as in diffusers.
+    x and the velocity have one shape, [B, C, F, H, W] or any other. The first step (no `previous`) and the step to
+    s' = 0 are of first order, as in diffusers.
     """
     step = euler(x, velocity, sigma, sigma_next)
     if previous is None or sigma_next == 0:
@@ -255,7 +256,7 @@ def dpm_2m(
 
 
 def clean_estimate(x: torch.Tensor, velocity: torch.Tensor, sigma: float) -> torch.Tensor:
-    """x0_hat = x - s v, fp32 like x: what `Previous` carries from one step to the next."""
+    """x0_hat = x - s v, fp32, of the shape of x: what `Previous` carries from one step to the next."""
     return x.float() - sigma * velocity.float()
 
 

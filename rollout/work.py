@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rollout.sampler import Sampler, State, Tensors
 from shards.plan import Chunk
@@ -194,7 +194,7 @@ class Work:
             self.tally.sizes[shard] if shard in committed else len(spooled(self.stage, shard)) for shard in shards
         )
 
-    def _circumstances(self, seconds: float) -> dict[str, Any]:
+    def _circumstances(self, seconds: float) -> dict[str, object]:
         """What the manifest keeps about the making of a shard."""
         index, count = self.worker.part
         return {

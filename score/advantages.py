@@ -96,7 +96,9 @@ def _normalise(
 
 
 def group_statistics(values: Values, present: NDArray[np.bool_], groups: NDArray[np.int64]) -> tuple[Values, Values]:
-    """Mean and standard deviation (ddof 0) of every group over the rows that are present; 0 for an empty group.
+    """Mean and standard deviation [G] (ddof 0) of every group over the rows that are present; 0 for an empty group.
+
+    values, present, groups: [N], one a row; `groups` numbers the groups from 0.
 
     The deviation of equal values is exactly 0, which the two-pass formula alone does not promise (three times 0.1).
     """

@@ -67,7 +67,7 @@ class Aesthetic(FrameReward):
         positive("aesthetic", "frames", options["frames"])
 
     def values(self, frames: NDArray[np.uint8], prompt: str) -> Mapping[str, float]:
-        """Scores of the frames; the prompt is not looked at."""
+        """Scores of the frames [T, H, W, 3]; the prompt is not looked at."""
         scores = apply(self.layers, self.embedder.images(frames), self.activation)
         return {"score": float(scores.mean()), "lowest": float(scores.min())}
 

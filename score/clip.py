@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,8 +17,12 @@ from score.frames import FrameReward
 from score.options import device_named
 from shards.errors import UserError
 
+if TYPE_CHECKING:
+    from transformers import CLIPModel, CLIPProcessor
+
 WEIGHTS = (".safetensors", ".bin")
 CONFIGURATION = (".json", ".txt")
+T = TypeVar("T")
 
 
 class ClipReward(FrameReward):
@@ -57,7 +61,7 @@ class CLIP(ClipReward):
     components = ("similarity", "lowest")
 
     def values(self, frames: NDArray[np.uint8], prompt: str) -> Mapping[str, float]:
-        """Similarity of the frames with the prompt."""
+        """Similarity of the frames [T, H, W, 3] with the prompt."""
         cosines = self.cosines(frames, prompt)
         return {"similarity": float(cosines.mean()), "lowest": float(cosines.min())}
 
@@ -65,7 +69,7 @@ class CLIP(ClipReward):
 class Embedder:
     """A CLIP model with its processor: unit vectors of images and texts in float32."""
 
-    def __init__(self, model: Any, processor: Any, device: torch.device) -> None:
+    def __init__(self, model: CLIPModel, processor: CLIPProcessor, device: torch.device) -> None:
         self.model, self.processor, self.device = model, processor, device
         self.text = functools.lru_cache(maxsize=1024)(self._text)  # a group shares its prompt
         """Unit vector [D] of a prompt, cut to the window of the model."""
@@ -118,7 +122,7 @@ def load_embedder(model: str, processor: str, device: str = "auto") -> Embedder:
     return Embedder(network.eval().requires_grad_(False).to(place), words, place)
 
 
-def _load(what: str, folder: str, load: Callable[[], Any]) -> Any:
+def _load(what: str, folder: str, load: Callable[[], T]) -> T:
     if not Path(folder).is_dir():
         raise UserError(f"{folder}: no such folder", f"give a CLIP {what} as `save_pretrained` writes it")
     try:

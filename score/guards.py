@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,8 +46,8 @@ class Guards:
         return [_with_diversity(one, centre) for one in scored]
 
 
-def _with_diversity(scored: Scored, centre: Any) -> Scored:
-    if scored.state is None:
+def _with_diversity(scored: Scored, centre: NDArray[np.float32] | None) -> Scored:
+    if scored.state is None or centre is None:
         return scored
     difference = float(np.abs(scored.state - centre).mean())
     return replace(scored, components={**scored.components, "diversity": difference}, state=None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 from score import process
 from score.catalogue.argument import EXAMPLE, parse_argument
@@ -19,13 +19,36 @@ from shards.video import LIMITS, VideoLimits, load_video
 ONE_FOR_ALL = "give it once for all videos, or once per video"
 
 
+class Verdict(TypedDict):
+    """What one reward says of one video."""
+
+    reward: str
+    scorer: str
+    status: str
+    value: float | None
+    components: Mapping[str, float | None]
+    frames_used: list[int]
+    text: NotRequired[Sequence[object] | None]
+
+
+class JudgedVideo(TypedDict):
+    """What all rewards say of one video."""
+
+    file: str
+    prompt: str
+    target: str | None
+    fps: float
+    frames: int
+    rewards: list[Verdict]
+
+
 def judge(
     videos: Sequence[str | Path],
     prompts: Sequence[str],
     rewards: Sequence[str],
     targets: Sequence[str] = (),
     limits: VideoLimits = LIMITS,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[JudgedVideo]:
     """One record a video, in order, as soon as it is scored: plain JSON values.
 
     A record has `file`, `prompt` (as given; rewards get it cleaned, as in a run), `target` (the one given, else what
@@ -55,7 +78,7 @@ def _records(
     targets: Sequence[str],
     chosen: Sequence[Chosen],
     limits: VideoLimits,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[JudgedVideo]:
     built: list[tuple[Chosen, Reward]] | None = None
     for path, prompt, target in zip(videos, prompts, targets, strict=True):
         frames, fps = load_video(path, limits)
@@ -80,10 +103,10 @@ def _target(prompt: str, given: str) -> str | None:
         return given or None
 
 
-def _verdict(chosen: Chosen, reward: Reward, video: Video) -> dict[str, Any]:
+def _verdict(chosen: Chosen, reward: Reward, video: Video) -> Verdict:
     """What one reward says of one video."""
     scored = chosen.after_group([process.judge_all(reward, [video], chosen.components)[0]])[0]
-    verdict = {
+    verdict: Verdict = {
         "reward": chosen.name,
         "scorer": chosen.directory,
         "status": scored.reason or "ok",
@@ -98,7 +121,7 @@ def _components(chosen: Chosen, scored: Scored) -> Mapping[str, float | None]:
     return {name: None if scored.reason else float(scored.components[name]) for name in chosen.components}
 
 
-def json_line(record: Mapping[str, Any], encoding: str | None) -> str:
+def json_line(record: Mapping[str, object], encoding: str | None) -> str:
     """A record as one line of JSON in characters as they are, or all escaped where one of them is in the way.
 
     That is one which `encoding` cannot write, or one which ends a line for some readers (U+2028).

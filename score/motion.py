@@ -73,7 +73,7 @@ def shrunk(frame: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
 
 
 def flow(left: NDArray[np.uint8], right: NDArray[np.uint8]) -> Flow:
-    """Displacement [h, w, 2] in pixels (x, y) that carries `left` to `right`."""
+    """Displacement [h, w, 2] in pixels (x, y) that carries `left` to `right`, grey images [h, w]."""
     import cv2
 
     if np.array_equal(left, right):  # there the method gives noise

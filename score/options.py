@@ -23,7 +23,7 @@ WANTED = {
 }
 
 
-def resolve(name: str, found: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+def resolve(name: str, found: Any, options: Mapping[str, object]) -> dict[str, object]:
     """Options of the reward `found`, checked, with its defaults filled in, so that the fingerprint sees them all.
 
     Raises UserError for an option it does not have (with the nearest name), one that is needed, or a wrong type.
@@ -43,7 +43,7 @@ def resolve(name: str, found: Any, options: Mapping[str, Any]) -> dict[str, Any]
         )
     hints = _annotations(found)
     return {
-        key: _converted(name, key, options[key], hints.get(key, Any)) if key in options else value.default
+        key: _converted(name, key, options[key], hints.get(key, object)) if key in options else value.default
         for key, value in parameters.items()
     }
 
@@ -61,7 +61,7 @@ def device_named(name: str) -> torch.device:
     return device
 
 
-def _annotations(found: Any) -> dict[str, Any]:
+def _annotations(found: Any) -> dict[str, object]:
     """Types by option; empty where they cannot be known, as for names that exist only while type checking."""
     is_class = isinstance(found, type)
     try:
@@ -70,7 +70,7 @@ def _annotations(found: Any) -> dict[str, Any]:
         return {}
 
 
-def _converted(name: str, option: str, value: Any, annotation: Any) -> Any:
+def _converted(name: str, option: str, value: object, annotation: object) -> object:
     """`value` as one of the annotated types; what is annotated otherwise is passed on as it is."""
     plain = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
     if value is None and type(None) in plain:
@@ -89,7 +89,7 @@ def _converted(name: str, option: str, value: Any, annotation: Any) -> Any:
     )
 
 
-def _as(kind: Any, value: Any) -> Any:
+def _as(kind: type, value: object) -> object:
     """`value`, or the text of one, as a `kind`. Raises ValueError."""
     if kind is bool and str(value).lower() in ("true", "false"):
         return str(value).lower() == "true"
@@ -106,5 +106,5 @@ def _as(kind: Any, value: Any) -> Any:
     raise ValueError(value)
 
 
-def _example(kind: Any) -> str:
+def _example(kind: type) -> str:
     return {bool: "true", int: "4", float: "0.5", TEXTS: '["a text", "another"]', str: '"a text"'}[kind]

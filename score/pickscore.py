@@ -27,7 +27,7 @@ class PickScore(ClipReward):
     components = ("score", "normalised", "lowest")
 
     def values(self, frames: NDArray[np.uint8], prompt: str) -> Mapping[str, float]:
-        """Preference of the frames for the prompt."""
+        """Preference of the frames [T, H, W, 3] for the prompt."""
         scores = self.embedder.scale * self.cosines(frames, prompt)
         mean = float(scores.mean())
         return {"score": mean, "normalised": mean / SCALE, "lowest": float(scores.min())}

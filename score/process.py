@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import ParamSpec, TypeVar
 
 from score.reward import Chosen, Reward, Scored, Video
 from shards.errors import UserError
@@ -22,6 +22,8 @@ from shards.video import decode_mp4
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENCV_FOR_THREADS_NUM": "1"}
 LARGEST = 1e100  # of a component: the squares of larger ones overflow, and advantages would be 0 or not a number
+P = ParamSpec("P")
+T = TypeVar("T")
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's mallopt
 
 
@@ -159,9 +161,9 @@ def unbuilt(rewards: Sequence[Chosen], count: int) -> list[Chosen]:
 class Inline(Executor):
     """An executor that works in the calling process, when there is one worker."""
 
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Run now; the future is finished when it is returned."""
-        future: Future[Any] = Future()
+        future: Future[T] = Future()
         try:
             future.set_result(fn(*args, **kwargs))
         except Exception as error:

@@ -29,7 +29,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -39,6 +39,9 @@ from score.frames import positive, spread
 from score.reward import Scored, Video
 from shards.errors import UserError
 from shards.video import encode_mp4
+
+if TYPE_CHECKING:
+    from http.client import HTTPMessage
 
 AGAIN = {408, 425, 429, *range(500, 600)}
 LONGEST_PAUSE = 60.0  # seconds
@@ -139,7 +142,7 @@ class Remote:
                 time.sleep(min(LONGEST_PAUSE, self.pause * 2**attempt if last.wait is None else last.wait))
         return Scored(reason=f"{last}, {self.attempts} times")
 
-    def request(self, video: Video, numbers: Sequence[int]) -> dict[str, Any]:
+    def request(self, video: Video, numbers: Sequence[int]) -> dict[str, object]:
         """The body for the frames with these numbers. Raises UserError for frames that mp4 cannot hold."""
         frames = video.frames[list(numbers)]
         body = {
@@ -158,7 +161,7 @@ class Remote:
             return body | {"images": [_text(png(frame)) for frame in frames]}
         return body | {"video": _text(encode_mp4(frames, max(1, round(video.fps)), QUALITY))}
 
-    def _ask(self, body: bytes) -> Any:
+    def _ask(self, body: bytes) -> object:
         """The parsed answer. Raises _Failed."""
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if self.token_env:
@@ -193,7 +196,7 @@ class Remote:
         token = os.environ.get(self.token_env, "") if self.token_env else ""
         return text.replace(token, "…") if token else text
 
-    def _scored(self, answer: Any, numbers: Sequence[int]) -> Scored:
+    def _scored(self, answer: object, numbers: Sequence[int]) -> Scored:
         """The score that an answer holds. Raises _Failed when it holds none."""
         answer = answer if isinstance(answer, dict) else {}
         if isinstance(answer.get("reason"), str) and answer["reason"]:
@@ -276,7 +279,9 @@ def _handler(deadline: _Deadline, secure: bool) -> urllib.request.BaseHandler:
 class _Stay(urllib.request.HTTPRedirectHandler):
     """Follows no redirect; the status 3xx comes out as the error that it is."""
 
-    def redirect_request(self, req: Any, fp: IO[bytes], code: int, msg: str, headers: Any, newurl: str) -> None:
+    def redirect_request(
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
+    ) -> None:
         """No further request."""
 
 

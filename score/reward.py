@@ -47,7 +47,7 @@ class Video:
     prompt: str
     target: str | None = None
     fps: float = 16.0
-    meta: Mapping[str, Any] = field(default_factory=dict)
+    meta: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Chosen:
     target: str
     version: str
     components: tuple[str, ...]
-    options: Mapping[str, Any]
+    options: Mapping[str, object]
     neutral: tuple[str, ...] = ()
     keeps_text: bool = False
     content: Mapping[str, str] = field(default_factory=dict)
@@ -167,7 +167,7 @@ def split_name(name: str) -> tuple[str, str]:
     return (f"{module}:{head}" if colon else head), component
 
 
-def choose(name: str, options: Mapping[str, Any] | None = None, content: bool = True) -> Chosen:
+def choose(name: str, options: Mapping[str, object] | None = None, content: bool = True) -> Chosen:
     """Find a reward by its name here, `module:Class`, `/path/file.py:Class`, or an installed package's entry point.
 
     Without `content` the files that options name are not looked at, for a check where they need not be; the fingerprint
@@ -203,7 +203,7 @@ def known() -> dict[str, str]:
     return installed | BUILT_IN
 
 
-def _here(options: Mapping[str, Any]) -> dict[str, Any]:
+def _here(options: Mapping[str, object]) -> dict[str, object]:
     """Options with the local copies of files and folders in place of their URLs in a store."""
     return {name: local_name(value) if isinstance(value, str) else value for name, value in options.items()}
 

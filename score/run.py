@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from score import tables
 from score.worker import Scoring, named
@@ -14,7 +14,7 @@ from shards import sidecar
 from shards.errors import StillBusy, UserError
 from shards.measures import StageReward, measure_of, stage_reward
 from shards.process.progress import counted
-from shards.records.kinds import read_summary
+from shards.records.kinds import SummaryValues, read_summary
 from shards.run import Run, Stage
 from shards.store.urls import in_shell
 from shards.workers.leftovers import sweep_run
@@ -36,7 +36,7 @@ class ScoreReport:
     missing: int
     seconds: float
     advantages: str
-    summary: dict[str, Any] | None
+    summary: SummaryValues | None
     advantages_written: bool
     waited: float = 0.0
     """Seconds of those spent waiting for others."""
@@ -165,7 +165,7 @@ def _pending(stage: Stage, shards: Iterable[int], selection: tables.Selection) -
     ]
 
 
-def _advantages(stage: Stage, selection: tables.Selection, max_missing: float) -> tuple[dict[str, Any], bool]:
+def _advantages(stage: Stage, selection: tables.Selection, max_missing: float) -> tuple[SummaryValues, bool]:
     """The summary, and whether the advantages had to be written for it."""
     path = stage.summary_path(selection.digest)
     if path.exists() and all(sidecar.advantaged(stage, shard, selection.digest) for shard in stage.shards()):

@@ -8,7 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from score.advantages import MISSING, NO_SPREAD, NOT_CHOSEN, Specification, advantages
 from score.reward import Chosen, Scored, choose, split_name
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from shards.config import ScoreConfig
+    from shards.records.kinds import RewardValues, SummaryValues
 
 GUARDS = "guards"
 
@@ -91,7 +92,7 @@ def score_table(chosen: Chosen, keys: Sequence[str], scored: Sequence[Scored]) -
     return pd.DataFrame(rows, columns=[*columns, "text"] if chosen.keeps_text else columns)
 
 
-def _row(chosen: Chosen, key: str, scored: Scored) -> dict[str, Any]:
+def _row(chosen: Chosen, key: str, scored: Scored) -> dict[str, object]:
     matched = SAMPLE_KEY.fullmatch(key)
     assert matched
     values = {name: math.nan if scored.reason else float(scored.components[name]) for name in chosen.components}
@@ -174,7 +175,7 @@ def read_scores(stage: Stage, chosen: Chosen) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-def write_advantages(stage: Stage, selection: Selection, max_missing: float) -> dict[str, Any]:
+def write_advantages(stage: Stage, selection: Selection, max_missing: float) -> SummaryValues:
     """Compute and write the advantages of a fully scored stage; returns the summary, which is written last.
 
     Raises RunFailed when more than the share `max_missing` of the rewards is missing, and UserError for a stage that is
@@ -217,7 +218,7 @@ def summarise(
     guards: pd.DataFrame | None,
     rewards: pd.DataFrame,
     table: pd.DataFrame,
-) -> dict[str, Any]:
+) -> SummaryValues:
     """Counts and means of a stage, as plain JSON values; None where nothing was scored.
 
     `scores` and `guards` are tables of read_scores, `rewards` is side_by_side of them, `table` their advantages.
@@ -246,7 +247,7 @@ def summarise(
     }
 
 
-def _means(chosen: Chosen, table: pd.DataFrame) -> dict[str, Any]:
+def _means(chosen: Chosen, table: pd.DataFrame) -> RewardValues:
     return {
         "scorer": chosen.directory,
         "mean": _number(table["reward"].mean()),

@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from shards.errors import UserError, nearest
 from shards.store.urls import full_path, named_here
@@ -21,7 +20,7 @@ EMBEDDED = "words"  # names the embedded model and its prompts, even where a fol
 NONE = "none"  # says of an expert that it has no LoRA, likewise
 
 
-def in_full(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def in_full(values: dict[str, object]) -> tuple[dict[str, object], list[str]]:
     """The tree of a run.toml with its relative paths made absolute, and a sentence for the user about each of them.
 
     These are `model.path`, the LoRAs of [model], `rollout.prompts` and `eval.prompts`, where something of that name is
@@ -31,12 +30,12 @@ def in_full(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """
     changed, said = copy.deepcopy(values), []
     for name, table, key in _texts(changed):
-        full = full_path(table[key])
+        full = full_path(str(table[key]))
         if full != table[key]:
             table[key] = full
             said.append(f"{name}: {table[key]}, {IN_FULL}")
     for section, key in PROMPTS:
-        section_values: Any = changed.get(section)
+        section_values = changed.get(section)
         _check_prompts(f"{section}.{key}", section_values.get(key) if isinstance(section_values, dict) else None)
     return changed, said + _rewards_in_full(changed)
 
@@ -87,18 +86,19 @@ def nearest_file(path: Path) -> str:
     return f"a relative path counts from where the command is given, here from {Path.cwd()}"
 
 
-def _check_prompts(name: str, text: Any) -> None:
+def _check_prompts(name: str, text: object) -> None:
     if isinstance(text, str) and text != EMBEDDED:
         path = named_here(text)
         if path and not path.is_file():
             raise UserError(f"{name}: {text}: no such file", nearest_file(path))
 
 
-def _rewards_in_full(values: dict[str, Any]) -> list[str]:
+def _rewards_in_full(values: dict[str, object]) -> list[str]:
     """Change the names of rewards in a tree; a sentence for the user about each."""
-    score: Any = values.get("score")
+    found = values.get("score")
+    score = found if isinstance(found, dict) else {}
     said: list[str] = []
-    for key in ("rewards", "options") if isinstance(score, dict) else ():
+    for key in ("rewards", "options"):
         table = score.get(key)
         if isinstance(table, dict):
             names = {name: reward_in_full(name) for name in table}
@@ -107,7 +107,7 @@ def _rewards_in_full(values: dict[str, Any]) -> list[str]:
     return said
 
 
-def _texts(values: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
+def _texts(values: dict[str, object]) -> Iterator[tuple[str, dict[str, object], str]]:
     """Name, table and key of every text that may be a relative path."""
     for section, key in PATHS:
         table = values.get(section)
@@ -121,5 +121,5 @@ def _texts(values: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
                 yield f"score.options.{reward}.{key}", options, key
 
 
-def _is_relative(value: Any) -> bool:
+def _is_relative(value: object) -> bool:
     return isinstance(value, str) and value not in ("", EMBEDDED, NONE) and value[0] not in "/~"

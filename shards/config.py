@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -103,7 +103,7 @@ class ScoreConfig(Section):
     """[score]: the rewards, and how advantages follow from them."""
 
     rewards: dict[str, float] = Field({"ocr": 1.0}, description="weight of each reward, or of reward.component")
-    options: dict[str, dict[str, Any]] = Field({}, description="options of a reward, by its name")
+    options: dict[str, dict[str, object]] = Field({}, description="options of a reward, by its name")
     combine: Literal["normalise-first", "sum-first"] = Field(
         "normalise-first", description="normalise each reward in its group and then weight (GenRL), or the reverse"
     )
@@ -119,14 +119,14 @@ class ScoreConfig(Section):
     max_missing: float = Field(0.2, ge=0, le=1, description="share of missing rewards above which the stage stops")
     workers: int = Field(1, ge=1, description="processes that score at once, one torch thread each")
 
-    def specification(self) -> dict[str, Any]:
+    def specification(self) -> dict[str, object]:
         """How advantages follow from scores, as `_summary.json` of a specification of advantages says it."""
         names = ("combine", "spread", "min_spread", "best_of_n")
         return {"weights": dict(self.rewards), **{name: getattr(self, name) for name in names}}
 
     @field_validator("rewards", mode="before")
     @classmethod
-    def _flat(cls, rewards: Any) -> Any:
+    def _flat(cls, rewards: object) -> object:
         """`videoalign.VQ = 1.0` is a table inside a table to TOML; here it is the name of a component."""
         if not isinstance(rewards, dict):
             return rewards

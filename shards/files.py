@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from shards.errors import FULL, RunFailed, UserError
 from shards.locks import create_temporary, name_new
@@ -239,7 +239,7 @@ def sha256_file(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def canonical_sha256(value: Any) -> str:
+def canonical_sha256(value: object) -> str:
     """sha256 of a value as JSON with sorted keys and no spaces."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
@@ -253,7 +253,7 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def to_json(value: Any, where: str | Path) -> bytes:
+def to_json(value: object, where: str | Path) -> bytes:
     """Canonical JSON: sorted keys, UTF-8, one line. Raises UserError for what JSON or UTF-8 cannot hold."""
     try:
         text = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
@@ -267,7 +267,7 @@ def to_json(value: Any, where: str | Path) -> bytes:
         raise UserError(f"{where}: cannot be written as JSON: {error}", "use finite numbers, text, lists") from error
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
+def read_json(path: str | Path) -> dict[str, object]:
     """The object in a JSON file of any kind; records have readers of their own. Raises UserError when it is missing or
     damaged."""
     try:

@@ -7,12 +7,12 @@ import math
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from shards import parquet, tensors
 from shards.errors import REPAIR, Damaged
 from shards.plan import SAMPLE_KEY, SCHEMA, group_of
-from shards.records.samples import check_sample
+from shards.records.samples import SampleValues, check_sample
 from shards.records.strict_json import parse_object
 from shards.tar import BLOCK, EXTENSIONS, GROUP_NAME, SAMPLE_NAME, Member, members
 
@@ -109,7 +109,7 @@ def scan(buffer: memoryview, where: str) -> list[Row]:
     return [row | texts[row["group"]] for row in rows.values()]
 
 
-def parse_meta(payload: memoryview, key: str, where: str) -> dict[str, Any]:
+def parse_meta(payload: memoryview, key: str, where: str) -> SampleValues:
     """The record in a sample's JSON member. Raises Damaged unless it is an object that belongs to `key`."""
     try:
         meta = parse_object(bytes(payload), most=LARGEST_META)
@@ -118,7 +118,7 @@ def parse_meta(payload: memoryview, key: str, where: str) -> dict[str, Any]:
         raise Damaged(f"{where}: damaged record: {error}", REPAIR) from error
     if (meta["key"], meta["schema"]) != (key, SCHEMA):
         raise Damaged(f"{where}: the record is of key {meta['key']!r}, schema {meta['schema']!r}", REPAIR)
-    return meta
+    return cast(SampleValues, meta)
 
 
 def keys_sha256(keys: Sequence[str]) -> str:
@@ -178,7 +178,7 @@ def schema() -> pyarrow.Schema:
     return pyarrow.schema([(name, arrow(kind)) for name, kind in COLUMNS.items()])
 
 
-def _meta_columns(key: str, meta: dict[str, Any]) -> Row:
+def _meta_columns(key: str, meta: SampleValues) -> Row:
     match = SAMPLE_KEY.fullmatch(key)
     assert match
     iteration, prompt_id, sample = (int(number) for number in match.groups())
@@ -221,7 +221,7 @@ def _trajectory_columns(payload: memoryview, member: Member, where: str) -> Row:
     }
 
 
-def _numbers(payload: memoryview, entries: dict[str, tensors.Entry], name: str, code: str) -> list[Any]:
+def _numbers(payload: memoryview, entries: dict[str, tensors.Entry], name: str, code: str) -> Sequence[float]:
     """A one-dimensional tensor as a list; empty when there is none of that name and type. No torch, no NumPy."""
     entry = entries.get(name)
     if entry is None or entry.dtype != code or len(entry.shape) != 1:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from shards.records.kinds import read_summary
+from shards.records.kinds import SummaryValues, read_summary
 from shards.records.updates import Update, read_updates
 from shards.run import EXPERT_NAMES, Run, Stage
 from shards.sidecar import specifications
@@ -45,7 +44,7 @@ class StageReward:
         return text if self.kind == "eval" else f"{text}, {self.now.used_groups} of {self.now.groups} groups used"
 
 
-def measure_of(summary: Mapping[str, Any]) -> Measure | None:
+def measure_of(summary: SummaryValues) -> Measure | None:
     """The measure that a summary holds; None where no video has a reward."""
     mean = summary.get("mean_reward")
     if mean is None:

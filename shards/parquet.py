@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from shards.errors import Damaged
 from shards.records.opening import read_plain
@@ -22,6 +22,7 @@ from shards.records.parquet_footer import (
 
 if TYPE_CHECKING:
     import pyarrow
+    import pyarrow.parquet
 
 MOST_BYTES = 256 * 2**20  # of a file, and of its columns when they are unpacked
 MOST_ROWS = 2**17
@@ -129,7 +130,7 @@ def _check_sizes(data: bytes, rows: int | None) -> Footer:
     return footer
 
 
-def _bounded(file: Any, data: bytes, footer: Footer) -> pyarrow.Table:
+def _bounded(file: pyarrow.parquet.ParquetFile, data: bytes, footer: Footer) -> pyarrow.Table:
     """The whole table. Texts are unpacked last: a dictionary of one long text can stand for gigabytes."""
     import pyarrow
     from pyarrow import compute
@@ -161,13 +162,13 @@ def _is_ours(kind: pyarrow.DataType) -> bool:
     return types.is_string(inner) or types.is_integer(inner) or types.is_floating(inner) or types.is_boolean(inner)
 
 
-def _texts(file: Any) -> dict[str, str]:
+def _texts(file: pyarrow.parquet.ParquetFile) -> dict[str, str]:
     """The metadata of a file; Arrow keeps its schema, and in it all of this once more, under a name of its own."""
     found = file.metadata.metadata or {}
     return {key.decode(): value.decode() for key, value in found.items() if key != b"ARROW:schema"}
 
 
-def _open(data: bytes, **options: Any) -> Any:
+def _open(data: bytes, **options: object) -> pyarrow.parquet.ParquetFile:
     import pyarrow.parquet
 
     return pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data), page_checksum_verification=True, **options)

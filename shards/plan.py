@@ -9,11 +9,14 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from shards.errors import UserError
 from shards.records.reading import first_fault, reader, short
 from shards.records.strict_json import parse_object
+
+if TYPE_CHECKING:
+    from pydantic import ConfigDict
 
 LARGEST = 64 * 2**20  # bytes of plan.json that are read: a hundred thousand groups
 SCHEMA: Literal[1] = 1  # of plan, manifest, member and index; README.md has its history
@@ -27,7 +30,7 @@ Law = Literal["ode", "flow-sde", "dance-sde", "wan-sde", "cps", "cps-unnormalise
 Form = Literal["exact", "euler-maruyama"]
 Solver = Literal["euler", "dpm-2m"]
 
-_STRICT: dict[str, Any] = {"strict": True, "extra": "forbid", "allow_inf_nan": False}  # for pydantic, at reading alone
+_STRICT: ConfigDict = {"strict": True, "extra": "forbid", "allow_inf_nan": False}  # for pydantic, at reading alone
 _IN_FILE = {"schedule": "sampler"}  # names of fields in plan.json, where they are others
 _COPY = "restore it from a copy"
 

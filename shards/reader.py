@@ -8,7 +8,7 @@ import weakref
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
 
 from shards import index, parquet, tensors
 from shards.errors import REPAIR, Damaged, UserError
@@ -26,7 +26,11 @@ if TYPE_CHECKING:
     import torch
     import webdataset
 
+    from shards.index import Row
+    from shards.records.samples import SampleValues
+
 T = TypeVar("T")
+Arguments = TypeVarTuple("Arguments")
 
 
 def open_shard(stage: Stage, shard: int) -> Shard:
@@ -77,13 +81,13 @@ class Shard:
         """The index as a table, one row per sample; README.md describes the columns."""
         return self._table.to_pandas()
 
-    def row(self, key: str) -> dict[str, Any]:
+    def row(self, key: str) -> Row:
         """The index row of a sample. Raises UserError when the shard has no such sample."""
         if key not in self._rows:
             raise UserError(f"{self.path} has no sample {key!r}", "`rushes inspect` lists the keys")
         return self._rows[key]
 
-    def meta(self, key: str) -> dict[str, Any]:
+    def meta(self, key: str) -> SampleValues:
         """The record of a sample. Raises Damaged."""
         payload = self._member(f"{key}.json", self.row(key), "json")
         return index.parse_meta(memoryview(payload), key, f"{self.path}: {key}.json")
@@ -173,16 +177,16 @@ class Shard:
             self._check(f"{key}.traj.safetensors, state {states[position]}", piece, row["latent_crc32"][slot])
         return out
 
-    def _slots(self, row: dict[str, Any], states: Sequence[int]) -> list[int]:
+    def _slots(self, row: Row, states: Sequence[int]) -> list[int]:
         missing = [state for state in states if state not in row["states"]]
         if missing:
             raise UserError(f"{self.path}: {row['key']} has no state {missing}", f"stored are {row['states']}")
         return [row["states"].index(state) for state in states]
 
-    def _member(self, name: str, row: dict[str, Any], column: str) -> bytearray:
+    def _member(self, name: str, row: Row, column: str) -> bytearray:
         return self._again(self._checked, name, row, column)
 
-    def _checked(self, name: str, row: dict[str, Any], column: str) -> bytearray:
+    def _checked(self, name: str, row: Row, column: str) -> bytearray:
         payload = self._read(name, row[f"{column}_offset"], row[f"{column}_bytes"])
         self._check(name, memoryview(payload), row[f"{column}_crc32"])
         return payload
@@ -195,7 +199,7 @@ class Shard:
             raise Damaged(f"{self.path}: the tar header of {name} is not where the index says", REPAIR)
         return payload
 
-    def _again(self, read: Callable[..., T], *arguments: Any) -> T:
+    def _again(self, read: Callable[[*Arguments], T], *arguments: *Arguments) -> T:
         """Read; what came damaged over a wire or lay damaged in the cache is forgotten and asked for once more."""
         try:
             return read(*arguments)
@@ -261,7 +265,7 @@ def webdataset_pipeline(stage: Stage, shards: Sequence[int] | None = None) -> we
     )
 
 
-def decode_sample(sample: dict[str, Any], plan: RolloutPlan | None = None) -> dict[str, Any]:
+def decode_sample(sample: dict[str, Any], plan: RolloutPlan | None = None) -> dict[str, object]:
     """Decode the raw members of one WebDataset sample of a shard. Raises Damaged."""
     from shards.video import decode_mp4
 
@@ -277,7 +281,7 @@ def decode_sample(sample: dict[str, Any], plan: RolloutPlan | None = None) -> di
     }
 
 
-def _open_tars(stage: Stage, shards: Sequence[int]) -> Iterator[dict[str, Any]]:
+def _open_tars(stage: Stage, shards: Sequence[int]) -> Iterator[dict[str, object]]:
     for shard in shards:
         stage.files.look(stage.shard_path(shard))
         with os.fdopen(open_tar(stage, shard, read_manifest(stage, shard)), "rb") as stream:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from shards.errors import UserError
 from shards.files import Files, LocalFiles, sha256_file, stamp_of, to_json
@@ -341,7 +341,7 @@ def _numbers(directory: Path, pattern: str) -> list[int]:
     return sorted(int(match[1]) for match in matches if match)
 
 
-def differences(ours: Any, theirs: Any, name: str = "") -> list[str]:
+def differences(ours: object, theirs: object, name: str = "") -> list[str]:
     """Dotted names of the values that differ between two JSON values."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
         keys = sorted(ours.keys() | theirs.keys())

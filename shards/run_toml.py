@@ -17,7 +17,7 @@ from shards.config import SCHEMA, RunConfig, Section
 from shards.errors import UserError, nearest
 
 PRESETS = Path(__file__).parent / "presets"
-Setting = str | tuple[str, Any]
+Setting = str | tuple[str, object]
 """What a call sets otherwise than run.toml: `section.key=value` as --set has it, or the dotted key and its value."""
 
 
@@ -46,7 +46,7 @@ def load_config(path: Path, sets: Iterable[Setting] = ()) -> RunConfig:
     return parse_config(changed, f"{path} with --set" if changed != values else str(path))
 
 
-def read_preset(name: str) -> dict[str, Any]:
+def read_preset(name: str) -> dict[str, object]:
     """The values of a preset; raises UserError with the nearest right name for an unknown one."""
     names = presets()
     if name not in names:
@@ -61,7 +61,7 @@ def presets() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.toml"))
 
 
-def parse_config(values: dict[str, Any], where: str) -> RunConfig:
+def parse_config(values: dict[str, object], where: str) -> RunConfig:
     """Check a tree of plain values against the sections; `where` names their origin in errors."""
     try:
         return RunConfig.model_validate(values)
@@ -69,7 +69,7 @@ def parse_config(values: dict[str, Any], where: str) -> RunConfig:
         raise _user_error(error, where) from None
 
 
-def apply_sets(values: dict[str, Any], sets: Iterable[Setting]) -> dict[str, Any]:
+def apply_sets(values: dict[str, object], sets: Iterable[Setting]) -> dict[str, object]:
     """Lay settings over a tree of values; a value in a text is TOML, or else a plain string.
 
     Raises UserError for a setting without `=` or a key that leads through something that is not a table.
@@ -78,7 +78,7 @@ def apply_sets(values: dict[str, Any], sets: Iterable[Setting]) -> dict[str, Any
     for setting in sets:
         name, value = setting if isinstance(setting, tuple) else _parsed(setting)
         *tables, key = _key_parts(name.strip())
-        table = changed
+        table: dict[str, Any] = changed
         for part in tables:
             table = table.setdefault(part, {})
             if not isinstance(table, dict):
@@ -87,13 +87,13 @@ def apply_sets(values: dict[str, Any], sets: Iterable[Setting]) -> dict[str, Any
     return changed
 
 
-def set_option(key: str, value: Any) -> str:
+def set_option(key: str, value: object) -> str:
     """For hints: the option that sets `key` to `value`, to be pasted into a shell."""
     plain = isinstance(value, str) and value == value.strip() and _toml_value(value) == value
     return "--set " + shlex.quote(f"{key}={value if plain else _toml(value)}")
 
 
-def _parsed(setting: str) -> tuple[str, Any]:
+def _parsed(setting: str) -> tuple[str, object]:
     """Key and value of a --set."""
     name, equals, text = setting.partition("=")
     if not equals or not name.strip():
@@ -122,7 +122,7 @@ def dump_config(config: RunConfig) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _dump_key(section: str, key: str, value: Any, description: str, tables: list[str]) -> list[str]:
+def _dump_key(section: str, key: str, value: object, description: str, tables: list[str]) -> list[str]:
     """Lines of one key; a dictionary of dictionaries becomes sub-tables, kept for the end of the section."""
     if value is None:
         return [f"# {key}: {description}", f"# {key} ="]
@@ -134,7 +134,7 @@ def _dump_key(section: str, key: str, value: Any, description: str, tables: list
     return [f"# {key}: {description}", f"{key} = {_toml(value)}"]
 
 
-def _toml(value: Any) -> str:
+def _toml(value: object) -> str:
     """One value as TOML."""
     if isinstance(value, bool):
         return "true" if value else "false"
@@ -160,7 +160,7 @@ def _toml_string(text: str) -> str:
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def _toml_value(text: str) -> Any:
+def _toml_value(text: str) -> object:
     """The value of a --set: TOML where it parses, the text itself where it does not."""
     try:
         return tomllib.loads(f"value = {text}")["value"]

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from shards import parquet
 from shards.errors import Damaged, UserError
@@ -187,7 +187,7 @@ def _as_table(frame: pandas.DataFrame, columns: dict[str, str], where: str) -> p
         raise UserError(f"{where}: {error}", "shards/README.md lists the columns and their types") from error
 
 
-def _check_keys(found: list[Any], expected: list[str], where: str) -> None:
+def _check_keys(found: Sequence[object], expected: Sequence[str], where: str) -> None:
     if found == expected:
         return
     extra, missing = sorted(set(map(str, found)) - set(expected)), sorted(set(expected) - set(found))

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from shards import tensors
 from shards.errors import Damaged, UserError
@@ -34,7 +34,7 @@ class Sample:
 
     key: str
     """i000003-p000017-s05"""
-    meta: dict[str, Any]
+    meta: dict[str, object]
     """Record of the sample; must hold `schema` and `key`."""
     video: bytes
     """An mp4 file."""

@@ -16,8 +16,9 @@ from shards.records.strict_json import parse_object
 if TYPE_CHECKING:
     import numpy
     import torch
+    from numpy.typing import NDArray
 
-    Array = torch.Tensor | numpy.ndarray[Any, Any]
+    Array = torch.Tensor | NDArray[numpy.generic]
 
 SIZES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 TORCH = {
@@ -57,7 +58,7 @@ def encode(tensors: Mapping[str, Array]) -> list[Buffer]:
     """
     parts = {name: _raw(name, tensor) for name, tensor in tensors.items()}
     order = sorted(parts, key=lambda name: (-SIZES[parts[name][0]], name))
-    table: dict[str, Any] = {}
+    table: dict[str, object] = {}
     offset = 0
     for name in order:
         code, shape, view = parts[name]
@@ -80,7 +81,7 @@ def parse(buffer: memoryview, where: str, size: int | None = None) -> tuple[dict
         (length,) = struct.unpack_from("<Q", buffer)
         if length > len(buffer) - 8:
             raise ValueError(f"its header claims {length} of {len(buffer)} bytes")
-        table = parse_object(bytes(buffer[8 : 8 + length]))
+        table: dict[str, Any] = parse_object(bytes(buffer[8 : 8 + length]))
         checksums = parse_object(table.pop("__metadata__")["crc32"])
         entries = {name: _entry(name, item, 8 + length, checksums[name]) for name, item in table.items()}
         _check_cover(entries, 8 + length, len(buffer) if size is None else size)
@@ -150,7 +151,7 @@ def _checksums(name: str, shape: list[int], view: memoryview) -> list[int]:
     return [zlib.crc32(view[row * size : (row + 1) * size]) for row in range(rows)]
 
 
-def _entry(name: str, item: dict[str, Any], base: int, checksums: list[int]) -> Entry:
+def _entry(name: str, item: dict[str, Any], base: int, checksums: object) -> Entry:
     start, stop = item["data_offsets"]
     shape = tuple(item["shape"])
     if any(type(size) is not int or not 0 <= size < 2**53 for size in (*shape, start, stop)) or len(shape) > 8:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from shards.errors import REPAIR, Damaged, UserError
 from shards.plan import VideoShape
@@ -16,7 +16,10 @@ from shards.records.opening import open_file
 if TYPE_CHECKING:
     from fractions import Fraction
 
+    import av
     import numpy
+    from av.container import InputContainer
+    from av.video.frame import VideoFrame
     from numpy.typing import NDArray
 
     Frames = NDArray[numpy.uint8]
@@ -71,7 +74,7 @@ def encode_mp4(frames: Frames, fps: int, crf: int = 12) -> bytes:
         )
     sink = io.BytesIO()
     with av.open(sink, "w", format="mp4", options=CONTAINER) as container:
-        stream: Any = container.add_stream("libx264", rate=fps, options=ENCODER | {"crf": str(crf)})
+        stream: av.VideoStream = container.add_stream("libx264", rate=fps, options=ENCODER | {"crf": str(crf)})
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
         stream.codec_context.thread_count = 1
         stream.codec_context.colorspace = int(Colorspace.ITU709)
@@ -153,7 +156,7 @@ class TooLarge(ValueError):
     """A video beyond what is decoded."""
 
 
-def _opened(source: Any, limits: VideoLimits, format: str | None = None) -> Any:
+def _opened(source: bytes | BinaryIO, limits: VideoLimits, format: str | None = None) -> InputContainer:
     """A container whose decoders refuse larger pictures from the first byte on, and which opens no other file."""
     import av
 
@@ -170,12 +173,12 @@ def _most(limits: VideoLimits) -> str:
     return str(2 * limits.pixels + 2**14)
 
 
-def _check_header(container: Any, limits: VideoLimits, shape: VideoShape | None = None) -> None:
+def _check_header(container: InputContainer, limits: VideoLimits, shape: VideoShape | None = None) -> None:
     """ValueError for a video whose header does not say what the plan does, or more than is decoded."""
     stream = container.streams.video[0]
     width, height, rate = stream.codec_context.width, stream.codec_context.height, stream.average_rate
     seen = f"{width}x{height}, {stream.frames} frames, {float(rate or 0):g} a second"
-    if shape and (height, width, stream.frames, rate) != (*shape.size, shape.fps):
+    if shape and ((height, width, stream.frames) != shape.size or rate != shape.fps):
         planned = f"{shape.width}x{shape.height}, {shape.frames} frames, {shape.fps} a second"
         raise TooLarge(f"it is {seen}; the plan has {planned}")
     if stream.frames > limits.frames or width * height > limits.pixels:
@@ -184,7 +187,7 @@ def _check_header(container: Any, limits: VideoLimits, shape: VideoShape | None 
         raise TooLarge(f"it is {seen}; at most {limits} are decoded")
 
 
-def _decoded(container: Any, limits: VideoLimits) -> Iterator[Any]:
+def _decoded(container: InputContainer, limits: VideoLimits) -> Iterator[VideoFrame]:
     """The pictures of a video within the limits, on one thread."""
     stream = container.streams.video[0]
     stream.thread_count = 1
@@ -198,7 +201,7 @@ def _decoded(container: Any, limits: VideoLimits) -> Iterator[Any]:
         yield picture
 
 
-def _stacked(frames: list[Any]) -> Frames:
+def _stacked(frames: Sequence[NDArray[Any]]) -> Frames:
     """The frames as one array. ValueError where there are none, or several sizes."""
     import numpy
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from shards import index, parquet
 from shards.errors import Damaged, RunFailed
@@ -24,7 +23,7 @@ HASH_BYTES = 4 * 2**20  # hashed and written while still in the processor's cach
 AGAIN = "run `rushes rollout` again; it samples what is missing"
 
 
-def seal(stage: Stage, shard: int, info: dict[str, Any]) -> bool:
+def seal(stage: Stage, shard: int, info: Mapping[str, object]) -> bool:
     """Assemble the shard from its full spool: tar, index, and last the manifest, which alone makes it exist.
 
     `info` (versions, host, seconds, …) is kept in the manifest. False when the shard was committed already. The spool
@@ -147,7 +146,7 @@ def _publish_index(stage: Stage, shard: int, assembly: _Assembly) -> None:
         raise RunFailed(f"{path} does not belong to {stage.shard_path(shard)}", f"delete {path} and {AGAIN}")
 
 
-def _manifest(stage: Stage, shard: int, assembly: _Assembly, info: dict[str, Any]) -> dict[str, Any]:
+def _manifest(stage: Stage, shard: int, assembly: _Assembly, info: Mapping[str, object]) -> dict[str, object]:
     keys = [row["key"] for row in assembly.rows]
     path = stage.index_path(shard)
     return {

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed
@@ -31,11 +31,14 @@ from shards.run import COMMIT
 from train.checkpoint_files import Writer, found
 from train.ranks import is_lost
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 KEEP = 2
 PATIENCE = timedelta(minutes=30)  # for the slowest rank to write its part
 _ROOT = "trainer"  # one entry at the top: DCP does its bookkeeping once per entry there
 _ALONE = ".*(torch.distributed is|single process).*"  # DCP warns when there is one process
-_writers: dict[Any, Any] = {}  # the process group of the writing threads, by the default group it belongs to
+_writers: dict[object, Any] = {}  # the group of the writing threads, by the default one it belongs to
 
 
 @dataclass
@@ -59,7 +62,7 @@ class Checkpoints:
 
     def __init__(self, keep: int = KEEP, asynchronous: bool = True, files: Files | None = None) -> None:
         self.keep, self.asynchronous, self.files = keep, asynchronous, files or LocalFiles()
-        self._flying: tuple[Future[Any], Writer] | None = None
+        self._flying: tuple[Future[object], Writer] | None = None
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -240,7 +243,7 @@ def _failure(final: Path, error: BaseException) -> RunFailed:
     )
 
 
-def _writing_group() -> Any:
+def _writing_group() -> ProcessGroup | None:
     """The process group of the writing threads: their messages must not mix with those of training."""
     if World.joined().size == 1:
         return None

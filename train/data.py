@@ -194,7 +194,7 @@ def keys_of(unit: Unit) -> list[str]:
 
 
 def read_step(rollouts: Rollouts, unit: Unit) -> Stored:
-    """Read a unit from its shard, checksums verified: the states of a transition. Any thread may do this."""
+    """Read a unit from its shard, checksums verified: the states of a transition. Safe in any thread."""
     shard, keys = rollouts.shards[unit.shard], keys_of(unit)
     position = rollouts.window(unit.group).index(unit.step)
     two_steps = rollouts.schedule.law == "dpm-sde-2m"

@@ -48,7 +48,7 @@ class Forwards:
         return (x - batch.x0) / schedule.sigmas[step]
 
     def weight(self, batch: Batch, old: Tensor, target: Tensor) -> float | Tensor:
-        """w of `train.objectives.estimators`."""
+        """w of `train.objectives.estimators`, one number or [B]; `old` and `target` are velocities [B, C, F, H, W]."""
         rollouts, config, step = self.inputs.rollouts, self.config, batch.unit.step
         if config.objective != "grpo" or config.error_weight == "adaptive":
             mask = self.free(batch, old)
@@ -73,7 +73,7 @@ class Forwards:
         return torch.stack([noise(batch.x0.shape[1:], seed=seed) for seed in seeds])
 
     def free(self, batch: Batch, x: Tensor) -> Tensor | None:
-        """The latents that are the policy's to choose; None when all are."""
+        """Mask of the latents x [B, C, F, H, W] that are the policy's to choose; None when all are."""
         return self.policy.free_mask(x, batch.condition)
 
     def score(self, batch: Batch) -> StepScore:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -106,7 +107,7 @@ def check_policy(rollouts: Rollouts, fingerprint: str, settings: TrainConfig) ->
     )
 
 
-def _plan(config: RunConfig, stage: Stage, rollouts: Rollouts, specification: str) -> dict[str, Any]:
+def _plan(config: RunConfig, stage: Stage, rollouts: Rollouts, specification: str) -> dict[str, object]:
     return {
         "schema": SCHEMA,
         "iteration": stage.iteration,
@@ -144,13 +145,13 @@ def _score_again(stage: Stage) -> str:
     return f"rushes score {in_shell(stage.run_path)} --iteration {stage.iteration}"
 
 
-def _specification(stage: Stage, name: str) -> dict[str, Any] | None:
+def _specification(stage: Stage, name: str) -> dict[str, object] | None:
     """What the advantages of that name were made by; None where their summary is not written yet."""
     path = stage.summary_path(name)
     return read_summary(path).specification if path.exists() else None
 
 
-def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     """Names of what differs, `train.learning_rate` or `shards`.
 
     A setting of [train] that the file does not have, because it was written before there was one, had its default.
@@ -167,6 +168,6 @@ def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     return [name for name in names if name != "train"] + inner
 
 
-def _defaults() -> dict[str, Any]:
+def _defaults() -> dict[str, object]:
     """Settings of [train] as a run.toml without them has them."""
     return TrainConfig().model_dump(mode="json")

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from rollout.schedule import step_scale, step_std
 from shards.plan import sample_key
-from train.data import Batch, Inputs, read_end, read_final, read_step, to_batch
+from train.data import Batch, Inputs, Rollouts, Stored, read_end, read_final, read_step, to_batch
 from train.forwards import Forwards
 from train.objectives import estimators, terms
 from train.objectives.estimators import Compared
@@ -108,7 +108,10 @@ class Losses:
         return len({sample for pair in self.inputs.pairs.get(unit.group, ()) for sample in pair})
 
     def rows(self, batch: Batch, advantage: Tensor, *, measure: bool, moved: bool) -> Rows:
-        """The losses of a batch, with gradient. `measure` asks for the shift of the mean, if the expert has `moved`."""
+        """The losses of a batch with advantages [B], with gradient.
+
+        `measure` asks for the shift of the mean, if the expert has `moved`.
+        """
         if self.config.is_published:
             return self._published(batch, advantage, measure, moved)
         if self.config.objective == "sft":
@@ -263,7 +266,7 @@ class Losses:
             return to_batch(self.ahead.take(unit, following), self.policy)
 
 
-def _reader(config: TrainConfig) -> Any:
+def _reader(config: TrainConfig) -> Callable[[Rollouts, Unit], Stored]:
     """The function that reads what the objective needs of a unit."""
     if noised_afresh(config):
         return read_final

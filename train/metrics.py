@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from shards.measures import read_metrics
 from shards.records.opening import read_plain, refuse_escape
-from shards.records.updates import MOST_BYTES, update_line
+from shards.records.updates import MOST_BYTES, Update, update_line
 from shards.run import EXPERT_NAMES
 from shards.trackers.live import track_update
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from shards.run import Stage
 
-Record = dict[str, Any]
+Record = Update
 
 
 class MetricsLog:

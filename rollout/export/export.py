@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from torch import Tensor
 
 from rollout.export.model_card import model_card, reward_curve
-from rollout.export.model_card_code import Base
+from rollout.export.model_card_code import Base, ExportRecord, ExportWanted
 from rollout.export.proof import Exported, beneath_in_diffusers, largest, prove
 from rollout.lineage import averaged, check_committed, take_policy
 from rollout.lora.adapter import fold_strength
@@ -87,7 +87,7 @@ def export(
     source = _source(stage, average)
     if format != "diffusers" and is_full(source):
         raise UserError(f"{source} holds all weights, and --format {format} is of LoRA", "leave out --format")
-    wanted = {
+    wanted: ExportWanted = {
         "schema": SCHEMA,
         "iterations": iterations,
         "policy": read_policy(stage.policy_record_path).fingerprint,
@@ -132,7 +132,7 @@ def _source(stage: Stage, average: bool) -> Path:
     return (averaged(folder) if average else None) or folder
 
 
-def _same(out: Path, wanted: dict[str, Any]) -> bool:
+def _same(out: Path, wanted: ExportWanted) -> bool:
     """Whether `out` is the wanted export, every file of it untouched.
 
     The policy says which it is; older exports have no `iterations`, but `iteration`, which is one less.
@@ -146,7 +146,7 @@ def _same(out: Path, wanted: dict[str, Any]) -> bool:
     return all(record.get(name) == value for name, value in wanted.items() if name != "iterations")
 
 
-def _write(run: Run, stage: Stage, source: Path, aside: Path, wanted: dict[str, Any]) -> tuple[str, float]:
+def _write(run: Run, stage: Stage, source: Path, aside: Path, wanted: ExportWanted) -> tuple[str, float]:
     """Fill the folder `aside` and prove it; returns how it was proven, and how far its outputs are from training's."""
     policy = Policy.of(run.config.model.model_copy(update={"device": "cpu", "lora": "", "lora_2": ""}))
     identity = take_policy(run, run.iteration(stage.iteration + 1), policy)
@@ -167,7 +167,7 @@ def _write(run: Run, stage: Stage, source: Path, aside: Path, wanted: dict[str, 
     difference = largest(answers, trained)
     beneath = beneath_in_diffusers(exported, answers) if files and base_lora else None
     checked = _checked(whole, wanted, difference, beneath)
-    record = {
+    facts: dict[str, object] = {
         **wanted,
         "base": identity["base"],
         "model": model,
@@ -177,16 +177,16 @@ def _write(run: Run, stage: Stage, source: Path, aside: Path, wanted: dict[str, 
         "checked": checked,
     }
     if base_lora is not None:
-        record["base_lora"] = base_lora.record(beneath is not None)
-    record["files"] = {path.relative_to(aside).as_posix(): sha256_file(path) for path in _files(aside)}
-    publish_new(aside / "README.md", model_card(run, record, Base.of(run, layout)).encode())
+        facts["base_lora"] = base_lora.record(beneath is not None)
+    facts["files"] = {path.relative_to(aside).as_posix(): sha256_file(path) for path in _files(aside)}
+    publish_new(aside / "README.md", model_card(run, cast(ExportRecord, facts), Base.of(run, layout)).encode())
     if curve := reward_curve(run, wanted["iterations"]):
         publish_new(aside / "reward.svg", curve.encode())
-    publish_new(aside / RECORD, to_json(record, aside / RECORD))
+    publish_new(aside / RECORD, to_json(facts, aside / RECORD))
     return checked, difference
 
 
-def _checked(whole: bool, wanted: dict[str, Any], difference: float, beneath: float | None) -> str:
+def _checked(whole: bool, wanted: ExportWanted, difference: float, beneath: float | None) -> str:
     """How an export was proven, in one sentence."""
     twice = "" if wanted["fused"] or wanted["format"] != "diffusers" else ", with its metadata and without,"
     text = f"loaded back by plain diffusers{twice} every expert's output equal bit for bit"

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
-from rollout.export.model_card_code import Base, code, comfyui
+from rollout.export.model_card_code import Base, ExportRecord, code, comfyui
 from shards.config import RunConfig
 from shards.measures import Measure, measured
 from shards.process.progress import counted
@@ -28,7 +27,7 @@ METHODS = {
 }
 
 
-def model_card(run: Run, record: dict[str, Any], base: Base) -> str:
+def model_card(run: Run, record: ExportRecord, base: Base) -> str:
     """README.md of an export; `record` is its export.json."""
     config, iterations = run.config, record["iterations"]
     kind = "whole weights of both experts" if len(record["experts"]) == 2 else "whole weights"
@@ -68,7 +67,7 @@ def model_card(run: Run, record: dict[str, Any], base: Base) -> str:
     return "\n".join(lines)
 
 
-def _beneath(record: dict[str, Any]) -> list[str]:
+def _beneath(record: ExportRecord) -> list[str]:
     """A line on the LoRA that was beneath the policy: needed with a LoRA, contained in whole weights."""
     base_lora = record.get("base_lora")
     if base_lora is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 from rollout.policy.folder import EXPERT_FOLDERS, Layout
 from rollout.schedule import make_schedule
@@ -14,12 +14,39 @@ from shards.run import EXPERT_NAMES
 from shards.store.urls import last_name
 
 if TYPE_CHECKING:
+    from rollout.lora.merged import BaseLoraRecord
     from shards.config import RunConfig
     from shards.run import Run
 
 SCHEDULERS = {"euler": "FlowMatchEulerDiscreteScheduler", "dpm-2m": "DPMSolverMultistepScheduler"}
 SETTINGS = {"euler": "", "dpm-2m": 'prediction_type="flow_prediction", use_flow_sigmas=True'}
 IN_COMFYUI = {"euler": "euler", "dpm-2m": "dpmpp_2m"}
+
+
+class ExportWanted(TypedDict):
+    """What export.json says of which export it is."""
+
+    schema: int
+    iterations: int
+    policy: str
+    average: bool
+    fused: bool
+    format: str
+
+
+class ExportRecord(ExportWanted):
+    """export.json."""
+
+    base: str
+    model: str
+    run: str
+    experts: list[str]
+    lora: dict[str, str]
+    """Files by expert; empty when fused."""
+    checked: str
+    base_lora: NotRequired[BaseLoraRecord]
+    files: NotRequired[dict[str, str]]
+    """sha256 of every file beside it."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +69,7 @@ class Base:
         scheduler, config = layout.scheduler_config, run.config
         return cls(
             name=public_name(config.model.path),
-            pipeline=read_json(layout.folder / "model_index.json")["_class_name"],
+            pipeline=str(read_json(layout.folder / "model_index.json")["_class_name"]),
             takes_image=layout.takes_image == "must",
             plan=make_schedule(
                 config.rollout, boundary=layout.boundary, scheduler_config=scheduler, evaluation=config.eval
@@ -62,7 +89,7 @@ def public_name(path: str) -> str:
     return last_name(path) or path
 
 
-def code(record: dict[str, Any], base: Base, config: RunConfig) -> list[str]:
+def code(record: ExportRecord, base: Base, config: RunConfig) -> list[str]:
     """A block of Python that runs as it stands where the base model and this folder are."""
     two, plan = len(record["experts"]) == 2, base.plan
     scheduler = SCHEDULERS[plan.solver]
@@ -117,7 +144,7 @@ def _scheduler(base: Base, config: RunConfig) -> list[str]:
     ]
 
 
-def _base_lora(record: dict[str, Any], two: bool) -> list[str]:
+def _base_lora(record: ExportRecord, two: bool) -> list[str]:
     """Lines that fuse the LoRA beneath; a comment where diffusers cannot read its file."""
     base_lora = record.get("base_lora")
     if base_lora is None:
@@ -163,7 +190,7 @@ def _guidance(base: Base, config: RunConfig) -> tuple[float, float | None]:
     return high, low
 
 
-def comfyui(record: dict[str, Any], base: Base, config: RunConfig) -> list[str]:
+def comfyui(record: ExportRecord, base: Base, config: RunConfig) -> list[str]:
     """A section on ComfyUI: where the files belong, and the sampler that comes nearest to the evaluation."""
     plan, (high, low) = base.plan, _guidance(base, config)
     files, first = record["lora"], plan.experts.count(HIGH_NOISE)

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from rollout.lora.merged import BaseLora
 from rollout.policy.folder import EXPERT_FOLDERS, Layout
-from rollout.policy.plain import open_plain, probe, sample, settle, wear
+from rollout.policy.plain import Pipeline, open_plain, probe, sample, settle, wear
 from shards.errors import RunFailed
 from shards.run import EXPERT_NAMES
 
@@ -32,7 +31,7 @@ class Exported:
     base_lora: BaseLora | None = None
     """What lies between the base model and the LoRA."""
 
-    def open(self, *, whole: bool) -> Any:
+    def open(self, *, whole: bool) -> Pipeline:
         """The pipeline that the export belongs to, in plain diffusers; with text encoder and VAE if `whole`."""
         pipe = open_plain(self.layout.folder if self.files else self.folder, self.dtype, whole=whole)
         for expert in self.layout.expert_ids if self.files and self.base_lora else ():
@@ -42,9 +41,11 @@ class Exported:
         return pipe
 
 
-def prove(exported: Exported, answers: Mapping[int, Tensor], modules: list[Any]) -> None:
+def prove(exported: Exported, answers: Mapping[int, Tensor], modules: list[nn.Module]) -> None:
     """Load an export and compare, bit for bit: each expert's `answers`, for a LoRA with its metadata and without them,
     and, when the policy's own `modules` are given, the latents of one call of the whole pipeline.
+
+    answers: [2, C, F, H, W] by expert, as `probe` gives them.
 
     Raises RunFailed where they differ.
     """
@@ -64,7 +65,7 @@ def prove(exported: Exported, answers: Mapping[int, Tensor], modules: list[Any])
 
 
 def beneath_in_diffusers(exported: Exported, answers: Mapping[int, Tensor]) -> float | None:
-    """Largest difference to `answers` when diffusers itself fuses the LoRA beneath, as the card shows it.
+    """Largest difference to `answers` [2, C, F, H, W] when diffusers itself fuses the LoRA beneath, as in the card.
 
     None where diffusers cannot read that file as it is.
     """
@@ -84,11 +85,11 @@ def beneath_in_diffusers(exported: Exported, answers: Mapping[int, Tensor]) -> f
 
 
 def largest(one: Mapping[int, Tensor], other: Mapping[int, Tensor]) -> float:
-    """Largest absolute difference between the answers of the same experts."""
+    """Largest absolute difference between the answers [2, C, F, H, W] of the same experts."""
     return max(float((one[expert] - other[expert]).abs().max()) for expert in one)
 
 
-def _compare(pipe: Any, exported: Exported, answers: Mapping[int, Tensor], how: str) -> None:
+def _compare(pipe: Pipeline, exported: Exported, answers: Mapping[int, Tensor], how: str) -> None:
     for expert, answer in answers.items():
         found = probe(getattr(pipe, EXPERT_FOLDERS[expert]), exported.layout)
         _equal(found, answer, f"{exported.folder}: {how}the {EXPERT_NAMES[expert]} expert")

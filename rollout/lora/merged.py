@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -17,7 +17,27 @@ from rollout.lora.read import Lora, read_lora
 from shards.errors import RunFailed, UserError
 from shards.run import EXPERT_NAMES
 
+if TYPE_CHECKING:
+    from diffusers import WanTransformer3DModel
+
 SETTING = "model.base_lora"
+
+
+class BaseLoraIdentity(TypedDict):
+    """Which LoRA it is."""
+
+    files: dict[str, dict[str, str]]
+    """{"weights": sha256} by name of the expert."""
+    scale: float
+
+
+class BaseLoraRecord(BaseLoraIdentity):
+    """The same in export.json."""
+
+    names: dict[str, str]
+    """Of the files, by name of the expert."""
+    plain: bool
+    """Whether diffusers reads them as they are."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +84,14 @@ class BaseLora:
             put_on(module, lora)
             merge_adapter(module, self.scale)
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> BaseLoraIdentity:
         """What it is: {"files": {expert: {"weights": sha256}}, "scale"}. Names and places of files do not count."""
         return {
             "files": {EXPERT_NAMES[expert]: dict(one) for expert, one in self.contents.items()},
             "scale": self.scale,
         }
 
-    def record(self, plain: bool) -> dict[str, Any]:
+    def record(self, plain: bool) -> BaseLoraRecord:
         """What an export tells of it: `identity`, the names of the files, and whether diffusers reads them as they are.
 
         Names only: where they lie is nobody's business but ours.
@@ -81,7 +101,7 @@ class BaseLora:
 
 
 @torch.no_grad()
-def merge_adapter(module: Any, scale: float = 1.0) -> None:
+def merge_adapter(module: WanTransformer3DModel, scale: float = 1.0) -> None:
     """Merge the adapter of a module into its weights, `scale` times, and take it off; the module is frozen then.
 
     W + scale * alpha/rank * B A, and biases alike, are computed in float64 and rounded once to the dtype of the weight,
@@ -94,7 +114,7 @@ def merge_adapter(module: Any, scale: float = 1.0) -> None:
     module.requires_grad_(False)
 
 
-def _merge_layer(layer: Any, scale: float) -> None:
+def _merge_layer(layer: LoraLayer, scale: float) -> None:
     layer.set_scale(ADAPTER, scale)
     layer.lora_A[ADAPTER].double()
     layer.lora_B[ADAPTER].double()

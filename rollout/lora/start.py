@@ -9,9 +9,9 @@ from rollout.lora.adapter import put_on
 from rollout.lora.find import Start, find_lora, locate_lora
 from rollout.lora.merged import BaseLora
 from rollout.lora.read import Lora, read_lora
-from rollout.policy.folder import EXPERT_FOLDERS, Layout, read_config
+from rollout.policy.folder import EXPERT_FOLDERS, Layout, read_part
 from rollout.policy.full import is_full
-from rollout.policy.sizes import meta_expert
+from rollout.policy.sizes import TransformerConfig, meta_expert
 from shards.errors import UserError
 from shards.files import read_json
 from shards.records.kinds import read_model_record
@@ -75,7 +75,7 @@ def _check_experts(setting: str, place: Path | None, layout: Layout) -> None:
 
 def check_fit(lora: Lora, layout: Layout, expert: int) -> None:
     """UserError where a LoRA has other layers or shapes than an expert, of which only the configuration is read."""
-    config = read_config(layout.folder / EXPERT_FOLDERS[expert] / "config.json", "save the transformer too")
+    config = read_part(TransformerConfig, layout.folder / EXPERT_FOLDERS[expert], "save the transformer too")
     put_on(meta_expert(config, int(config["num_layers"])), lora)
 
 

@@ -4,12 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
 
 from rollout.lora.start import start_size
 from rollout.plan import batch_size
-from rollout.policy.folder import DTYPES, EXPERT_FOLDERS, Layout, find_folder, read_config, read_layout
-from rollout.policy.sizes import ExpertSize, Pass, expert_size, text_parameters, vae_parameters
+from rollout.policy.folder import (
+    DTYPES,
+    EXPERT_FOLDERS,
+    Layout,
+    find_folder,
+    read_config,
+    read_layout,
+    read_part,
+)
+from rollout.policy.sizes import (
+    ExpertSize,
+    Pass,
+    TransformerConfig,
+    VaeConfig,
+    expert_size,
+    text_parameters,
+    vae_parameters,
+)
 from shards.config import RunConfig
 
 
@@ -19,8 +34,8 @@ class Model:
 
     config: RunConfig
     layout: Layout
-    transformer: dict[str, Any]
-    vae_config: dict[str, Any]
+    transformer: TransformerConfig
+    vae_config: VaeConfig
     size: ExpertSize
     rank: int
     """Of the adapter: `train.lora_rank`, or that of `model.lora`, whose size then counts too."""
@@ -103,8 +118,10 @@ def read_model(config: RunConfig) -> Model:
     """Read the configurations of the model of a run; its weights need not be there."""
     layout = read_layout(find_folder(config.model.path, weights=False), weights=False)
     layout.check_shape(config.rollout.height, config.rollout.width, config.rollout.frames)
-    parts, hint = (EXPERT_FOLDERS[0], "text_encoder", "vae"), "copy or fetch the whole model folder"
-    transformer, text, vae = (read_config(layout.folder / part / "config.json", hint) for part in parts)
+    hint = "copy or fetch the whole model folder"
+    transformer = read_part(TransformerConfig, layout.folder / EXPERT_FOLDERS[0], hint)
+    text = read_config(layout.folder / "text_encoder" / "config.json", hint)
+    vae = read_part(VaeConfig, layout.folder / "vae", hint)
     size, rank = expert_size(transformer, config.train.lora_rank), config.train.lora_rank
     if start := start_size(config.model.lora, config.model.lora_2, layout):
         size, rank = replace(size, lora=start[0]), start[1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rollout.policy.wan import Policy
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 __all__ = ["Policy"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """`Policy`, imported when asked for: rollout/lora needs modules of this room, and `Policy` needs rollout/lora."""
     if name == "Policy":
         from rollout.policy.wan import Policy

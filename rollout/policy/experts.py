@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -22,6 +22,16 @@ from rollout.policy.sharding import Experts, check_ulysses, distribute
 from rollout.ranks.world import World, full
 from shards.files import canonical_sha256
 from shards.run import EXPERT_NAMES
+
+
+class Identity(TypedDict):
+    """Which policy it is."""
+
+    fingerprint: str
+    base: str
+    """Fingerprint of the model beneath, a base LoRA included."""
+    adapters: dict[str, str]
+    """sha256 of its files, by their paths in its folder."""
 
 
 class ExpertWeights:
@@ -259,7 +269,7 @@ class ExpertWeights:
             return self.model_fingerprint
         return canonical_sha256({"model": self.model_fingerprint, "lora": self.base_lora.identity()})
 
-    def fingerprint(self, policy_dir: str | Path | None) -> dict[str, Any]:
+    def fingerprint(self, policy_dir: str | Path | None) -> Identity:
         """Identity of base and policy: {"fingerprint", "base", "adapters": {path in the folder: sha256}}.
 
         After full training `adapters` names the files of the transformers instead. None stands for the policy as
@@ -271,10 +281,11 @@ class ExpertWeights:
             adapters = hashes_of(files)
         return self.identity(adapters)
 
-    def identity(self, adapters: Mapping[str, str]) -> dict[str, Any]:
+    def identity(self, adapters: Mapping[str, str]) -> Identity:
         """That of a policy whose files have these sha256, by their paths in its folder."""
-        identity = {"base": self.base_fingerprint, "adapters": dict(adapters)}
-        return {"fingerprint": canonical_sha256(identity), **identity}
+        base, named = self.base_fingerprint, dict(adapters)
+        fingerprint = canonical_sha256({"base": base, "adapters": named})
+        return {"fingerprint": fingerprint, "base": base, "adapters": named}
 
     def hashes(self, folder: Path, expert: int) -> dict[str, str]:
         """sha256 of the files that `save` wrote of an expert, by their paths in the folder."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, TypeVar, cast
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
@@ -30,7 +30,15 @@ EXPERT_FOLDERS = ("transformer", "transformer_2")  # of the high-noise expert, o
 PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 CONFIGURATIONS = (".json", ".model", ".txt")  # the files of a tokenizer among them
 FINGERPRINTED = (".json", ".safetensors", ".model", ".txt")
+T = TypeVar("T")
+Network = TypeVar("Network", bound=nn.Module)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class SchedulerConfig(TypedDict, total=False):
+    """scheduler_config.json, which also holds what else its scheduler takes."""
+
+    num_train_timesteps: int
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,7 @@ class Layout:
     rope_length: int
     temporal_scale: int
     spatial_scale: int
-    scheduler_config: Mapping[str, Any]
+    scheduler_config: SchedulerConfig
 
     @property
     def expert_ids(self) -> tuple[int, ...]:
@@ -144,7 +152,9 @@ def read_layout(folder: Path, *, weights: bool = True) -> Layout:
         rope_length=int(transformer.get("rope_max_seq_len", 1024)),
         temporal_scale=int(vae.get("scale_factor_temporal", 4)),
         spatial_scale=int(vae.get("scale_factor_spatial", 8)),
-        scheduler_config=read_config(folder / "scheduler" / "scheduler_config.json", "save the scheduler too"),
+        scheduler_config=read_part(
+            SchedulerConfig, folder / "scheduler", "save the scheduler too", "scheduler_config.json"
+        ),
     )
 
 
@@ -193,7 +203,7 @@ def fingerprint_folder(layout: Layout) -> str:
     return canonical_sha256({path.relative_to(layout.folder).as_posix(): sha256_once(path) for path in files})
 
 
-def _rest(model: Any, device: torch.device) -> Any:
+def _rest(model: Network, device: torch.device) -> Network:
     """A model frozen and in eval mode; on a CPU with its weights in memory of its own.
 
     Tensors of a memory-mapped or buffered file begin at any multiple of 8 bytes, and CPU matrix products take another
@@ -206,7 +216,7 @@ def _rest(model: Any, device: torch.device) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def _load_model(kind: Any, folder: Path, **options: Any) -> Any:
+def _load_model(kind: type[Network], folder: Path, **options: object) -> Network:
     """`_load` of a network. UserError where its files lack a weight, which the libraries draw at random with a log.
 
     Nor may transformer and VAE have others than their class computes with; those of a text decoder do no harm.
@@ -237,7 +247,7 @@ def quiet_libraries() -> Iterator[None]:
             library.set_verbosity(level)
 
 
-def _load(kind: Any, folder: Path, **options: Any) -> Any:
+def _load(kind: Any, folder: Path, **options: object) -> Any:
     """`from_pretrained` from local files only, its many errors turned into one sentence."""
     try:
         return kind.from_pretrained(folder, local_files_only=True, **options)
@@ -261,6 +271,11 @@ def read_config(path: Path, hint: str) -> dict[str, Any]:
     return values
 
 
+def read_part(kind: type[T], folder: Path, hint: str, name: str = "config.json") -> T:
+    """The configuration of a part, whose fields are those of `kind`. Raises as `read_config`."""
+    return cast(T, read_config(folder / name, hint))
+
+
 def _check_weights(folder: Path) -> None:
     """UserError when a part of the model has no weights under the names that are loaded, lacks one of the files its
     index names, or has one cut off.
@@ -282,7 +297,7 @@ def _check_weights(folder: Path) -> None:
             raise UserError(f"{path}: damaged or cut off: {error}", "copy or fetch this file again") from None
 
 
-def _boundary(folder: Path, index: dict[str, Any], parts: tuple[str, ...]) -> float | None:
+def _boundary(folder: Path, index: Mapping[str, Any], parts: tuple[str, ...]) -> float | None:
     """The share of timesteps above which expert 0 works; None when there is one expert."""
     ratio = index.get("boundary_ratio")
     if "transformer_2" not in parts:
@@ -293,7 +308,7 @@ def _boundary(folder: Path, index: dict[str, Any], parts: tuple[str, ...]) -> fl
     return float(ratio)
 
 
-def _takes_image(folder: Path, index: dict[str, Any], transformer: dict[str, Any], vae: dict[str, Any]) -> str:
+def _takes_image(folder: Path, index: Mapping[str, Any], transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> str:
     """Whether the model starts from an image: told by the number of input channels and by `expand_timesteps`."""
     inputs, outputs = int(transformer["in_channels"]), int(transformer["out_channels"])
     if inputs == outputs:

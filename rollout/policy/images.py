@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from shards.errors import UserError
 from shards.pointers import refuse_pointer
 from shards.store.fetch import fetched_file
 
+if TYPE_CHECKING:
+    from PIL import Image
 
-def open_image(image: Any) -> Any:
+
+def open_image(image: str | Path | Image.Image) -> Image.Image:
     """A PIL image in RGB; paths and URLs are opened. UserError when the file is missing or no image."""
     from PIL import Image
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from rollout.policy.folder import Layout, load_text, load_vae
 from rollout.policy.images import open_image
 from rollout.policy.offload import Offload
 from shards.text.cleaning import clean
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 class TextEncoder:
@@ -96,7 +99,7 @@ class Vae:
         return (frames * 255).round().astype(np.uint8)
 
     @torch.no_grad()
-    def encode_image(self, image: str | Path | Any, height: int, width: int, frames: int) -> Tensor:
+    def encode_image(self, image: str | Path | Image.Image, height: int, width: int, frames: int) -> Tensor:
         """The condition of an image (path or PIL image), on the host, fp32.
 
         I2V: [1,4+C,F,H,W], a mask and the encoded video that begins with the image and is grey after it. TI2V:

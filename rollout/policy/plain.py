@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from diffusers import DiffusionPipeline
@@ -17,11 +17,16 @@ from rollout.policy.folder import DTYPES, EXPERT_FOLDERS, Layout
 from shards.errors import RunFailed
 from shards.run import EXPERT_NAMES
 
+if TYPE_CHECKING:
+    from diffusers import WanTransformer3DModel
+
+Pipeline: TypeAlias = DiffusionPipeline
+"""Of the class that a model_index.json names."""
 PROBE_TIMESTEPS = (950.0, 400.0)
 SAMPLE_STEPS = 4
 
 
-def open_plain(folder: Path, dtype: str, *, whole: bool) -> Any:
+def open_plain(folder: Path, dtype: str, *, whole: bool) -> Pipeline:
     """A fresh pipeline of the class that model_index.json names, on the CPU; text encoder and VAE only if `whole`.
 
     This is `from_pretrained` and nothing of ours, as a user would call it.
@@ -36,7 +41,7 @@ def open_plain(folder: Path, dtype: str, *, whole: bool) -> Any:
     return pipe
 
 
-def wear(pipe: Any, loras: Mapping[int, Path | dict[str, Tensor]]) -> None:
+def wear(pipe: Pipeline, loras: Mapping[int, Path | dict[str, Tensor]]) -> None:
     """Load a LoRA file, or its tensors alone, into each expert by `load_lora_weights`.
 
     Raises RunFailed when diffusers loaded nothing into an expert, which it only logs.
@@ -67,12 +72,12 @@ def round_adapter(module: nn.Module, dtype: str) -> None:
 
 
 @torch.no_grad()
-def probe(module: nn.Module, layout: Layout) -> Tensor:
+def probe(module: WanTransformer3DModel, layout: Layout) -> Tensor:
     """What an expert answers to fixed random latents of a few tokens, at two timesteps: [2,C,F,H,W]."""
-    config: Any = module.config
+    config = module.config
     generator = torch.Generator().manual_seed(20)
     _, rows, columns = layout.patch
-    first: nn.Parameter = module.patch_embedding.weight  # type: ignore[assignment, union-attr]
+    first: nn.Parameter = module.patch_embedding.weight
     x = torch.randn(1, config.in_channels, 2, 2 * rows, 2 * columns, generator=generator).to(first.dtype)
     text = torch.randn(1, 7, config.text_dim, generator=generator).to(first.dtype)
     shape = (1, 2 * 2 * 2) if layout.expand_timesteps else (1,)
@@ -81,11 +86,11 @@ def probe(module: nn.Module, layout: Layout) -> Tensor:
 
 
 @torch.no_grad()
-def sample(pipe: Any, layout: Layout, text_length: int) -> Tensor:
+def sample(pipe: Pipeline, layout: Layout, text_length: int) -> Tensor:
     """The final latents of one tiny call of the whole pipeline, guidance on, with noise from a fixed seed."""
     _, rows, columns = layout.patch
     height, width = (2 * layout.spatial_scale * patch for patch in (rows, columns))
-    options: dict[str, Any] = {}
+    options: dict[str, object] = {}
     if layout.takes_image == "must":
         from PIL import Image
 
@@ -109,7 +114,7 @@ def sample(pipe: Any, layout: Layout, text_length: int) -> Tensor:
     return latents
 
 
-def save_expert(module: Any, folder: Path) -> None:
+def save_expert(module: WanTransformer3DModel, folder: Path) -> None:
     """Write a whole transformer in diffusers' layout; its configuration does not name the folder it came from."""
     module.register_to_config(_name_or_path="")
     module.save_pretrained(folder, safe_serialization=True)

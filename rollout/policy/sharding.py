@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from math import gcd
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers import ContextParallelConfig, WanTransformer3DModel
@@ -22,6 +22,8 @@ from shards.errors import UserError
 from shards.run import EXPERT_NAMES
 
 if TYPE_CHECKING:
+    from diffusers import WanTransformer3DModel
+
     from rollout.ranks.world import World
 
 EXACT = MixedPrecisionPolicy(cast_forward_inputs=False)  # compute in the dtypes that are there, as one process does
@@ -44,7 +46,7 @@ class Experts(nn.Module):
         return out
 
 
-def distribute(members: dict[int, nn.Module], world: World) -> Experts:
+def distribute(members: dict[int, WanTransformer3DModel], world: World) -> Experts:
     """Shard experts over the ranks, in place, as plain modules of host memory; adapters must be on them already.
 
     Weights that learn are kept in fp32, and gathered in the dtype they had: the optimizer's masters are the module's
@@ -55,8 +57,7 @@ def distribute(members: dict[int, nn.Module], world: World) -> Experts:
     for module in members.values():
         if world.ulysses > 1:
             split_tokens(module, world)
-        blocks: Any = module.blocks
-        for block in blocks:
+        for block in module.blocks:
             _shard(block, world.fsdp_mesh)
         _shard(module, world.fsdp_mesh)
     experts = Experts(members)
@@ -65,10 +66,10 @@ def distribute(members: dict[int, nn.Module], world: World) -> Experts:
 
 
 def check_ulysses(
-    module: nn.Module, latents: tuple[int, int, int, int], world: World, setting: str = "train.ulysses"
+    module: WanTransformer3DModel, latents: tuple[int, int, int, int], world: World, setting: str = "train.ulysses"
 ) -> None:
     """UserError when the degree does not divide the heads or the tokens of latents (C, F, H, W); it says which do."""
-    config: Any = module.config
+    config = module.config
     heads = config.num_attention_heads
     count = tokens(latents, config.patch_size)
     if heads % world.ulysses == 0 and count % world.ulysses == 0:

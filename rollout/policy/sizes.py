@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
@@ -21,7 +21,28 @@ from rollout.lora.adapter import add_adapter
 from rollout.policy.folder import DTYPES
 from rollout.ranks.allocator import Allocator, Block
 
+if TYPE_CHECKING:
+    from torch import UntypedStorage
+
 Shape = tuple[int, int, int, int]
+
+
+class TransformerConfig(TypedDict):
+    """config.json of a WanTransformer3DModel, as far as it is looked at."""
+
+    num_layers: int
+    num_attention_heads: int
+    attention_head_dim: int
+    in_channels: int
+    text_dim: int
+    patch_size: Sequence[int]
+
+
+class VaeConfig(TypedDict, total=False):
+    """config.json of an AutoencoderKLWan, likewise."""
+
+    scale_factor_temporal: int
+    scale_factor_spatial: int
 
 
 @dataclass(frozen=True)
@@ -71,7 +92,7 @@ class Pass:
     """The reference policy is asked while the activations of the trained one wait (the KL term of LoRA)."""
 
 
-def expert_size(config: Mapping[str, Any], rank: int) -> ExpertSize:
+def expert_size(config: TransformerConfig, rank: int) -> ExpertSize:
     """Count the parameters of a WanTransformer3DModel and of an adapter of that rank.
 
     All blocks are equal, so that one and two of them tell the rest.
@@ -95,24 +116,24 @@ def extrapolate(one: int, two: int, layers: int) -> int:
     return one + (layers - 1) * (two - one)
 
 
-def vae_parameters(config: Mapping[str, Any]) -> int:
+def vae_parameters(config: VaeConfig) -> int:
     """Parameters of an AutoencoderKLWan."""
     with torch.device("meta"):
         return sum(p.numel() for p in AutoencoderKLWan.from_config(dict(config)).parameters())
 
 
-def text_parameters(config: Mapping[str, Any]) -> int:
+def text_parameters(config: Mapping[str, object]) -> int:
     """Parameters of a UMT5 encoder."""
     with torch.device("meta"):
         return sum(p.numel() for p in UMT5EncoderModel(UMT5Config(**config)).parameters())
 
 
-def working_bytes(config: Mapping[str, Any], run: Pass) -> int:
+def working_bytes(config: TransformerConfig, run: Pass) -> int:
     """Most bytes alive at once beside weights and gradients, in one forward (and backward) of an expert."""
     return working(config, run).alive
 
 
-def working(config: Mapping[str, Any], run: Pass) -> Peak:
+def working(config: TransformerConfig, run: Pass) -> Peak:
     """What one forward (and backward) of an expert needs beside weights and gradients.
 
     Run on meta tensors with one and two blocks and extrapolated. Attention counts as one fused kernel, which saves its
@@ -135,12 +156,12 @@ def working(config: Mapping[str, Any], run: Pass) -> Peak:
     return Peak(alive, max(alive, reserved))
 
 
-def pass_bytes(module: nn.Module, config: Mapping[str, Any], run: Pass) -> int:
+def pass_bytes(module: nn.Module, config: TransformerConfig, run: Pass) -> int:
     """`working_bytes` of this module, which may be real."""
     return pass_peak(module, config, run).alive
 
 
-def pass_peak(module: nn.Module, config: Mapping[str, Any], run: Pass) -> Peak:
+def pass_peak(module: nn.Module, config: TransformerConfig, run: Pass) -> Peak:
     """`working` of this module, which may be real. Its gradients are there before, as from the second chunk on.
 
     Were they made in the pass, the largest activations and all gradients would be taken for simultaneous.
@@ -151,12 +172,12 @@ def pass_peak(module: nn.Module, config: Mapping[str, Any], run: Pass) -> Peak:
     return peak_of(partial(_pass, module, config, run), module)
 
 
-def decode_bytes(config: Mapping[str, Any], shape: Shape) -> int:
+def decode_bytes(config: VaeConfig, shape: Shape) -> int:
     """Most bytes alive at once beside the weights while the VAE decodes one video of latents (C, F, H, W) in fp32."""
     return decode_peak(config, shape).alive
 
 
-def decode_peak(config: Mapping[str, Any], shape: Shape) -> Peak:
+def decode_peak(config: VaeConfig, shape: Shape) -> Peak:
     """What the VAE needs beside its weights to decode one video of latents (C, F, H, W) in fp32.
 
     The VAE works frame by frame, so three latent frames are run and the rest of the video is added.
@@ -174,12 +195,12 @@ def decode_peak(config: Mapping[str, Any], shape: Shape) -> Peak:
     return Peak(peak.alive + rest, peak.reserved + rest)
 
 
-def peak_bytes(function: Callable[[], Any], *modules: nn.Module) -> int:
+def peak_bytes(function: Callable[[], object], *modules: nn.Module) -> int:
     """Most bytes of new tensors alive at once while `function` runs, on any device; those of `modules` do not count."""
     return peak_of(function, *modules).alive
 
 
-def peak_of(function: Callable[[], Any], *modules: nn.Module) -> Peak:
+def peak_of(function: Callable[[], object], *modules: nn.Module) -> Peak:
     """What the new tensors of a function need at once, on any device; those of `modules` do not count."""
     known = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
     live = _Live(known + [tensor.grad for tensor in known if tensor.grad is not None])
@@ -195,7 +216,7 @@ def fused_attention() -> Iterator[None]:
     functional: Any = torch.nn.functional
     original = functional.scaled_dot_product_attention
 
-    def fused(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    def fused(query: Tensor, key: Tensor, value: Tensor, **options: object) -> Tensor:
         if query.device.type != "meta" and not isinstance(query, FakeTensor):
             return original(query, key, value, **options)  # type: ignore[no-any-return]
         return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]  # type: ignore[no-any-return]
@@ -216,14 +237,20 @@ class _Live(TorchDispatchMode):
         self.allocator = Allocator()
         self.seen = {tensor.untyped_storage()._cdata for tensor in known}
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        function: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         result = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._add(leaf.untyped_storage())
         return result
 
-    def _add(self, storage: Any) -> None:
+    def _add(self, storage: UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
         if key in self.seen:
             return
@@ -238,7 +265,7 @@ class _Live(TorchDispatchMode):
         self.allocator.free(block)
 
 
-def _pass(module: Any, config: Mapping[str, Any], run: Pass) -> None:
+def _pass(module: WanTransformer3DModel, config: TransformerConfig, run: Pass) -> None:
     """Forward, twice when guided, the reference's forwards, and backward; as Policy.velocity and training do it."""
     _, frames, rows, columns = run.shape
     dtype, where = DTYPES[run.dtype], module.patch_embedding.weight.device
@@ -258,7 +285,7 @@ def _pass(module: Any, config: Mapping[str, Any], run: Pass) -> None:
             velocity.square().mean().backward()
 
 
-def _velocity(module: Any, inputs: tuple[Tensor, Tensor, Tensor], guided: bool) -> Tensor:
+def _velocity(module: WanTransformer3DModel, inputs: tuple[Tensor, Tensor, Tensor], guided: bool) -> Tensor:
     """One forward, or two and what guidance makes of them: [B,C,F,H,W] fp32."""
     velocity: Tensor = module(*inputs, return_dict=False)[0].float()
     if guided:
@@ -267,18 +294,18 @@ def _velocity(module: Any, inputs: tuple[Tensor, Tensor, Tensor], guided: bool) 
     return velocity
 
 
-def meta_expert(config: Mapping[str, Any], layers: int) -> Any:
+def meta_expert(config: TransformerConfig, layers: int) -> WanTransformer3DModel:
     """A frozen transformer of so many blocks on the meta device."""
     known = {key: value for key, value in config.items() if not key.startswith("_")}
     with torch.device("meta"):
         return WanTransformer3DModel.from_config({**known, "num_layers": layers}).requires_grad_(False)
 
 
-def _kept(module: Any, name: str) -> bool:
+def _kept(module: WanTransformer3DModel, name: str) -> bool:
     return not set(module._keep_in_fp32_modules or ()).isdisjoint(name.split("."))
 
 
-def _cast(module: Any, dtype: str) -> Any:
+def _cast(module: WanTransformer3DModel, dtype: str) -> WanTransformer3DModel:
     """Weights in the dtypes that `from_pretrained` gives them."""
     for name, parameter in module.named_parameters():
         if not _kept(module, name):

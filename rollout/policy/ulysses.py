@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from diffusers.hooks.context_parallel import remove_context_parallel
 from diffusers.models.attention import AttentionModuleMixin
-from torch import nn
 
 from rollout.policy.sharding import check_ulysses, split_tokens
 
 if TYPE_CHECKING:
+    from diffusers import WanTransformer3DModel
+
     from rollout.policy import Policy
     from rollout.ranks.world import World
 
@@ -38,12 +39,10 @@ def shared_tokens(policy: Policy, size: tuple[int, int, int], world: World) -> I
             _join_tokens(module)
 
 
-def _join_tokens(module: nn.Module) -> None:
+def _join_tokens(module: WanTransformer3DModel) -> None:
     """Undo what split_tokens did; diffusers has no call for it."""
-    whole: Any = module
-    remove_context_parallel(whole, whole._cp_plan)
+    remove_context_parallel(module, module._cp_plan)
     for part in module.modules():
         if isinstance(part, AttentionModuleMixin):
-            processor: Any = part.processor
-            processor._parallel_config = None
-    whole._parallel_config = None
+            part.processor._parallel_config = None
+    module._parallel_config = None

@@ -152,6 +152,6 @@ class Policy:
         return mask
 
     def impose(self, x: Tensor, condition: Tensor | None) -> Tensor:
-        """x with the given first frame in its place (TI2V); x itself for other models."""
+        """x [B,C,F,H,W] with the given first frame, `condition`, in its place (TI2V); x itself for other models."""
         mask = self.free_mask(x, condition)
         return x if mask is None else (1 - mask) * condition + mask * x  # type: ignore[operator]

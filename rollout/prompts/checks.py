@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rollout.prompts.load import Prompt
 from shards.errors import UserError
@@ -21,6 +21,8 @@ from shards.text.quotes import quoted_spans
 from shards.text.recognisers import recogniser_of, unreadable_text
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from shards.config import RunConfig, ScoreConfig
 
 SPARE = 4  # tokens that a tokenizer may put around a text
@@ -125,7 +127,7 @@ def _tokens(folder: Path, text: str) -> int:
 
 
 @lru_cache(maxsize=2)
-def _tokenizer(folder: Path) -> Any:
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     from rollout.policy.folder import load_text_tokenizer
 
     return load_text_tokenizer(folder)

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 from rollout.prompts.files import refuse_nul
 from shards.errors import UserError
@@ -21,7 +21,7 @@ CHAT = "write the prompt as text, or as messages of which one is the user's and 
 _WRITTEN_CHAT = re.compile(r"""\s*\[?\s*\{\s*['"](role|content|from|value)['"]\s*:""")
 
 
-def prompt_text(value: Any, where: str) -> str:
+def prompt_text(value: object, where: str) -> str:
     """The cleaned text of a prompt, which may be a chat of one user message (`chat_text`); "" where there is none.
 
     Raises UserError for values of another type, and for text that a prompt cannot be.
@@ -37,7 +37,7 @@ def prompt_text(value: Any, where: str) -> str:
     return checked(value, where)
 
 
-def optional_text(value: Any, name: str, where: str) -> str | None:
+def optional_text(value: object, name: str, where: str) -> str | None:
     """The cleaned text of a target or a negative prompt; None where there is none. A negative prompt may be empty on
     purpose. Raises UserError as `prompt_text` does."""
     if value is None:
@@ -74,7 +74,7 @@ def quoted_target(text: str, where: str, needed: bool) -> str | None:
     return target or None
 
 
-def image_of(file: Path, value: Any, where: str) -> str | None:
+def image_of(file: Path, value: object, where: str) -> str | None:
     """Where an image lies that a prompts file names: at a URL, or in a file; relative names count from the prompts."""
     if value is None or value == "":
         return None
@@ -90,7 +90,7 @@ def image_of(file: Path, value: Any, where: str) -> str | None:
 # --- Tags ------------------------------------------------------------------------------------------------------------
 
 
-def tags_of(fields: Mapping[str, Any], where: str) -> tuple[str, ...]:
+def tags_of(fields: Mapping[str, object], where: str) -> tuple[str, ...]:
     """The tags of a record: `tags`, a list or a text with commas, and `tag`, one of them. Numbers and booleans become
     text as JSON writes them. Raises UserError for a tag that is a list, an object or bytes."""
     many, one = fields.get("tags"), fields.get("tag")
@@ -99,7 +99,7 @@ def tags_of(fields: Mapping[str, Any], where: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(tag.strip() for tag in found if tag.strip()))
 
 
-def _tag(value: Any, where: str) -> str:
+def _tag(value: object, where: str) -> str:
     if value is None or isinstance(value, str):
         return value or ""
     if isinstance(value, Mapping | bytes) or _is_list(value):
@@ -110,7 +110,7 @@ def _tag(value: Any, where: str) -> str:
 # --- Chats -----------------------------------------------------------------------------------------------------------
 
 
-def chat_text(messages: Sequence[Any], where: str) -> str:
+def chat_text(messages: Sequence[object], where: str) -> str:
     """The text of the one user message in a list of {"role", "content"}; messages without content do not count.
 
     `content` is text, or a list of parts {"type": "text", "text"}. Raises UserError, naming it, where anything would be
@@ -137,7 +137,7 @@ def chat_text(messages: Sequence[Any], where: str) -> str:
     return users[0] if users else ""
 
 
-def _content(content: Any, role: str, where: str) -> str:
+def _content(content: object, role: str, where: str) -> str:
     """The text of a message's content."""
     if content is None or isinstance(content, str):
         return content or ""
@@ -154,7 +154,7 @@ def _content(content: Any, role: str, where: str) -> str:
     return " ".join(texts)
 
 
-def _parsed(text: str, where: str) -> list[Any]:
+def _parsed(text: str, where: str) -> list[object]:
     """The messages of a chat that was written into a field of text, as JSON or as Python shows it."""
     for parse in (json.loads, ast.literal_eval):
         try:
@@ -165,11 +165,11 @@ def _parsed(text: str, where: str) -> list[Any]:
     raise UserError(f"{where}: the prompt begins like a chat, but cannot be read as one: {shortened(text)}", CHAT)
 
 
-def _is_list(value: Any) -> TypeGuard[Sequence[Any]]:
+def _is_list(value: object) -> TypeGuard[Sequence[object]]:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
-def shortened(value: Any) -> str:
+def shortened(value: object) -> str:
     """A value for an error, on one line of at most 80 characters."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 80 else f"{text[:77]}..."

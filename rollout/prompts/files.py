@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from shards.absolute_paths import nearest_file
 from shards.errors import UserError
@@ -21,6 +21,9 @@ from shards.process.progress import counted
 from shards.records.opening import read_plain
 from shards.records.parquet_footer import read_footer
 from shards.run_toml import set_option
+
+if TYPE_CHECKING:
+    import pyarrow
 
 MOST_BYTES = 256 * 2**20  # of a prompts file, and of its columns when they are unpacked
 SPLIT = "split it into several files"
@@ -60,7 +63,7 @@ class Row:
 
     number: int
     where: str
-    fields: Mapping[str, Any]
+    fields: Mapping[str, object]
 
 
 def read_rows(file: Path, column: Column) -> Iterator[Row]:
@@ -128,7 +131,7 @@ def _read_json(file: Path, column: Column) -> Iterator[Row]:
         yield Row(number, where, row)
 
 
-def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+def _once(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
     """An object whose names differ; ValueError for others, of which JSON would keep the last."""
     for name, count in Counter(name for name, _ in pairs).items():
         if count > 1:
@@ -208,7 +211,7 @@ def _read_parquet(file: Path, column: Column) -> Iterator[Row]:
         yield Row(number, where, fields)
 
 
-def _check_type(file: Path, name: str, kind: Any, prompts: bool) -> None:
+def _check_type(file: Path, name: str, kind: pyarrow.DataType, prompts: bool) -> None:
     """UserError for a column that cannot hold what its name says. Tags may be of any type but bytes and maps."""
     from pyarrow import types
 
@@ -221,7 +224,7 @@ def _check_type(file: Path, name: str, kind: Any, prompts: bool) -> None:
     raise UserError(f"{file}: the column `{name}` is of type {kind}, not text", "write it as a column of text")
 
 
-def _value(scalar: Any, name: str, where: str) -> Any:
+def _value(scalar: pyarrow.Scalar, name: str, where: str) -> object:
     try:
         return scalar.as_py()
     except UnicodeDecodeError as error:

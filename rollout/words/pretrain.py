@@ -19,13 +19,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from rollout.words.draw import INKS, PAPERS, WORDS, Scene, draw_batch, scenes, split
@@ -120,7 +120,7 @@ def new_vae() -> AutoencoderKLWan:
 
 
 def decode_unclamped(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
-    """Decode as `vae.decode` does, without its final clamp, whose flat ends would stop the gradient."""
+    """Decode latents [B,C,F,H,W] without the final clamp of `vae.decode`, whose flat ends would stop the gradient."""
     vae.clear_cache()
     hidden = vae.post_quant_conv(latents)
     frames = []
@@ -261,21 +261,24 @@ def encode_latents(work: Path, clips: int, words: Sequence[str], seed: int) -> N
 
 
 def flow_matching_loss(model: WanTransformer3DModel, clean: Tensor, text: Tensor, sigma: Tensor) -> Tensor:
-    """Mean squared error of the velocity at x = (1 - sigma) * clean + sigma * noise; sigma [batch]."""
+    """Mean squared error of the velocity at x = (1 - sigma) * clean + sigma * noise.
+
+    clean: [B, C, F, H, W]. text: [B, L, D]. sigma: [B].
+    """
     noise = torch.randn_like(clean)
     scale = sigma.view(-1, 1, 1, 1, 1)
     velocity = model((1 - scale) * clean + scale * noise, sigma * 1000, text, return_dict=False)[0]
     return (velocity - (noise - clean)).square().mean()
 
 
-def flow_matching(model: WanTransformer3DModel, work: Path, expert: str, lesson: Lesson, log: Log) -> Any:
+def flow_matching(
+    model: WanTransformer3DModel, work: Path, expert: str, lesson: Lesson, log: Log
+) -> WanTransformer3DModel:
     """Train one expert on its own range of sigma for one lesson; returns the moving average of its weights."""
     data = torch.load(work / "latents.pt", weights_only=True)
     words = (len(data["embeddings"]) - 1) // (len(INKS) * len(PAPERS))
     low, high = (BOUNDARY, 1.0) if expert == "high" else (0.0, BOUNDARY)
-    averaged: Any = torch.optim.swa_utils.AveragedModel(
-        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
-    )
+    averaged = AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998))
     average: float | None = None
     for step, move in enumerate(descend(list(model.parameters()), lesson.schedule, lesson.peak, decay=0.01)):
         rows = torch.randint(len(data["scene"]), (64,))

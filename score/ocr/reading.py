@@ -7,7 +7,6 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +18,11 @@ from score.ocr.reading_order import reading_order
 from shards.text.recognisers import Recogniser
 
 Frames = NDArray[np.uint8]
+Upright = list[int]
+"""A region of text along the axes: least and largest x, least and largest y."""
+Slanted = list[list[float]]
+"""The four corners (x, y) of any other region."""
+Regions = tuple[list[Upright], list[Slanted]]
 
 TEXT_THRESHOLD, LINK_THRESHOLD, LOW_TEXT = 0.7, 0.4, 0.4  # EasyOCR's defaults, as all numbers below
 SLOPE, CENTRE, HEIGHT, WIDTH, MARGIN = 0.1, 0.5, 0.5, 0.5, 0.1
@@ -71,7 +75,7 @@ class TextReader:
         return [distinct[name] for name in names]
 
     def lines(self, frames: Sequence[Frames], *, ordered: bool = True, min_confidence: float = 0.0) -> list[str]:
-        """One string a frame, boxes joined by a space: in reading order, or in EasyOCR's when `ordered` is false."""
+        """One string a frame [H,W,3], boxes joined by a space in reading order, or in EasyOCR's unless `ordered`."""
         rtl = self.networks.right_to_left
         return [
             joined(boxes, ordered=ordered, min_confidence=min_confidence, right_to_left=rtl)
@@ -90,12 +94,12 @@ class TextReader:
         iterator = iter(texts)
         return [[Box(corners, *next(iterator)) for corners, _, _ in crops] for crops in found]
 
-    def _detect(self, frames: list[Frames]) -> list[tuple[list[Any], list[Any]]]:
+    def _detect(self, frames: list[Frames]) -> list[Regions]:
         """Text regions of every frame: (upright boxes, slanted boxes); one forward pass for frames of one size."""
         by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for position, frame in enumerate(frames):
             by_shape[frame.shape].append(position)
-        regions: dict[int, tuple[list[Any], list[Any]]] = {}
+        regions: dict[int, Regions] = {}
         for shape, positions in by_shape.items():
             size = max(1, self.batch_pixels // (shape[0] * shape[1]))
             for start in range(0, len(positions), size):
@@ -104,7 +108,7 @@ class TextReader:
         return [regions[position] for position in range(len(frames))]
 
     @torch.inference_mode()
-    def _detect_batch(self, frames: list[Frames]) -> list[tuple[list[Any], list[Any]]]:
+    def _detect_batch(self, frames: list[Frames]) -> list[Regions]:
         from easyocr.craft_utils import adjustResultCoordinates, getDetBoxes
         from easyocr.utils import group_text_box
 
@@ -201,14 +205,16 @@ def _canvas(frames: list[Frames], canvas_size: int) -> tuple[Tensor, float]:
 
 
 def _crops(
-    grey: Frames, upright: list[Any], slanted: list[Any], rows: int
+    grey: Frames, upright: list[Upright], slanted: list[Slanted], rows: int
 ) -> list[tuple[NDArray[np.float64], Frames, int]]:
     """(corners, crop `rows` px high, padded width) of every region; regions that leave no pixels are skipped."""
     import cv2
     from easyocr.utils import get_image_list
 
     crops: list[tuple[NDArray[np.float64], Frames, int]] = []
-    for region in [([box], []) for box in upright] + [([], [box]) for box in slanted]:
+    regions: list[Regions] = [([box], []) for box in upright]
+    regions += [([], [box]) for box in slanted]
+    for region in regions:
         try:
             images, width = get_image_list(*region, grey, model_height=rows)
         except (cv2.error, ZeroDivisionError):  # a region wholly outside the frame has an empty crop

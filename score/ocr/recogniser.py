@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from score.ocr.winograd import Plane, Winograd
+
+if TYPE_CHECKING:
+    from easyocr.model.vgg_model import Model
 
 POOLS = ((2, 2), (1, 1), (2, 1), (1, 1), (2, 1))  # after the second to the sixth convolution; the first has (2, 2)
 
@@ -15,15 +18,14 @@ POOLS = ((2, 2), (1, 1), (2, 1), (1, 1), (2, 1))  # after the second to the sixt
 class FastRecogniser(nn.Module):
     """The convolutions of english_g2 by Winograd's scheme, its recurrent layers as they are."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Model) -> None:
         """`model`: easyocr.model.vgg_model.Model in evaluation mode, its batch norms fused into its convolutions."""
         super().__init__()
-        whole: Any = model
         self.first, *others, self.last = (
-            layer for layer in whole.FeatureExtraction.ConvNet if isinstance(layer, nn.Conv2d)
+            layer for layer in model.FeatureExtraction.ConvNet if isinstance(layer, nn.Conv2d)
         )
         self.convolutions = nn.ModuleList(Winograd(layer) for layer in others)
-        self.sequence, self.prediction = whole.SequenceModeling, whole.Prediction
+        self.sequence, self.prediction = model.SequenceModeling, model.Prediction
 
     def forward(self, images: Tensor, text: None = None) -> Tensor:
         """Logits [B, W/4 - 1, K] of grey images [B, 1, 64, W] from -1 to 1, W a multiple of 4."""

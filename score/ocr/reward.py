@@ -155,7 +155,7 @@ def _refusal(recogniser: Recogniser, mode: str, fold: bool, prompt: str, target:
     return unreadable_text(wanted, recogniser, DEFINITIONS[mode].normaliser(wanted, fold))
 
 
-def as_uint8(frames: NDArray[Any]) -> NDArray[np.uint8]:
+def as_uint8(frames: NDArray[np.number]) -> NDArray[np.uint8]:
     """Frames [T, H, W, 3] uint8 of frames [T, H, W, 3] or [T, 3, H, W], uint8 or floating in [0, 1].
 
     Floating frames are rounded and clipped: a decoder's 1.0001 is white, not an overflow. Raises ValueError for others.

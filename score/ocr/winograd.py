@@ -38,7 +38,10 @@ class Plane:
     """
 
     def __init__(self, buffer: Tensor, height: int, width: int) -> None:
-        """Clears what is outside `height` and `width`. Raises ValueError for a buffer without room for whole tiles."""
+        """Clears what is outside `height` and `width` of a buffer [B, ≥ H + 2, ≥ W + 2, C].
+
+        Raises ValueError for a buffer without room for whole tiles.
+        """
         if buffer.shape[1] < _whole(height) + 2 or buffer.shape[2] < _whole(width) + 2:
             raise ValueError(f"a buffer {list(buffer.shape)} is too small for maps of {height} by {width}")
         self.buffer, self.height, self.width = buffer, height, width

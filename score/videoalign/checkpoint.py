@@ -17,6 +17,8 @@ from shards.errors import UserError
 CONFIG = "model_config.json"
 AGAIN = "fetch or copy the checkpoint again"
 DIMENSIONS = ("VQ", "MQ", "TA")
+ConfigSection = Mapping[str, Any]
+"""A section of model_config.json, as VideoAlign's own dataclasses name its fields."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +28,9 @@ class Checkpoint:
     config_file: Path
     folder: Path
     """checkpoint-STEP."""
-    data: Mapping[str, Any]
-    model: Mapping[str, Any]
-    lora: Mapping[str, Any]
+    data: ConfigSection
+    model: ConfigSection
+    lora: ConfigSection
     norm: Mapping[str, tuple[float, float]]
     """Mean and standard deviation by dimension; empty when the configuration states none."""
 
@@ -94,7 +96,7 @@ def _step_folder(root: Path, step: int | None) -> Path:
 
 def _read_config(
     file: Path,
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, tuple[float, float]]]:
+) -> tuple[ConfigSection, ConfigSection, ConfigSection, dict[str, tuple[float, float]]]:
     """The sections of model_config.json that matter, checked. `inference_config` is the release's, and optional."""
     try:
         content = json.loads(file.read_text())
@@ -112,9 +114,9 @@ def _read_config(
     return data, model, lora, norm
 
 
-def _refuse_unknown(file: Path, data: Mapping[str, Any], model: Mapping[str, Any]) -> None:
+def _refuse_unknown(file: Path, data: ConfigSection, model: ConfigSection) -> None:
     """UserError for a head, a pooling, a template or a sampling that no released checkpoint has."""
-    known: list[tuple[Mapping[str, Any], str, Any, tuple[Any, ...]]] = [
+    known: list[tuple[ConfigSection, str, object, tuple[object, ...]]] = [
         (model, "output_dim", 1, (1, 3)),
         (model, "use_special_tokens", False, (True,)),
         (model, "reward_token", "special", ("special",)),

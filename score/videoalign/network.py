@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,8 @@ from score.videoalign.weights import read_weights
 from shards.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from transformers import Qwen2VLConfig
+    from transformers import PreTrainedTokenizerBase, Qwen2VLConfig
+    from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel, Qwen2VLTextModel
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,8 @@ class Network(nn.Module):
 
         super().__init__()
         model = Qwen2VLModel(config)
-        self.visual: Any = model.visual
-        self.language_model: Any = model.language_model
+        self.visual: Qwen2VisionTransformerPretrainedModel = model.visual
+        self.language_model: Qwen2VLTextModel = model.language_model
         self.rm_head = nn.Linear(config.text_config.hidden_size, output_dim, bias=False)
         self.visual.patch_embed = PatchProjection(self.visual.patch_embed.proj)
 
@@ -139,7 +140,7 @@ class Tokens:
     pad: int
 
     @classmethod
-    def of(cls, tokenizer: Any) -> Tokens:
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> Tokens:
         """Ids in `tokenizer`, which has been checked to hold them."""
         rewards = tuple(tokenizer.convert_tokens_to_ids(token) for token in REWARD_TOKENS)
         return cls(rewards, tokenizer.convert_tokens_to_ids(VIDEO_TOKEN), tokenizer.pad_token_id)

@@ -27,8 +27,10 @@ from shards.video import load_video
 
 if TYPE_CHECKING:
     import numpy as np
+    from numpy.typing import NDArray
+    from transformers import PreTrainedTokenizerBase
 
-    Frames = np.ndarray[Any, Any] | torch.Tensor
+    Frames = NDArray[np.uint8] | torch.Tensor
     Source = str | Path | tuple[Frames, float]
 
 REMEMBERED_SCORES = 10_000  # VQ and MQ of this many videos
@@ -177,7 +179,7 @@ class VideoAlign:
         )
 
     @cached_property
-    def _tokenizer(self) -> Any:
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(self.base_model, self.checkpoint.folder)
 
     @cached_property
@@ -256,7 +258,7 @@ def _positive(option: str, value: Any, kind: Callable[[Any], Any] = int) -> Any:
     return number
 
 
-def _flag(option: str, value: Any) -> bool:
+def _flag(option: str, value: object) -> bool:
     """A truth value, also from the text a command line gives; UserError otherwise."""
     if str(value).lower() not in ("true", "false"):
         raise UserError(f"videoalign: {option} is {value!r}, neither true nor false", f"write {option} = true or false")

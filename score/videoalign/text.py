@@ -12,9 +12,12 @@ import hashlib
 import logging
 import string
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from shards.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 REWARD_TOKENS = ("<|VQ_reward|>", "<|MQ_reward|>", "<|TA_reward|>")
 VIDEO_TOKEN = "<|video_pad|>"
@@ -87,7 +90,7 @@ def _check_template(place: Path, template: str) -> None:
         raise UserError(f"{place}: the template must hold {', '.join(ORDER)} once each, in this order", hint)
 
 
-def load_tokenizer(base_model: Path, checkpoint: Path) -> Any:
+def load_tokenizer(base_model: Path, checkpoint: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of the base model with the three reward tokens added, or else the one saved with the checkpoint.
 
     Raises UserError when neither folder holds one, or a token VideoAlign needs is missing or is split.
@@ -113,7 +116,7 @@ def load_tokenizer(base_model: Path, checkpoint: Path) -> Any:
     return tokenizer
 
 
-def check_prompt(prompt: str, tokenizer: Any, name: str) -> None:
+def check_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """UserError when a prompt holds one of the tokenizer's added tokens: it would double what the model reads."""
     for token in tokenizer.get_added_vocab():
         if token in prompt:

@@ -8,11 +8,11 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 
 from shards.errors import UserError
 
@@ -129,7 +129,9 @@ def patchify(frames: torch.Tensor) -> torch.Tensor:
     return cut.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, channels * PAIR * PATCH * PATCH)
 
 
-def prepare(frames: Any, source_fps: float | None, request: Request, name: str = "the video") -> Clip:
+def prepare(
+    frames: NDArray[np.uint8] | torch.Tensor, source_fps: float | None, request: Request, name: str = "the video"
+) -> Clip:
     """Frames [T,H,W,3] uint8 (array or tensor) at `source_fps` frames per second, as the network takes them.
 
     Raises UserError for frames of another shape or type, a missing rate, or a size or length VideoAlign cannot take.

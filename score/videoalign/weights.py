@@ -13,12 +13,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from score.videoalign.checkpoint import AGAIN, Checkpoint
+from score.videoalign.checkpoint import AGAIN, Checkpoint, ConfigSection
 from shards.errors import UserError
 
 FULL, ADAPTER, OTHERS = "model.pth", "adapter_model.safetensors", "non_lora_state_dict.pth"
@@ -37,7 +36,7 @@ class Names:
     """lm_head, which a full file holds and scoring never uses."""
 
     @classmethod
-    def of(cls, network: nn.Module, lora: Mapping[str, Any]) -> Names:
+    def of(cls, network: nn.Module, lora: ConfigSection) -> Names:
         """Names for a network made of `visual`, `language_model` and `rm_head`."""
         enabled = bool(lora.get("lora_enable"))
         prefix = "base_model.model." if enabled else ""
@@ -58,7 +57,7 @@ def _old_name(module: str) -> str:
     return re.sub(r"^language_model\.", "model.", module)
 
 
-def _lora_targets(network: nn.Module, lora: Mapping[str, Any]) -> dict[str, str]:
+def _lora_targets(network: nn.Module, lora: ConfigSection) -> dict[str, str]:
     """Modules with LoRA, new name -> old name: every linear or embedding whose old name holds no excluded word."""
     excluded = lora.get("lora_namespan_exclude") or []
     excluded = [excluded] if isinstance(excluded, str) else excluded

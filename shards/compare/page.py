@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from shards.compare.runs import Comparison, Side
 from shards.compare.terminal import sentence
@@ -125,6 +124,6 @@ def _clips(found: Comparison, facts: list[Facts], limit: int) -> str:
 def _last(facts: Facts) -> dict[tuple[int, int], Row]:
     """Videos of the last evaluation of a run by prompt and number."""
     rows = facts.of("eval")
-    newest: Any = rows[rows["iteration"] == rows["iteration"].max()]
+    newest = rows[rows["iteration"] == rows["iteration"].max()]
     found = [{str(name): value for name, value in row.items()} for row in newest.to_dict("records")]
     return {(int(row["prompt_id"]), int(row["sample"])): {**row, "iteration": int(row["iteration"])} for row in found}

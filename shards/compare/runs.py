@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from shards.errors import UserError
 from shards.measures import Measure, measured
@@ -63,7 +62,7 @@ class Comparison:
     """Names of the settings that are not the same in all of them."""
     pairs: list[Pair]
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Plain values for JSON."""
         return {
             "runs": [
@@ -82,7 +81,7 @@ class Comparison:
         }
 
 
-def _plain(measures: Mapping[int, Measure]) -> dict[str, Any]:
+def _plain(measures: Mapping[int, Measure]) -> dict[str, object]:
     return {str(k): asdict(one) for k, one in measures.items()}
 
 

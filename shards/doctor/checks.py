@@ -13,11 +13,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from shards.errors import UserError
 from shards.locks import locked
 from shards.store.objects import PACKAGES
+
+if TYPE_CHECKING:
+    from packaging.specifiers import SpecifierSet
 
 DISTRIBUTION = "rushes"
 LEAST_FREE = 2 << 30  # bytes; the demo writes less
@@ -83,7 +87,7 @@ def _packages() -> Check:
     return Check("packages", not wrong, True, ", ".join(wrong) or f"all {len(wanted)} that are needed", todo)
 
 
-def _unmet(name: str, versions: Any) -> str:
+def _unmet(name: str, versions: SpecifierSet) -> str:
     """What is wrong with an installed package; empty when nothing is."""
     try:
         found = metadata.version(name)
@@ -96,7 +100,7 @@ def _line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
-def _imported(name: str) -> tuple[Any, str]:
+def _imported(name: str) -> tuple[ModuleType | None, str]:
     """A module, or None and why it cannot be imported."""
     try:
         return importlib.import_module(name), ""

@@ -6,7 +6,7 @@ import io
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from shards.errors import UserError
 from shards.inspect import table
@@ -22,9 +22,42 @@ from shards.text.visible import visible, visible_json
 from shards.video import decode_mp4
 
 if TYPE_CHECKING:
+    from shards.records.samples import SampleValues
     from shards.video import Frames
 
 BY_STEP = ("sigmas", "timesteps", "experts", "guidance", "window", "log_prob")  # shown as the table of steps
+
+
+class StepRow(TypedDict):
+    """A row of the table of denoising steps."""
+
+    step: int
+    sigma: float
+    sigma_next: float
+    timestep: float
+    expert: str
+    guidance: float
+    log_prob: float | None
+
+
+class StoredLatents(TypedDict):
+    """How the states of a sample are stored."""
+
+    dtype: str
+    shape: list[int]
+    states: list[int]
+
+
+class Described(TypedDict):
+    """What `describe` gives."""
+
+    file: str
+    record: dict[str, object]
+    judgement: dict[str, float | str | None]
+    scores: dict[str, dict[str, float | None]]
+    text: dict[str, list[object]]
+    steps: list[StepRow]
+    latents: StoredLatents
 
 
 def find(path: str | Path, key: str, evaluation: bool = False) -> tuple[Stage, int]:
@@ -48,7 +81,7 @@ def find(path: str | Path, key: str, evaluation: bool = False) -> tuple[Stage, i
     raise UserError(f"{path}: {where} hold no sample {key}", "`rushes inspect RUN --columns key` lists what there is")
 
 
-def describe(path: str | Path, key: str, evaluation: bool = False) -> dict[str, Any]:
+def describe(path: str | Path, key: str, evaluation: bool = False) -> Described:
     """Everything known about one sample as plain values.
 
     `record`: the JSON member of the shard without what is listed by step; `judgement`: reward, advantage, weight,
@@ -65,14 +98,16 @@ def describe(path: str | Path, key: str, evaluation: bool = False) -> dict[str, 
     values = {str(name): value for name, value in frame[frame["key"] == key].iloc[0].to_dict().items()}
     scored = {name: value for name, value in values.items() if "." in name}
     scores: dict[str, dict[str, float | None]] = {}
-    text: dict[str, list[Any]] = {}
+    text: dict[str, list[object]] = {}
     for name, value in scored.items():
         scorer, _, component = name.rpartition(".")
         if component == "text":
             text[scorer] = read_texts(value)
         else:
             scores.setdefault(scorer, {})[component] = _number(value)
-    judgement: dict[str, Any] = {name: _number(values.get(name)) for name in ("reward", "advantage", "weight")}
+    judgement: dict[str, float | str | None] = {
+        name: _number(values.get(name)) for name in ("reward", "advantage", "weight")
+    }
     judgement |= {name: _text(values.get(name)) for name in ("reason", "status")}
     return {
         "file": file,
@@ -127,7 +162,7 @@ def show(path: str | Path, key: str, format: str = "table", evaluation: bool = F
     return visible_json(json.dumps(found, ensure_ascii=False)) + "\n" if format == "json" else to_text(found)
 
 
-def to_text(found: dict[str, Any]) -> str:
+def to_text(found: Described) -> str:
     """What `describe` gives, laid out for a terminal; control characters in it are escaped."""
     lines = [f"file        {found['file']}"]
     lines += [f"{name:<11} {_plain(value)}" for name, value in found["record"].items()]
@@ -152,7 +187,7 @@ def to_text(found: dict[str, Any]) -> str:
     return visible("\n".join(lines)) + "\n"
 
 
-def read_texts(value: Any) -> list[Any]:
+def read_texts(value: object) -> list[object]:
     """What a reward has read, as its column `text` keeps it: a list with one item per frame looked at.
 
     A text that is no such list is shown as it stands; what is no text is nothing that was read.
@@ -164,7 +199,7 @@ def read_texts(value: Any) -> list[Any]:
     return found if isinstance(found, list) else [value]
 
 
-def _reading(number: int, reading: Any) -> str:
+def _reading(number: int, reading: object) -> str:
     """A line with what was read: frame, text, confidence; a reward may also have kept the bare text."""
     if not isinstance(reading, dict):
         return f"  {number:<14} {_plain(reading)}"
@@ -173,7 +208,7 @@ def _reading(number: int, reading: Any) -> str:
     return f"  frame {reading.get('frame', number):<8} {reading.get('text') or '(nothing)'}{sure}"
 
 
-def _steps(meta: dict[str, Any]) -> list[dict[str, Any]]:
+def _steps(meta: SampleValues) -> list[StepRow]:
     log_probs = dict(zip(meta["window"], meta["log_prob"], strict=True))
     return [
         {
@@ -189,15 +224,15 @@ def _steps(meta: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _number(value: Any) -> float | None:
+def _number(value: float | None) -> float | None:
     return None if value is None or math.isnan(value) else float(value)
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     return value if isinstance(value, str) else ""
 
 
-def _plain(value: Any) -> str:
+def _plain(value: object) -> str:
     if value is None:
         return "-"
     if isinstance(value, float):

@@ -6,7 +6,7 @@ import io
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from shards import index
 from shards.errors import UserError
@@ -163,7 +163,7 @@ def _judgement(stage: Stage, hashes: dict[int, str], scores: dict[str, pandas.Da
     )
 
 
-def _status(own: Any, keys: Any, tables: list[pandas.DataFrame]) -> Any:
+def _status(own: pandas.Series[str], keys: pandas.Series[str], tables: list[pandas.DataFrame]) -> pandas.Series[str]:
     """The first status that is not "ok": the sample's own, then each scorer's."""
     status = own.fillna("ok")
     for table in tables:
@@ -231,7 +231,7 @@ def _to_pandas(table: pyarrow.Table) -> pandas.DataFrame:
     return frame
 
 
-def _exact(value: Any) -> Any:
+def _exact(value: object) -> object:
     """A value as JSON holds it without loss."""
     if isinstance(value, dict):
         return {str(name): _exact(one) for name, one in value.items()}
@@ -250,7 +250,7 @@ def _for_eyes(frame: pandas.DataFrame) -> pandas.DataFrame:
     return shown.map(_short)
 
 
-def _short(value: Any) -> Any:
+def _short(value: object) -> object:
     if isinstance(value, str):
         line = visible(value.replace("\n", " "))
         return line if len(line) <= 40 else line[:39] + "…"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from shards.inspect import query, sample, table
 from shards.measures import read_metrics
@@ -15,6 +15,7 @@ from shards.run import Run
 if TYPE_CHECKING:
     import pandas
 
+    from shards.inspect.sample import Described
     from shards.video import Frames
 
 
@@ -87,16 +88,16 @@ class RunView:
         specification, stages = meant(self.run)
         compared = {"change": "difference", "change_error": "standard_error", "wins": "wins", "losses": "losses"}
         compared |= {"ties": "ties"}
-        rows: list[dict[str, Any]] = []
+        rows: list[dict[str, object]] = []
         for one in evaluated(stages, specification):
-            row: dict[str, Any] = {"iteration": one.iteration, "videos": one.videos}
+            row: dict[str, object] = {"iteration": one.iteration, "videos": one.videos}
             row |= {"reward": one.mean_reward, "standard_error": one.standard_error}
             rows.append(row | {name: getattr(one.paired, field, None) for name, field in compared.items()})
         numbers = ("reward", "standard_error", *compared)
         frame = pandas.DataFrame(rows, columns=["iteration", "videos", *numbers])
         return frame.astype(dict.fromkeys(numbers, float))
 
-    def sample(self, key: str, evaluation: bool = False) -> dict[str, Any]:
+    def sample(self, key: str, evaluation: bool = False) -> Described:
         """Everything about one sample as plain values: its record, every score, the text that was read, its steps.
 
         The keys are `file`, `record`, `judgement`, `scores`, `text`, `steps` (one item per denoising step) and

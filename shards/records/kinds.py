@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, cast
 
 from annotated_types import Ge, Le, Predicate
 
@@ -18,7 +18,10 @@ from shards.plan import Kind, PolicyIdentity
 from shards.records.opening import COPY, inside
 from shards.records.reading import CHECKSUM, read_record
 
-_STRICT: dict[str, Any] = {"strict": True, "extra": "forbid", "allow_inf_nan": False}
+if TYPE_CHECKING:
+    from pydantic import ConfigDict
+
+_STRICT: ConfigDict = {"strict": True, "extra": "forbid", "allow_inf_nan": False}
 _HEX = re.compile("[0-9a-f]{64}")
 
 
@@ -74,7 +77,7 @@ class Manifest:
     index: FileFacts
     plan_sha256: Sha256
     policy: PolicyIdentity
-    info: dict[str, Any] = field(default_factory=dict)
+    info: dict[str, object] = field(default_factory=dict)
     content_sha256: str | None = None
 
     @property
@@ -143,7 +146,7 @@ class TrainPlan:
     """sha256 of the tar, by the number of its shard."""
     advantage: str
     order_seed: Annotated[int, Ge(0), Le(2**63 - 1)]
-    train: dict[str, Any]
+    train: dict[str, object]
     content_sha256: str | None = None
 
 
@@ -176,6 +179,35 @@ class RewardSummary:
     components: dict[str, float | None]
 
 
+class RewardValues(TypedDict):
+    """A `RewardSummary` as plain values."""
+
+    scorer: str
+    mean: float | None
+    missing: int
+    components: dict[str, float | None]
+
+
+class SummaryValues(TypedDict):
+    """A `Summary` as plain values, without its checksum."""
+
+    schema: int
+    specification: dict[str, object]
+    samples: int
+    mean_reward: float | None
+    std_reward: float | None
+    groups: int
+    used_groups: int
+    missing: int
+    dropped_no_spread: int
+    missing_reasons: dict[str, int]
+    not_chosen: int
+    mean_group_std: float | None
+    exact_share: float | None
+    rewards: dict[str, RewardValues]
+    guards: dict[str, float | None] | None
+
+
 @dataclass(frozen=True)
 class Summary:
     """_summary.json: the advantages of a stage in numbers."""
@@ -199,12 +231,12 @@ class Summary:
     guards: dict[str, float | None] | None = None
     content_sha256: str | None = None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> SummaryValues:
         """What `score` wrote, without the checksum."""
-        return {name: value for name, value in asdict(self).items() if name != CHECKSUM}
+        return cast(SummaryValues, {name: value for name, value in asdict(self).items() if name != CHECKSUM})
 
     @property
-    def weights(self) -> Mapping[str, Any]:
+    def weights(self) -> Mapping[str, object]:
         """The weights of the rewards, by name."""
         found = self.specification.get("weights")
         return found if isinstance(found, dict) else {}
@@ -221,7 +253,7 @@ class ModelRecord:
     path: str
     model: Sha256 | None = None
     """Of the model folder alone, where a LoRA is merged into it."""
-    base_lora: dict[str, Any] | None = None
+    base_lora: dict[str, object] | None = None
     content_sha256: str | None = None
 
 

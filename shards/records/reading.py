@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,9 +20,9 @@ _readers: dict[type, Any] = {}
 CHECKSUM = "content_sha256"  # of the canonical JSON of a record without this field
 
 
-def sealed(record: dict[str, Any], where: str | Path) -> bytes:
+def sealed(record: Mapping[str, object], where: str | Path) -> bytes:
     """Canonical JSON of a record with its checksum added. Raises UserError as `to_json`."""
-    return to_json(record | {CHECKSUM: _checksum(record, where)}, where)
+    return to_json({**record, CHECKSUM: _checksum(record, where)}, where)
 
 
 def read_record(kind: type[T], path: Path, hint: str = COPY, root: Path | None = None) -> T:
@@ -54,7 +55,7 @@ def parse_record(kind: type[T], data: bytes, where: object, hint: str = COPY) ->
         raise Damaged(found.problem, found.hint if "schema" in found.problem else hint) from error
 
 
-def check_sum(content: dict[str, Any], data: bytes, where: object) -> None:
+def check_sum(content: Mapping[str, object], data: bytes, where: object) -> None:
     """Raise ValueError unless a record that has a checksum is the one it was taken of, byte for byte."""
     if CHECKSUM not in content:
         return
@@ -102,5 +103,5 @@ def short(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:79]}…"
 
 
-def _checksum(record: dict[str, Any], where: object) -> str:
+def _checksum(record: Mapping[str, object], where: object) -> str:
     return hashlib.sha256(to_json(record, str(where))).hexdigest()

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NotRequired, TypedDict
 
 from annotated_types import Ge, Le
 
 from shards.plan import GROUP_KEY, SAMPLE_KEY, RolloutPlan, group_of, sample_of
 from shards.records.reading import first_fault, reader, short
 
-_STRICT: dict[str, Any] = {"strict": True, "extra": "ignore", "allow_inf_nan": False}  # fields may be added
+if TYPE_CHECKING:
+    from pydantic import ConfigDict
+
+_STRICT: ConfigDict = {"strict": True, "extra": "ignore", "allow_inf_nan": False}  # fields may be added
 Seed = Annotated[int, Ge(0), Le(2**63 - 1)]
 Size = Annotated[int, Ge(1), Le(2**31 - 1)]
 Number = Annotated[int, Ge(0), Le(999_999)]
@@ -69,6 +72,45 @@ class SampleRecord:
             raise ValueError("window and log_prob do not fit the steps")
 
 
+class SampleValues(TypedDict):
+    """A `SampleRecord` as plain values, of which older versions did not write the last six."""
+
+    schema: int
+    key: str
+    group: str
+    text: str
+    iteration: int
+    prompt_id: int
+    sample: int
+    prompt: str
+    chunk: list[int]
+    seed: int
+    noise_seeds: dict[str, int]
+    policy: str
+    plan_sha256: str
+    law: str
+    form: str
+    eta: float
+    solver: str
+    sigmas: Sequence[float]
+    timesteps: Sequence[float]
+    experts: Sequence[int]
+    guidance: Sequence[float]
+    window: Sequence[int]
+    log_prob: Sequence[float]
+    states: Sequence[int]
+    height: int
+    width: int
+    frames: int
+    fps: int
+    negative_prompt: NotRequired[str | None]
+    target: NotRequired[str | None]
+    image: NotRequired[str | None]
+    status: NotRequired[str]
+    seconds: NotRequired[float | None]
+    host: NotRequired[str | None]
+
+
 def check_sample(data: bytes) -> SampleRecord:
     """The record in a JSON member. Raises ValueError, naming the field, for a damaged one."""
     from pydantic import ValidationError
@@ -90,7 +132,7 @@ def contradictions(record: SampleRecord, plan: RolloutPlan, plan_sha256: str) ->
         yield "group"
         return
     video, schedule = plan.video, plan.schedule
-    planned: dict[str, Any] = {
+    planned: dict[str, object] = {
         "prompt": group.prompt, "target": group.target, "window": group.window, "prompt_id": group.prompt_id,
         "iteration": plan.iteration, "seed": plan.seed, "policy": plan.policy.fingerprint, "plan_sha256": plan_sha256,
         **{name: getattr(video, name) for name in ("height", "width", "frames", "fps")},
@@ -114,7 +156,7 @@ def contradictions(record: SampleRecord, plan: RolloutPlan, plan_sha256: str) ->
         yield "states"
 
 
-def unlike_trajectory(record: SampleRecord, trajectory: Mapping[str, list[Any]]) -> Iterator[str]:
+def unlike_trajectory(record: SampleRecord, trajectory: Mapping[str, Sequence[float]]) -> Iterator[str]:
     """Names of fields that are not what the trajectory beside the record holds, by its small tensors."""
     named = {"window": "step_index", "states": "states", "experts": "experts"}
     for name, tensor in named.items():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from typing import Any
 
 MOST_BYTES = 16 * 2**20  # of one record; values take up to thirty times as much memory
 DEEPEST = 64  # lists and objects in each other
@@ -13,7 +12,7 @@ LARGEST_INT = 2**64  # what a column or a seed could hold
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
-def parse_value(data: bytes | str, *, most: int = MOST_BYTES, nan: bool = False) -> Any:
+def parse_value(data: bytes | str, *, most: int = MOST_BYTES, nan: bool = False) -> object:
     """The value of a JSON text. Raises ValueError, in words that follow a file's name, for anything else.
 
     `nan` admits the three words that Python writes for numbers that are not finite.
@@ -35,7 +34,7 @@ def parse_value(data: bytes | str, *, most: int = MOST_BYTES, nan: bool = False)
     return value
 
 
-def parse_object(data: bytes | str, *, most: int = MOST_BYTES, nan: bool = False) -> dict[str, Any]:
+def parse_object(data: bytes | str, *, most: int = MOST_BYTES, nan: bool = False) -> dict[str, object]:
     """The object of a JSON text. Raises ValueError as `parse_value`, and for any other value."""
     value = parse_value(data, most=most, nan=nan)
     if not isinstance(value, dict):
@@ -43,7 +42,7 @@ def parse_object(data: bytes | str, *, most: int = MOST_BYTES, nan: bool = False
     return value
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) != len(pairs):
         twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
@@ -68,7 +67,7 @@ def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is no JSON number")
 
 
-def _depth(value: Any) -> int:
+def _depth(value: object) -> int:
     """How many lists and objects lie in each other; without recursion."""
     deepest, waiting = 0, [(value, 1)]
     while waiting:
@@ -80,7 +79,7 @@ def _depth(value: Any) -> int:
     return deepest
 
 
-def _refuse_surrogates(value: Any) -> None:
+def _refuse_surrogates(value: object) -> None:
     """Half of a character outside the basic plane, which JSON can name and UTF-8 cannot hold."""
     try:
         json.dumps(value, ensure_ascii=False).encode()

@@ -76,7 +76,7 @@ def unsealed(path: Path) -> bool:
 
 def parse_update(line: bytes) -> Update:
     """The update in a line, without its checksum. Raises ValueError for a line that training did not write."""
-    record = parse_object(line, most=MOST_LINE, nan=True)
+    record: Update = parse_object(line, most=MOST_LINE, nan=True)
     checksum = record.pop(CHECKSUM, None)
     for name, value in record.items():
         if name == "expert":

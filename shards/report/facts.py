@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from shards import diagnosis, sidecar
 from shards.diagnosis import Limits, Move
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import pandas
 
     from shards.config import TrainConfig
+    from shards.records.updates import Update
 
 GUARDS = "guards"
 KINDS = ("rollout", "eval")
@@ -44,7 +45,7 @@ class Facts:
 
     run: Run
     samples: pandas.DataFrame
-    updates: list[dict[str, Any]]
+    updates: list[Update]
     costs: list[Cost]
     stages: dict[str, Stage]
     moves: list[Move]
@@ -142,7 +143,7 @@ def used_points(samples: pandas.DataFrame) -> list[Point]:
     return [Point(float(str(iteration)), float(value)) for iteration, value in by.items()]
 
 
-def update_points(updates: Sequence[dict[str, Any]], expert: str, name: str, base: float = 0.0) -> list[Point]:
+def update_points(updates: Sequence[Update], expert: str, name: str, base: float = 0.0) -> list[Point]:
     """A metric minus `base` by update, at iteration + the part of its updates that came before.
 
     A metric NAME_mean has NAME_min and NAME_max as its spread.
@@ -163,7 +164,7 @@ def update_points(updates: Sequence[dict[str, Any]], expert: str, name: str, bas
     return points
 
 
-def experts(updates: Sequence[dict[str, Any]]) -> list[str]:
+def experts(updates: Sequence[Update]) -> list[str]:
     """Names of the experts that were trained, in the order they first appear."""
     return list(dict.fromkeys(record["expert"] for record in updates))
 
@@ -213,7 +214,7 @@ def _lag(stage: Stage) -> int:
     return stage.iteration - plan.policy.lag_of if plan else 0
 
 
-def _places(run: Run, samples: pandas.DataFrame, updates: Sequence[dict[str, Any]]) -> dict[str, dict[int, float]]:
+def _places(run: Run, samples: pandas.DataFrame, updates: Sequence[Update]) -> dict[str, dict[int, float]]:
     """What was spent before the policy after K iterations was there, by K."""
     videos = samples[samples["kind"] == "rollout"].groupby("iteration").size()
     found: dict[str, dict[int, float]] = {"videos": {0: 0.0}, "updates": {0: 0.0}, "hours": {0: 0.0}}
@@ -260,7 +261,7 @@ def _scoring_cost(stage: Stage, scorer: str) -> Cost:
     return Cost(stage.name, f"score {scorer.rpartition('-')[0]}", videos, seconds, None, _peak(records))
 
 
-def _peak(records: Sequence[dict[str, Any]]) -> int | None:
+def _peak(records: Sequence[Update]) -> int | None:
     found = [value for record in records if (value := _finite(record.get("peak_memory_bytes"))) is not None]
     return int(max(found)) if found else None
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from shards.measures import measure_of
 from shards.records.kinds import read_summary
@@ -149,6 +148,6 @@ def _summary(against: int, changes: list[float]) -> Paired:
 def _rewards(stage: Stage, specification: str) -> dict[tuple[int, int], float]:
     """Rewards by prompt and number of the video, those that are missing left out."""
     table = read_advantages(stage, specification)
-    rows: Mapping[str, Any] = {name: table[name].tolist() for name in ("prompt_id", "sample", "reward")}
+    rows = {name: table[name].tolist() for name in ("prompt_id", "sample", "reward")}
     found = zip(rows["prompt_id"], rows["sample"], rows["reward"], strict=True)
     return {(prompt, sample): reward for prompt, sample, reward in found if math.isfinite(reward)}

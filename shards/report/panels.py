@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from shards import diagnosis
 from shards.config import TrainConfig
@@ -16,6 +16,8 @@ from shards.report.svg import Series, histogram, legend, lines
 
 if TYPE_CHECKING:
     import pandas
+
+    from shards.records.updates import Update
 
 BINS = 24
 EXPERT_LABELS = {"high_noise": "high-noise expert", "low_noise": "low-noise expert"}
@@ -131,7 +133,7 @@ def training_panels(facts: Facts) -> str:
     return f'<div class="panels">{"".join(panels)}</div>' if facts.updates else '<p class="empty">no updates yet</p>'
 
 
-def _metric(updates: Sequence[dict[str, Any]], title: str, name: str, base: float, note: str) -> str:
+def _metric(updates: Sequence[Update], title: str, name: str, base: float, note: str) -> str:
     series = [
         Series(
             EXPERT_LABELS.get(expert, expert),

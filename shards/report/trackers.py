@@ -6,7 +6,7 @@ import io
 import os
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from shards.errors import RunFailed, UserError
 from shards.records.opening import refuse_escape
@@ -14,6 +14,9 @@ from shards.report import facts as report_facts
 from shards.report import tracked_clips
 from shards.report.facts import Facts
 from shards.run import Run
+
+if TYPE_CHECKING:
+    from tensorboard.compat.proto.summary_pb2 import Summary
 
 NAME = "events.out.tfevents.0000000000.rushes"  # TensorBoard asks for this beginning
 RGB = 3
@@ -57,7 +60,7 @@ def send_wandb(run: Run) -> str:
     except ImportError:
         raise UserError("Weights & Biases is not installed", "pip install wandb, or use --tensorboard") from None
     facts = report_facts.gather(run)
-    steps: dict[int, dict[str, Any]] = defaultdict(dict)
+    steps: dict[int, dict[str, object]] = defaultdict(dict)
     for tag, iteration, value in scalars(facts):
         steps[iteration][tag] = value
     for clip in tracked_clips.clips(facts):
@@ -90,7 +93,7 @@ def scalars(facts: Facts) -> list[tuple[str, int, float]]:
     return found
 
 
-def _shown(facts: Facts, iteration: int, value: Any) -> bytes:
+def _shown(facts: Facts, iteration: int, value: Summary.Value) -> bytes:
     """An event with one value; its time is that of the shards it speaks of, TensorBoard's other axis."""
     from tensorboard.compat.proto.summary_pb2 import Summary
 
@@ -99,7 +102,7 @@ def _shown(facts: Facts, iteration: int, value: Any) -> bytes:
     return _event(step=iteration, wall_time=when, summary=Summary(value=[value]))
 
 
-def _event(**fields: Any) -> bytes:
+def _event(**fields: object) -> bytes:
     from tensorboard.compat.proto.event_pb2 import Event
 
     data: bytes = Event(**fields).SerializeToString()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
-from typing import Any
 
 from shards.config import RunConfig, TrainConfig
 from shards.plan import RolloutPlan
@@ -14,7 +13,7 @@ from shards.run_toml import parse_config
 
 TWO_FORMS = ("flow-sde", "dance-sde", "wan-sde")
 """Laws that are computed in the form that is asked for; the plan of another one says `exact`, whatever that is."""
-Settings = dict[str, Any]
+Settings = dict[str, object]
 """Values by dotted name, `train.learning_rate`."""
 
 
@@ -23,11 +22,11 @@ def flat(config: RunConfig) -> Settings:
     return _flat({name: value for name, value in config.model_dump().items() if isinstance(value, dict)})
 
 
-def _flat(tables: Mapping[str, Any], before: str = "") -> Settings:
+def _flat(tables: Mapping[str, object], before: str = "") -> Settings:
     found: Settings = {}
     for name, value in tables.items():
-        inner = isinstance(value, dict) and value
-        found |= _flat(value, f"{before}{name}.") if inner else {f"{before}{name}": value}
+        named = f"{before}{name}"
+        found |= _flat(value, f"{named}.") if isinstance(value, dict) and value else {named: value}
     return found
 
 
@@ -62,7 +61,7 @@ def of_training(stage: Stage) -> TrainConfig | None:
     return parse_config({"train": known}, str(stage.train_plan_path)).train
 
 
-def training_record(stage: Stage) -> dict[str, Any] | None:
+def training_record(stage: Stage) -> dict[str, object] | None:
     """[train] as train/plan.json has it: without what may change while an iteration is trained."""
     path = stage.train_plan_path
     return read_train_plan(path).train if path.exists() else None
@@ -89,7 +88,7 @@ def of_stage(stage: Stage) -> Settings:
     return found | of_scores(stage)
 
 
-def is_same(one: Any, other: Any) -> bool:
+def is_same(one: object, other: object) -> bool:
     """Whether two values are equal, or one of them is the other in fp32, as a plan has it."""
     if isinstance(one, float) and isinstance(other, float | int) and one != other:
         try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 from shards.errors import UserError
 from shards.run import Run
@@ -21,7 +20,7 @@ class Change:
 
     iteration: int | None
     """None: from the next iteration on, as run.toml has it."""
-    value: Any
+    value: object
 
 
 def setting_changes(run: Run) -> dict[str, list[Change]]:
@@ -60,13 +59,13 @@ def of_preset(run: Run) -> Settings:
         return {}
 
 
-def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+def differing(settings: Sequence[Mapping[str, object]]) -> list[str]:
     """Names of the settings that are not the same everywhere, in order."""
     names = sorted({name for one in settings for name in one})
     return [name for name in names if not all(is_same(settings[0].get(name), one.get(name)) for one in settings[1:])]
 
 
-def written(value: Any) -> str:
+def written(value: object) -> str:
     """A value for people, as run.toml has it but for its quotation marks."""
     if value is None or value == "":
         return ABSENT

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import re
-from typing import Any
 
 from shards.errors import FULL, RunFailed, UserError
 
@@ -57,11 +56,11 @@ def status_of(error: BaseException | None) -> int | None:
     """The HTTP status behind an error, from whichever client it came."""
     while error is not None:
         response = getattr(error, "response", None)
-        found: Any = getattr(error, "code", None) or getattr(response, "status_code", getattr(error, "status", None))
+        found: object = getattr(error, "code", None) or getattr(response, "status_code", getattr(error, "status", None))
         if isinstance(response, dict):
             found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
         if str(found).isdigit():
-            return int(found)
+            return int(str(found))
         error = error.__cause__
     return None
 

@@ -61,12 +61,12 @@ class Hub:
     def __init__(self, **options: Any) -> None:
         own = HfFileSystem(**options)  # reads FSSPEC_HF
         self._options, self._api = options, HfApi(endpoint=own.endpoint, token=own.token)
-        self._seen: dict[str, dict[str, Any]] = {}  # what the last look told of files, for one download of each
+        self._seen: dict[str, dict[str, object]] = {}  # what the last look told of files, for one download of each
 
     def invalidate_cache(self, path: str | None = None) -> None:
         """Nothing: every look asks the hub."""
 
-    def info(self, path: str, **_: Any) -> dict[str, Any]:
+    def info(self, path: str, **_: object) -> dict[str, object]:
         """Name, size, type, blob_id, lfs and xet_hash of a file or folder, as the hub has it now.
 
         Raises FileNotFoundError where there is none in an existing repository.
@@ -80,7 +80,7 @@ class Hub:
         self._seen[path] = _info(path, found[0])
         return self._seen[path]
 
-    def find(self, path: str, **_: Any) -> dict[str, dict[str, Any]]:
+    def find(self, path: str, **_: object) -> dict[str, dict[str, object]]:
         """What `info` tells, of everything below a folder, by name. Raises EntryNotFoundError where there is none."""
         place = _place(path)
         top = path.strip("/").removesuffix(place.path).rstrip("/")
@@ -91,7 +91,7 @@ class Hub:
         self._seen.update(looked)
         return looked
 
-    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **_: Any) -> bytes:
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **_: object) -> bytes:
         """The bytes from `start` to `end` of a file, in one request of exactly those."""
         first, span = start or 0, f"{start or 0}-{'' if end is None else end - 1}"
         if end is not None and end <= first:
@@ -102,7 +102,7 @@ class Hub:
         content: bytes = response.content
         return content if response.status_code == 206 else content[first:end]
 
-    def get_file(self, rpath: str, lpath: str, **_: Any) -> None:
+    def get_file(self, rpath: str, lpath: str, **_: object) -> None:
         """Fetch a file, by Xet where the hub keeps it so; a download that breaks off continues where it was."""
         seen = self._seen.pop(rpath, None) or self.info(rpath)
         if seen.get("xet_hash"):
@@ -111,7 +111,7 @@ class Hub:
         with open(lpath, "wb") as file:
             http_get(self._url(rpath), file, headers=self._headers(), tqdm_class=_Silent)
 
-    def put_file(self, lpath: str, rpath: str, mode: str = "overwrite", **_: Any) -> None:
+    def put_file(self, lpath: str, rpath: str, mode: str = "overwrite", **_: object) -> None:
         """Put a file, as one commit. With `mode` "create" FileExistsError is raised when the name is taken."""
         if mode != "create":
             return self.change({rpath: Path(lpath)})
@@ -143,7 +143,10 @@ class Hub:
         if not names:
             return
         added = [CommitOperationAdd(places[name].path, file) for name, file in add.items()]
-        operations: list[Any] = [*added, *(CommitOperationDelete(name) for name in gone)]
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [
+            *added,
+            *(CommitOperationDelete(name) for name in gone),
+        ]
         verb = "put" if add else "delete"
         title = f"{verb} {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
         try:
@@ -193,7 +196,7 @@ class Hub:
 class _Silent(tqdm):
     """A progress bar that is not shown: a run is many files."""
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
+    def __init__(self, *arguments: object, **options: object) -> None:
         super().__init__(*arguments, **{**options, "disable": True})
 
 
@@ -206,7 +209,7 @@ def _place(path: str) -> HubPath:
     return HubPath((match["kind"] or "models").removesuffix("s"), match["id"], match["revision"], match["path"] or "")
 
 
-def _info(name: str, found: RepoFile | RepoFolder) -> dict[str, Any]:
+def _info(name: str, found: RepoFile | RepoFolder) -> dict[str, object]:
     if isinstance(found, RepoFolder):
         return {"name": name, "size": 0, "type": "directory"}
     of_content = {"blob_id": found.blob_id, "lfs": found.lfs, "xet_hash": found.xet_hash}

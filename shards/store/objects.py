@@ -14,10 +14,15 @@ from dataclasses import dataclass
 from datetime import datetime
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from shards.errors import RunFailed, UserError
 from shards.store.errors import WAITS, Missing, Short, Taken, bucket_of, passes, plain, status_of, wait_of
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+    from shards.store.hub import Hub
 
 T = TypeVar("T")
 
@@ -51,11 +56,11 @@ class Objects:
 
     def __init__(self, scheme: str) -> None:
         self.scheme = scheme
-        self._clients: dict[int, Any] = {}  # one a process, for its connections do not survive a fork
+        self._clients: dict[int, AbstractFileSystem] = {}  # one a process, for its connections do not survive a fork
         self._untold: set[str] = set()  # buckets whose tags look like an md5 and are none, because a key encrypts them
         self._first: dict[str, bool] = {}  # by run: whether the store honours a conditional put
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """What another process may take over: a connection is none of it."""
         return {**vars(self), "_clients": {}}
 
@@ -140,9 +145,9 @@ class Objects:
         """Everything below `url`, by its name relative to it; empty when there is nothing. Raises as `get`."""
         store, base = self._client(), _key(url) + "/"
 
-        def ask() -> dict[str, Any]:
+        def ask() -> dict[str, dict[str, object]]:
             store.invalidate_cache()
-            found: dict[str, Any] = store.find(base, detail=True)
+            found: dict[str, dict[str, object]] = store.find(base, detail=True)
             return found
 
         try:
@@ -159,9 +164,9 @@ class Objects:
         """One object, or None when there is none. Raises as `get`."""
         store = self._client()
 
-        def ask() -> dict[str, Any]:
+        def ask() -> dict[str, object]:
             store.invalidate_cache()
-            info: dict[str, Any] = store.info(_key(url))
+            info: dict[str, object] = store.info(_key(url))
             return info
 
         try:
@@ -187,7 +192,7 @@ class Objects:
         except Missing:
             return
 
-    def entry_of(self, info: dict[str, Any]) -> Entry:
+    def entry_of(self, info: Mapping[str, Any]) -> Entry:
         """An object from what its store's file system says of it."""
         tag = str(info.get("ETag") or info.get("etag") or "").strip('"')
         content = f"md5:{tag}" if re.fullmatch(r"[0-9a-f]{32}", tag) else None
@@ -225,7 +230,7 @@ class Objects:
                 return False
             raise
 
-    def _client(self) -> Any:
+    def _client(self) -> AbstractFileSystem:
         process = os.getpid()
         if process not in self._clients:
             self._clients[process] = _open(self.scheme)
@@ -262,11 +267,11 @@ def _patiently(url: str, ask: Callable[[], T]) -> T:
     raise AssertionError
 
 
-def _open(scheme: str) -> Any:
+def _open(scheme: str) -> AbstractFileSystem:
     """The file system of a scheme. fsspec hands out one for all that ask for the same in a process."""
     import fsspec
 
-    options: dict[str, Any] = {"use_listings_cache": False}
+    options: dict[str, object] = {"use_listings_cache": False}
     if scheme == "s3":
         own = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
         defaults = TIMEOUTS if {"AWS_RETRY_MODE", "AWS_MAX_ATTEMPTS"} & os.environ.keys() else {
@@ -274,7 +279,7 @@ def _open(scheme: str) -> Any:
         }  # fmt: skip
         options["config_kwargs"] = {**defaults, **own}
     try:
-        store = _hub() if scheme == "hf" else fsspec.filesystem(scheme, **options)
+        store: AbstractFileSystem = _hub() if scheme == "hf" else fsspec.filesystem(scheme, **options)
     except ImportError as error:
         package = PACKAGES[scheme]
         old = scheme == "hf" and not isinstance(error, ModuleNotFoundError)  # it lacks a name that we import
@@ -286,7 +291,7 @@ def _open(scheme: str) -> Any:
     return store
 
 
-def _hub() -> Any:
+def _hub() -> Hub:
     from shards.store.hub import Hub
 
     return Hub(use_listings_cache=False, skip_instance_cache=True)
@@ -297,7 +302,7 @@ def _key(url: str) -> str:
     return url.partition("://")[2]
 
 
-def _written(info: dict[str, Any]) -> float | None:
+def _written(info: Mapping[str, object]) -> float | None:
     """The time of an object in what its store's file system says of it."""
     names = ("LastModified", "mtime", "last_modified", "updated", "created")
     found = next((info[name] for name in names if info.get(name)), getattr(info.get("last_commit"), "date", None))

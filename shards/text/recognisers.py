@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 from shards.errors import UserError
 from shards.files import sha256_file
@@ -53,7 +53,7 @@ class Recogniser:
     generation: str = "gen2"
     """gen1, gen2, or user: a module beside its YAML file, as EasyOCR's `recog_network` names it."""
     module: Path | None = None
-    parameters: tuple[tuple[str, Any], ...] = ()
+    parameters: tuple[tuple[str, object], ...] = ()
     """Arguments of its class Model, but for `num_class`."""
     height: int = HEIGHT
     right_to_left: bool = False
@@ -84,7 +84,7 @@ class Recogniser:
             raise UserError(problem, f"unpack {self.source} there, or {where}" if self.source else where)
 
 
-def recogniser_of(options: Mapping[str, Any]) -> Recogniser:
+def recogniser_of(options: Mapping[str, object]) -> Recogniser:
     """The recogniser that options of the OCR reward ask for: `languages`, `recog_network`, `model_storage_directory`
     and `user_network_directory`, all named as EasyOCR names them, the first but for `lang_list`.
 
@@ -100,7 +100,7 @@ def recogniser_of(options: Mapping[str, Any]) -> Recogniser:
     return _recogniser(languages, network, *folders, _home())
 
 
-def language_list(value: Any) -> tuple[str, ...]:
+def language_list(value: object) -> tuple[str, ...]:
     """Languages, each once, of a list or of a text with commas. Raises UserError when there is none."""
     texts = re.split(r"[\s,]+", value.strip()) if isinstance(value, str) else value
     if not isinstance(texts, list | tuple) or not texts or not all(isinstance(text, str) and text for text in texts):
@@ -243,7 +243,7 @@ def _letters(language: str) -> frozenset[str]:
 
 
 @lru_cache(maxsize=1)
-def _tables() -> Any:
+def _tables() -> ModuleType:
     """EasyOCR's module `config`, loaded alone and without the process-wide setting it leaves behind."""
     found = importlib.util.find_spec("easyocr")
     if found is None or not found.submodule_search_locations:

@@ -25,7 +25,10 @@ from shards.settings.own_class import load_class
 from shards.settings.trust import check_trust
 
 if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
+
     from shards.measures import StageReward
+    from shards.records.updates import Update
     from shards.run import Run, Stage
 
 SETTING = "track.to"
@@ -60,7 +63,7 @@ def tracking(run: Run) -> Iterator[None]:
         _given.clear()
 
 
-def track_update(record: Mapping[str, Any]) -> None:
+def track_update(record: Update) -> None:
     """Give the numbers of one update to the trackers; `record` is a line of metrics.jsonl."""
     if not _open:
         return
@@ -110,7 +113,7 @@ class _Log(logging.LoggerAdapter[logging.Logger]):
 class Feed:
     """One tracker with the thread that speaks to it, which begins with the first metric."""
 
-    def __init__(self, name: str, made_by: Any, run: Run) -> None:
+    def __init__(self, name: str, made_by: type[GeneralTracker], run: Run) -> None:
         self.name, self.made_by, self.run = name, made_by, run
         self.queue: Queue[tuple[dict[str, float], str, int] | None] = Queue(WAITING)
         self.thread: Thread | None = None
@@ -162,11 +165,11 @@ class Feed:
         print(text, file=sys.stderr, flush=True)
 
 
-def _started(name: str, made_by: Any, run: Run) -> Any:
+def _started(name: str, made_by: type[GeneralTracker], run: Run) -> GeneralTracker:
     """A tracker that is ready to be given numbers."""
     own, folder = run.path.resolve().name, run.report_dir / "live"
     refuse_escape(folder, root=run.path)
-    options: dict[str, Any] = {}
+    options: dict[str, object] = {}
     if getattr(made_by, "requires_logging_directory", False):
         folder.mkdir(parents=True, exist_ok=True)
         options["logging_dir"] = str(folder)
@@ -187,14 +190,14 @@ def _started(name: str, made_by: Any, run: Run) -> Any:
     return tracker
 
 
-def _class_of(name: str) -> Any:
+def _class_of(name: str) -> type[GeneralTracker]:
     """What makes a tracker of this name: a class of accelerate's, or one of the user's, `module:Class`."""
     if ":" in name:
         return load_class(f"tracker {name!r}", name)
     from accelerate import tracking as theirs
 
     theirs.logger = _Log(logging.getLogger(theirs.__name__), {})  # their own one asks for the state of an Accelerator
-    known_names: dict[str, Any] = theirs.LOGGER_TYPE_TO_CLASS
+    known_names: dict[str, type[GeneralTracker]] = theirs.LOGGER_TYPE_TO_CLASS
     if name not in known_names:
         near = nearest(name, list(known_names), 0.5)
         known = f"there are: {', '.join(sorted(known_names))}, and your own as `module:Class`"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVarTuple
 
 from shards.errors import UserError
 
+Arguments = TypeVarTuple("Arguments")
 Kind = Literal["damaged", "incomplete", "leftover", "unvouched"]
 LEFTOVER = "delete it, or run any stage of this run, which sweeps"
 
@@ -27,12 +28,12 @@ class Problem:
         return f"{self.kind}: {self.problem} (hint: {self.hint})"
 
 
-def attempt(check: Callable[..., object], *arguments: Any) -> list[Problem]:
+def attempt(check: Callable[[*Arguments], object], *arguments: *Arguments) -> list[Problem]:
     """The fault that a check raised, if any."""
     return result(check, *arguments)[1]
 
 
-def result(check: Callable[..., Any], *arguments: Any) -> tuple[Any, list[Problem]]:
+def result(check: Callable[[*Arguments], object], *arguments: *Arguments) -> tuple[Any, list[Problem]]:
     """What a check returns, and the fault it raised."""
     try:
         return check(*arguments), []

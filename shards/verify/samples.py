@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from shards import tensors
 from shards.errors import REPAIR, Damaged
@@ -11,6 +11,7 @@ from shards.records.samples import SampleRecord, check_sample, contradictions, u
 from shards.video import check_mp4
 
 if TYPE_CHECKING:
+    from shards.index import Row
     from shards.plan import RolloutPlan
 
 CODES: dict[str, Literal["f", "i", "B"]] = {"F32": "f", "I32": "i", "U8": "B"}
@@ -20,7 +21,7 @@ AT_ONCE = 2**22  # bytes of a tensor that are looked at together
 
 
 def sample_faults(
-    buffer: memoryview, rows: Sequence[dict[str, Any]], plan: RolloutPlan, plan_sha256: str, where: str
+    buffer: memoryview, rows: Sequence[Row], plan: RolloutPlan, plan_sha256: str, where: str
 ) -> Iterator[Damaged]:
     """All contradictions in the samples of a tar, whose `rows` were made from it; one fault a sample and kind."""
     for row in rows:
@@ -77,5 +78,5 @@ def _finite(data: memoryview, dtype: str) -> bool:
     return not any(bool(((bits[at : at + step] & limit) == limit).any()) for at in range(0, len(bits), step))
 
 
-def _piece(buffer: memoryview, row: dict[str, Any], name: str) -> memoryview:
+def _piece(buffer: memoryview, row: Row, name: str) -> memoryview:
     return buffer[row[f"{name}_offset"] : row[f"{name}_offset"] + row[f"{name}_bytes"]]

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Le
 
@@ -20,6 +20,8 @@ from shards.records.opening import read_plain
 from shards.records.reading import parse_record
 
 if TYPE_CHECKING:
+    from pydantic import ConfigDict
+
     from shards.run import Stage
 
 SECONDS = 60.0  # without a sign of life, after which a claim is void
@@ -33,7 +35,7 @@ Life = Literal["alive", "silent", "dead", "gone"]
 class Owner:
     """Who holds a claim: the first line of its file. The second line is the counter."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"strict": True, "extra": "forbid", "allow_inf_nan": False}
+    __pydantic_config__: ClassVar[ConfigDict] = {"strict": True, "extra": "forbid", "allow_inf_nan": False}
 
     owner: str
     """Random, one for each claim."""

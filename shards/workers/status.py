@@ -8,7 +8,6 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from shards.measures import StageReward, read_metrics, stage_reward
 from shards.plan import RolloutPlan
@@ -78,7 +77,7 @@ class Status:
     rewards: list[StageReward] = field(default_factory=list)
     """By the rewards of run.toml: of the newest iteration and evaluation that have one, or of the one asked for."""
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Plain values for JSON, with the number of workers in each state."""
         alive = len({(one.host, one.pid) for one in self.workers if one.state == "alive"})
         return {**asdict(self), "workers_alive": alive}
