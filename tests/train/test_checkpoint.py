@@ -44,7 +44,7 @@ def step(state: TrainerState) -> None:
 
 
 def everything(state: TrainerState) -> list[torch.Tensor]:
-    return [value.clone() for _, value in sorted(checkpoint._tensors(state).items())]
+    return [value.clone() for _, value in sorted(checkpoint.state_tensors(state).items())]
 
 
 def same(one: TrainerState, other: TrainerState) -> bool:

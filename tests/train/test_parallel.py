@@ -12,9 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from rollout.memory import needs as memory_needs
-from rollout.memory.model import read_model
 from rollout.policy import Policy
-from rollout.ranks.world import World
 from shards.records.updates import read_updates
 from shards.run import Run
 from tests.support import forks, lora_forms, parallel_ranks, training, workers
@@ -244,13 +242,11 @@ def test_ranks_do_the_work_of_one_process_once(name: str, request: pytest.Fixtur
 
 @pytest.mark.parametrize("name", ["lora dp", "bf16-lora dp", "bf16-full-next dp"])
 def test_ranks_hold_together_what_plan_memory_divides(name: str, on_two: Found, grounds: dict[str, Run]) -> None:
-    config = grounds[name.split()[0]].config
-    whole = memory_needs._state(read_model(config), config.train.full, World(size=2))
-    whole.pop("half a gradient", None)  # of adapters; it is gone when an update has ended
+    planned = memory_needs.train_need(grounds[name.split()[0]], 2).parts
     for update in zip(*(one["held"] for one in on_two[1][name]), strict=True):
-        assert {part: sum(one[part] for one in update) for part in whole if whole[part]} == {
-            part: size for part, size in whole.items() if size
-        }
+        held = {part: sum(one[part] for one in update) // 2 for part in update[0] if any(one[part] for one in update)}
+        assert held == {part: planned[part] for part in held}
+        assert held.keys() >= {"weights", "gradients", "AdamW"}
 
 
 MISHAPS = {
