@@ -39,7 +39,7 @@ LONGEST = (
 
 # A busy machine is no failure, and the same code has the same result: `--hypothesis-profile search` looks elsewhere.
 settings.register_profile("search", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile("patient", settings.get_profile("search"), derandomize=True)
+settings.register_profile("patient", settings.get_profile("search"), derandomize=True, max_examples=30)
 settings.load_profile("patient")
 
 

@@ -335,7 +335,7 @@ def test_debug_shows_the_traceback_and_changes_nothing_else(tmp_path: Path) -> N
         ("inspect", "RUN", "--format", "csv"),
         ("inspect", "RUN", "--where", "reward <"),
         ("--debug", "status", "nowhere"),
-        ("rollout", "RUN", "--iteration", "0", "--worker", "0/1"),
+        pytest.param(("rollout", "RUN", "--iteration", "0", "--worker", "0/1"), marks=pytest.mark.long),  # loads torch
         ("rollot",),
         ("--help",),
         (),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from rollout.memory import needs as memory_needs
 from rollout.policy import Policy
 from shards.records.updates import read_updates
 from shards.run import Run
-from tests.support import forks, lora_forms, parallel_ranks, training, workers
+from tests.support import forks, lora_forms, parallel_ranks, training
 from tests.support.tiny_models import tiny_transformer
+from tests.support.workers import torchrun
 from train.data import Rollouts
 from train.order import Unit
 from train.run import train
@@ -306,9 +308,15 @@ def test_ranks_share_the_log_probs_they_recompute(on_two: Found) -> None:
     assert [one["error"] for one in on_two[1]["recomputed"]] == ["4 of 4 units"] * 2
 
 
-def test_rushes_train_under_torchrun_speaks_once(ground: Run, tmp_path: Path) -> None:
+def rushes_on_ranks(folder: Path, *arguments: object) -> str:
+    """The command line in two ranks that are there already."""
+    return forks.finish(*forks.ranks(folder, *[forks.rushes(*arguments)] * 2))
+
+
+@pytest.mark.parametrize("start", [rushes_on_ranks, pytest.param(torchrun, marks=pytest.mark.long)])
+def test_rushes_train_on_ranks_speaks_once(start: Callable[..., str], ground: Run, tmp_path: Path) -> None:
     run = training.fork(ground, tmp_path / "run", updates_per_rollout=1)
-    talk = workers.torchrun(2, "train", run.path)
+    talk = start(tmp_path / "ranks", "train", run.path)
     assert len(re.findall(r"^iter-0000 train: 1 update of high_noise", talk, re.M)) == 1
     assert "UserWarning" not in talk
     assert run.iteration(0).trained()
