@@ -11,16 +11,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from bench import memory_fake
 from bench.gpu import tracked
 from bench.gpu.fakes import onto
+from rollout.memory import needs
 from rollout.memory.model import read_model, state_bytes
-from rollout.memory.needs import Need, plan_memory
+from rollout.memory.needs import Need
 from tests.support.training import make_run
 
 
 def test_a_step_of_a_tiny_model_is_what_is_planned(tiny_t2v: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", tiny_t2v, {"lora_rank": 4}, low_steps=0, high_steps=1, height=64, width=64)
     model = read_model(run.config)
-    need = next(one for one in plan_memory(run) if one.stage == "rollout")
-    state = state_bytes(model.shape, "float32")
+    need, state = needs._rollout(model), state_bytes(model.shape, "float32")
     # x, noise, velocities, mean, next state: of a tiny model they are not small, and the plan leaves them out
     assert 0 <= tracked.sampling(model) - need.device < 8 * state
     assert need.reserved > need.device
