@@ -51,7 +51,7 @@ def check_prompts(run: Run, stage: Stage, layout: Layout) -> list[str]:
     Raises UserError for a target, of any prompt that a stage like it may take, which stands beyond that, or which the
     OCR reward could never read whole.
     """
-    taken = _prompts(run, stage)
+    taken = stage_prompts(run, stage)
     every = taken if stage.kind == "eval" else _every_prompt(run.config)
     check_readable(every, run.config.score)
     return check_lengths(every, taken, run.config, layout.folder)
@@ -68,7 +68,7 @@ def stage_plan(run: Run, stage: Stage, layout: Layout, identity: Identity | None
     schedule = make_schedule(
         rollout, boundary=layout.boundary, scheduler_config=layout.scheduler_config, evaluation=evaluation
     )
-    prompts = _prompts(run, stage)
+    prompts = stage_prompts(run, stage)
     _check_images(prompts, layout, rollout.height, rollout.width, rollout.frames)
     if evaluation is None and stage.plan() is None:  # what was begun can be finished
         _check_noise(schedule, rollout)
@@ -124,7 +124,7 @@ def _group(run: Run, stage: Stage, schedule: Schedule, prompt: Prompt) -> Group:
     )
 
 
-def _prompts(run: Run, stage: Stage) -> list[Prompt]:
+def stage_prompts(run: Run, stage: Stage) -> list[Prompt]:
     """The prompts of the stage: a share of a seeded pass, or the head of the evaluation prompts."""
     config, rollout = run.config, run.config.rollout
     if stage.kind == "rollout":

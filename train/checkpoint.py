@@ -87,7 +87,10 @@ class Checkpoints:
         writer = Writer(final, update, self.keep, self.files)
         warnings.filterwarnings("ignore", message=_ALONE)
         future = state_dict_saver.async_save(
-            {_ROOT: _tensors(state)}, storage_writer=writer, process_group=_writing_group(), no_dist=ranks.size == 1
+            {_ROOT: state_tensors(state)},
+            storage_writer=writer,
+            process_group=_writing_group(),
+            no_dist=ranks.size == 1,
         )
         assert isinstance(future, Future)
         self._flying = future, writer
@@ -139,7 +142,7 @@ def load(path: Path, state: TrainerState, *, weights: bool = True) -> dict[str, 
     made with other trainable weights, or is damaged; nothing has been changed then.
     """
     commit = read_checkpoint(path / COMMIT, f"{COPY}, or delete {path.name}")
-    live = _tensors(state)
+    live = state_tensors(state)
     _check_same(path, commit, live)
     _check_sums(path, commit.sha256)
     # read aside, so that reading can fail without having touched the live weights
@@ -167,7 +170,7 @@ def load(path: Path, state: TrainerState, *, weights: bool = True) -> dict[str, 
     return {name: tensors[f"weight.{name}"] for name in state.parameters}
 
 
-def _tensors(state: TrainerState) -> dict[str, Tensor]:
+def state_tensors(state: TrainerState) -> dict[str, Tensor]:
     """The live state as one flat dictionary of tensors; moments AdamW has not made yet are zeros at step 0."""
     tensors = {"updates": torch.tensor([state.updates]), _generator(World.joined().rank): torch.get_rng_state()}
     for name, parameter in state.parameters.items():

@@ -53,7 +53,7 @@ class Losses:
         self.forwards = Forwards(policy, inputs, config, rolled_out)
         self.references: dict[Unit, tuple[Tensor, Tensor]] = {}
         self.gains: dict[tuple[str, int], float] = {}
-        self.step_weights = _step_weights(inputs, config, expert)
+        self.step_weights = weights_of_steps(inputs, config, expert)
         self.ahead = Ahead(partial(_reader(config), inputs.rollouts))
         self.old_log_probs: dict[Unit, Tensor] = {}
 
@@ -273,7 +273,7 @@ def _reader(config: TrainConfig) -> Callable[[Rollouts, Unit], Stored]:
     return read_step if config.estimator == "noise" else read_end
 
 
-def _step_weights(inputs: Inputs, config: TrainConfig, expert: int) -> dict[int, float]:
+def weights_of_steps(inputs: Inputs, config: TrainConfig, expert: int) -> dict[int, float]:
     """Loss weight of every step this expert trains on; the frozen plan decides, so all updates use the same."""
     if config.objective != "grpo" or config.step_weight == "none":
         return dict.fromkeys(inputs.rollouts.steps(expert), 1.0)

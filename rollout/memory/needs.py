@@ -54,10 +54,10 @@ def plan_memory(run: Run, ranks: int = 0) -> list[Need]:
     return needs + [_train(model, full, saving, world) for full in (False, True) for saving in (True, False)]
 
 
-def train_need(run: Run) -> Need:
-    """What training as run.toml has it needs in one process. Raises as `plan_memory`."""
-    train = run.config.train
-    return _train(read_model(run.config), train.full, train.gradient_checkpointing)
+def train_need(run: Run, ranks: int = 0) -> Need:
+    """What training as run.toml has it needs on the first of `ranks`; 0: in one process. Raises as `plan_memory`."""
+    train, world = run.config.train, _world(run, ranks) if ranks else ALONE
+    return _train(read_model(run.config), train.full, train.gradient_checkpointing, world)
 
 
 def render(run: Run, needs: list[Need], ranks: int = 0) -> str:

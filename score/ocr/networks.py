@@ -53,7 +53,7 @@ def weights_folder() -> Path:
     return Path(easyocr_en_models.model_dir())
 
 
-def _load_weights(folder: Path, name: str) -> dict[str, Tensor]:
+def english_weights(folder: Path, name: str) -> dict[str, Tensor]:
     """Tensors of one English weight file, its checksum pinned, read without unpickling code."""
     path = folder / name
     if not path.is_file():
@@ -74,7 +74,7 @@ def _load_recogniser(recogniser: Recogniser, folder: Path) -> nn.Module:
     network."""
     recogniser.check_weights()
     path, classes = recogniser.weights or folder / "english_g2.pth", len(recogniser.characters) + 1
-    tensors = _load_weights(path.parent, path.name) if path.name in WEIGHTS else _checked_tensors(path, recogniser)
+    tensors = english_weights(path.parent, path.name) if path.name in WEIGHTS else _checked_tensors(path, recogniser)
     try:
         with torch.device("cpu" if recogniser.generation == "user" else "meta"):  # random weights need not be drawn
             model = _class_of(recogniser)(num_class=classes, **dict(recogniser.parameters))
@@ -168,7 +168,7 @@ def load_networks(device: str = "cpu", detector_bf16: bool = False, recogniser: 
     dtype = torch.bfloat16 if detector_bf16 else torch.float32
     with torch.device("meta"):  # random initial weights of 20 M parameters would be drawn only to be thrown away
         detector = CRAFT()
-    detector.load_state_dict(_load_weights(folder, "craft_mlt_25k.pth"), assign=True)
+    detector.load_state_dict(english_weights(folder, "craft_mlt_25k.pth"), assign=True)
     detector = fuse_batch_norm(detector.eval().requires_grad_(False)).to(place, dtype)
     reader = _load_recogniser(chosen, folder).to(place)
     if place.type == "cpu" and not detector_bf16:

@@ -179,16 +179,18 @@ class VideoAlign:
         )
 
     @cached_property
-    def _tokenizer(self) -> PreTrainedTokenizerBase:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the checkpoint, else of the base model. Raises UserError where neither has one."""
         return load_tokenizer(self.base_model, self.checkpoint.folder)
 
     @cached_property
     def _tokens(self) -> Tokens:
-        return Tokens.of(self._tokenizer)
+        return Tokens.of(self.tokenizer)
 
     @cached_property
-    def _network(self) -> Network:
-        return load_network(self.checkpoint, self.base_model, len(self._tokenizer), self.mode, self.device)
+    def network(self) -> Network:
+        """The network with the weights of the checkpoint. Raises UserError for files that do not fit it."""
+        return load_network(self.checkpoint, self.base_model, len(self.tokenizer), self.mode, self.device)
 
     def _clips(self, videos: Sequence[Source], names: Sequence[str]) -> Iterator[Clip]:
         """Each video prepared, one at a time; a file named several times in a row is decoded once."""
@@ -204,7 +206,7 @@ class VideoAlign:
     def _raw(self, clips: Iterator[Clip], prompts: Sequence[str], names: Sequence[str]) -> list[list[float]]:
         """Raw VQ, MQ, TA of each clip, `batch_size` at a time. Prompts are checked before anything is computed."""
         for prompt, name in zip(prompts, names, strict=True):
-            check_prompt(prompt, self._tokenizer, name)
+            check_prompt(prompt, self.tokenizer, name)
         scores = []
         for first in range(0, len(prompts), self.batch_size):
             asked = prompts[first : first + self.batch_size]
@@ -216,8 +218,8 @@ class VideoAlign:
         """Raw VQ, MQ, TA of one batch. VQ and MQ of a video already seen are those of its first time."""
         videos = torch.cat([self._embedding(clip) for clip in clips])
         texts = [chat(self.template, prompt, clip.tokens) for clip, prompt in zip(clips, prompts, strict=True)]
-        encoded = [self._tokenizer.encode(text, add_special_tokens=False) for text in texts]
-        rows = self._network.read(*pad(encoded, self._tokens, self.device), videos, self._tokens).tolist()
+        encoded = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        rows = self.network.read(*pad(encoded, self._tokens, self.device), videos, self._tokens).tolist()
         known = [
             self._scores.get(c.digest) or self._scores.keep(c.digest, (r[0], r[1]))
             for c, r in zip(clips, rows, strict=True)
@@ -226,7 +228,7 @@ class VideoAlign:
 
     def _embedding(self, clip: Clip) -> torch.Tensor:
         kept = self._embeddings.get(clip.digest)
-        return self._embeddings.keep(clip.digest, self._network.see(clip)) if kept is None else kept
+        return self._embeddings.keep(clip.digest, self.network.see(clip)) if kept is None else kept
 
     def _components(self, raw: Sequence[float]) -> dict[str, float]:
         """Every component from raw VQ, MQ, TA. Overall is a sum, of the normalised values when there are any."""

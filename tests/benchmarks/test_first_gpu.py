@@ -18,18 +18,22 @@ PAGE = "before\n<!-- begin gpu -->\nold\n<!-- end gpu -->\nafter\n"
 
 
 @pytest.mark.slow
-def test_the_small_script_finds_all_as_it_should_be(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("steps", "good"), [((1, 2, 6, 7), 4), pytest.param((1, 2, 3, 4, 5, 6, 7), 25, marks=pytest.mark.long)]
+)
+def test_the_small_script_finds_all_as_it_should_be(steps: tuple[int, ...], good: int, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(PAGE, encoding="utf-8")
-    found = first_gpu.main(["--small", "--out", str(tmp_path / "out"), "--page", str(page)])
+    arguments = ["--small", "--out", str(tmp_path / "out"), "--page", str(page)]
+    found = first_gpu.main([*arguments, "--steps", *map(str, steps)])
     assert [one for one in found if one.ok is False] == []
-    assert {one.step for one in found} == set(range(1, 8))
+    assert {one.step for one in found} == set(steps)
     text = page.read_text(encoding="utf-8")
     assert text.startswith("before\n<!-- begin gpu -->\n`python bench/first_gpu.py --small")
     assert text.endswith("<!-- end gpu -->\nafter\n")
     assert "\nold\n" not in text
     assert "Not taken on a GPU" in text
-    assert text.count("| yes |") >= 25
+    assert text.count("| yes |") >= good
     ratios = [one for one in found if " / " in one.what]
     assert [one.what.split(": ")[1] for one in ratios] == [
         "rollout / bare forwards and decodings", "updates / bare forwards and backwards",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.faults import bit_flips
 
-FLIPS = 120
+FLIPS = 40
 
 
 def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from shards import index
@@ -17,77 +19,68 @@ from shards.errors import Damaged
 from shards.files import sha256_file
 from shards.reader import open_shard
 from shards.run import Run, Stage
+from shards.spool import Sample, spooled, write_group, write_sample
 from shards.tar import Member, members
 from shards.verify.shards import verify
-from tests.support.shard_fixtures import planned_stage
+from shards.writer import seal
+from tests.support.forks import Fork, finish
+from tests.support.shard_fixtures import make_group, make_sample, planned_stage
 
-ROOT = Path(__file__).parents[2]
 KILLS = 12  # of either kind
 CALLS = "open writev fsync link unlink rmdir"
 SHAPE = {"groups": 4, "group_size": 4, "groups_per_shard": 2}
-
-# The writer as a process of its own. With `fatal` > 0 it sends itself `signum` inside that one of the system calls
-# `names` of a publication, half of the bytes written when it is a write. `salt` stands for kernels that are not
-# deterministic across machines: it goes into record, video and tensors of a sample, which must never be mixed.
-WRITER = """
-import os, signal, sys
-import numpy as np
-from tests.support.shard_fixtures import make_group, make_sample
-from shards.run import Run
-from shards.writer import seal
-from shards.spool import Sample, spooled, write_group, write_sample
-
-run, names, (salt, start, fatal, signum) = sys.argv[1], sys.argv[2].split(), map(int, sys.argv[3:])
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started the tests with it ignored
-calls = 0
-
-def deadly(name, real):
-    def call(*arguments, **options):
-        global calls
-        calls += 1
-        if calls == fatal and name == "writev":
-            data = b"".join(arguments[1])
-            os.write(arguments[0], data[: len(data) // 2])
-        if calls == fatal:
-            os.kill(os.getpid(), signum)
-        return real(*arguments, **options)
-    return call
-
-for name in names:
-    setattr(os, name, deadly(name, getattr(os, name)))
-stage = Run(run).iteration(0)
-print("ready", flush=True)
-for turn in range(stage.expected()):
-    shard = (turn + start) % stage.expected()
-    done = spooled(stage, shard)
-    for group in stage.groups(shard):
-        write_group(stage, shard, group, make_group(group))
-        for number in range(stage.plan().group_size):
-            sample = make_sample(stage, group, number)
-            box = (80_008).to_bytes(4, "big") + b"free" + salt.to_bytes(4, "big") * 20_000  # players skip it
-            if sample.key in done or stage.is_committed(shard):
-                continue
-            tensors = dict(sample.tensors) | {"x0_prev": np.full(20_000, salt, np.float32)}
-            write_sample(stage, shard, Sample(sample.key, sample.meta | {"salt": salt}, sample.video + box, tensors))
-    seal(stage, shard, {"salt": salt})
-"""
+NUMBERS = itertools.count()  # of the writers
 
 
-def start_writer(
+def write(
     stage: Stage, salt: int = 0, start: int = 0, fatal: int = 0, names: str = CALLS, number: int = signal.SIGKILL
-) -> subprocess.Popen[str]:
-    """A writer that is past its imports."""
-    command = [sys.executable, "-c", WRITER, str(stage.run_path), names, *map(str, (salt, start, fatal, int(number)))]
-    writer = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert writer.stdout is not None
-    assert writer.stdout.readline() == "ready\n", writer.communicate()[1]
-    return writer
+) -> None:
+    """A whole stage. With `fatal` > 0 it sends itself a signal inside that one of the system calls `names`, half of the
+    bytes written when it is a write.
+
+    `salt` stands for kernels that are not deterministic across machines: it goes into record, video and tensors of a
+    sample, which must never be mixed.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started the tests with it ignored
+    calls = 0
+
+    def deadly(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == fatal and name == "writev":
+                data = b"".join(arguments[1])
+                os.write(arguments[0], data[: len(data) // 2])
+            if calls == fatal:
+                os.kill(os.getpid(), number)
+            return real(*arguments, **options)
+
+        return call
+
+    for name in names.split():
+        setattr(os, name, deadly(name, getattr(os, name)))
+    plan = stage.plan()
+    assert plan is not None
+    for turn in range(stage.expected()):
+        shard = (turn + start) % stage.expected()
+        done = spooled(stage, shard)
+        for group in stage.groups(shard):
+            write_group(stage, shard, group, make_group(group))
+            for one in range(plan.group_size):
+                sample = make_sample(stage, group, one)
+                box = (80_008).to_bytes(4, "big") + b"free" + salt.to_bytes(4, "big") * 20_000  # players skip it
+                if sample.key in done or stage.is_committed(shard):
+                    continue
+                tensors = dict(sample.tensors) | {"x0_prev": np.full(20_000, salt, np.float32)}
+                record = sample.meta | {"salt": salt}
+                write_sample(stage, shard, Sample(sample.key, record, sample.video + box, tensors))
+        seal(stage, shard, {"salt": salt})
 
 
-def finish(writer: subprocess.Popen[str]) -> None:
-    """Wait for a writer that must succeed."""
-    _, talk = writer.communicate(timeout=600)
-    assert writer.returncode == 0, talk
+def start_writer(stage: Stage, **options: Any) -> Fork:
+    """A writer in a process of its own; `options` are those of `write`."""
+    folder = stage.run_path.with_name(f"{stage.run_path.name}-writer-{next(NUMBERS)}")
+    return Fork(folder, lambda: write(Run(stage.run_path).iteration(0), **options))
 
 
 def damage(stage: Stage) -> list[str]:
@@ -144,11 +137,11 @@ def test_killed_writers_lose_nothing(
             writer = start_writer(stage, fatal=rng.randrange(1, 70) if inside_a_call else 0)
             if not inside_a_call:
                 time.sleep(rng.random() * seconds / 2)
-                writer.kill()
-            writer.communicate()
-            assert writer.returncode in (0, -signal.SIGKILL)
-            kills += writer.returncode != 0
-            seconds *= 1 if writer.returncode else 0.5  # the machine was busier when nobody disturbed it
+                writer.send(signal.SIGKILL)
+            code = writer.wait()
+            assert code in (0, -signal.SIGKILL), writer.said
+            kills += code != 0
+            seconds *= 1 if code else 0.5  # the machine was busier when nobody disturbed it
             assert damage(stage) == []
             assert known <= finished_samples(stage)
         finish(start_writer(stage))
@@ -167,8 +160,8 @@ def test_an_interrupted_writer_leaves_no_private_file(tmp_path: Path, name: str)
     """Wherever it is but in the removal of that file."""
     stage = planned_stage(tmp_path, **SHAPE)
     writer = start_writer(stage, fatal=3, names=name, number=signal.SIGINT)
-    writer.communicate()
-    assert writer.returncode == -signal.SIGINT
+    assert writer.wait() != 0
+    assert "KeyboardInterrupt" in writer.said
     assert damage(stage) == []
     assert not list(tmp_path.rglob(".tmp-*"))
 
@@ -176,7 +169,7 @@ def test_an_interrupted_writer_leaves_no_private_file(tmp_path: Path, name: str)
 def test_racing_writers_commit_one_consistent_run(tmp_path: Path) -> None:
     for round_number in range(3):
         stage = planned_stage(tmp_path / f"run{round_number}", **SHAPE)
-        writers = [start_writer(stage, salt, start=salt * round_number % 2) for salt in (1, 2)]
+        writers = [start_writer(stage, salt=salt, start=salt * round_number % 2) for salt in (1, 2)]
         for writer in writers:
             finish(writer)
         assert verify(stage.run_path) == []

@@ -65,12 +65,13 @@ def test_two_processes_sample_what_one_samples(
     monkeypatch.setattr(helpers, "MOMENT", PATIENCE)  # a busy machine may bring the helper's report late
     seen: list[tuple[int, int, str]] = []
     waiting: list[Callable[[], None]] = []
-    hand_out = helpers._hand_out
+    start = helpers.start_helpers
 
-    def hand_out_late(*work: Any) -> list[Future[int]]:
-        late: Future[int] = Future()
-        waiting.append(lambda: hand_out(*work)[0].add_done_callback(lambda one: late.set_result(one.result())))
-        return [late]
+    class Late:
+        def submit(self, *work: Any) -> Future[Any]:
+            late: Future[Any] = Future()
+            waiting.append(lambda: start(1).submit(*work).add_done_callback(lambda one: late.set_result(one.result())))
+            return late
 
     def progress(done: int, total: int, unit: str, note: str = "") -> None:
         while waiting:
@@ -81,7 +82,7 @@ def test_two_processes_sample_what_one_samples(
             time.sleep(0.02)
         seen.append((done, total, note))
 
-    monkeypatch.setattr(helpers, "_hand_out", hand_out_late)
+    monkeypatch.setattr(helpers, "start_helpers", lambda count: Late())
     report = helpers.rollout(two, stage, policy, progress)
     assert samplers(stage) == {0: "0/2", 1: "1/2", 2: "1/2"}
     assert seen[0] == (0, alone.done, "shard 0")

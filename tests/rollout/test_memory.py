@@ -31,7 +31,6 @@ from rollout.policy.sizes import (
     working_bytes,
 )
 from rollout.preview import gradient_shares, preview
-from rollout.ranks.world import World
 from rollout.run import rollout
 from shards.errors import UserError
 from shards.reader import open_shard
@@ -268,8 +267,7 @@ def test_kl_and_average_change_the_plan(tmp_path: Path) -> None:
     run = config_run(tmp_path / "run", "wan22-a14b", model, "train.full=true", "train.gradient_checkpointing=false")
     name = "train all weights, no checkpointing"
     with_both = {need.stage: need for need in memory_needs.plan_memory(Run.open(run))}[name]
-    plain = memory_model.read_model(Run.open(run, ["train.kl_beta=0.0", "train.ema=0"]).config)
-    without = memory_needs._train(plain, full=True, checkpointing=False)
+    without = memory_needs.train_need(Run.open(run, ["train.kl_beta=0.0", "train.ema=0"]))
     parameters = size_of("A14B").parameters
     assert with_both.parts["average"] == 4 * parameters
     assert with_both.device - without.device == 4 * parameters
@@ -284,7 +282,7 @@ def test_kl_and_average_change_the_plan(tmp_path: Path) -> None:
 def test_ranks_share_weights_and_their_states(tmp_path: Path) -> None:
     run = config_run(tmp_path / "run", "wan22-a14b", write_configs(tmp_path / "model", "A14B", boundary_ratio=0.875))
     model, size = memory_model.read_model(Run.open(run).config), size_of("A14B")
-    lora, full = (memory_needs._train(model, every, checkpointing=True, world=World(0, 8)) for every in (False, True))
+    lora, full = (memory_needs.train_need(Run.open(run, [f"train.full={every}"]), 8) for every in ("false", "true"))
     assert lora.parts["weights"] == model.weights // 8
     states = [full.parts[name] for name in ("weights", "gradients", "AdamW", "average")]
     assert states == [number * size.parameters // 8 for number in (4, 4, 8, 4)]
@@ -294,7 +292,7 @@ def test_ranks_share_weights_and_their_states(tmp_path: Path) -> None:
     # a checkpoint's copy, masters of the other expert, of the rollout and of a moment, the base model of both experts
     shared = (16 + 3 * 4) * size.parameters + 2 * model.weights
     assert full.host > shared / 8 + 2 * model.weights  # and both averages, whole
-    together = memory_needs._train(model, full=False, checkpointing=True, world=World(0, 8, ulysses=4, replicate=2))
+    together = memory_needs.train_need(Run.open(run, ["train.ulysses=4", "train.replicate=2"]), 8)
     assert together.parts["weights"] == model.weights // 4
     assert together.parts["working"] == pytest.approx(lora.parts["working"] / 4, rel=1e-3)
     assert "first of 8 ranks" in memory_needs.render(Run.open(run), [], 8)
@@ -445,11 +443,8 @@ def test_a_lora_to_start_from_counts_with_its_own_rank(tmp_path: Path) -> None:
     fresh = make_run(tmp_path / "fresh", folder, {"lora_rank": 3}, **settings)
     started = make_run(tmp_path / "started", folder, model={"lora": str(file)}, **settings)
     beneath = make_run(tmp_path / "beneath", folder, {"lora_rank": 3}, model={"base_lora": str(file)}, **settings)
-    needs = {run.path.name: memory_needs.plan_memory(run) for run in (fresh, started, beneath)}
+    needs = {run.path.name: memory_needs.train_need(run) for run in (fresh, started, beneath)}
     assert needs["beneath"] == needs["fresh"]
-    assert needs["started"][1].parts["LoRA"] == 4 * numbers < needs["fresh"][1].parts["LoRA"]
-    named = {need.stage: need for need in needs["started"]}
-    other = {need.stage: need for need in needs["fresh"]}
-    stage = "train LoRA, checkpointing"
-    assert named[stage].parts["working"] == other[stage].parts["working"]  # activations go by the rank
-    assert named[stage].parts["AdamW"] == 8 * numbers
+    assert needs["started"].parts["LoRA"] == 4 * numbers < needs["fresh"].parts["LoRA"]
+    assert needs["started"].parts["working"] == needs["fresh"].parts["working"]  # activations go by the rank
+    assert needs["started"].parts["AdamW"] == 8 * numbers

@@ -60,8 +60,8 @@ def test_activations_by_hand(tmp_path: Path) -> None:
     """What a block saves for each token: with checkpointing its input, without it the inputs of all its products."""
     model = write_configs(tmp_path / "model", "1.3B")
     run = Run.open(config_run(tmp_path / "run", "wan21-1.3b", model, "train.kl_beta=0.0"))
-    read = memory_model.read_model(run.config)
-    needs = {saving: memory_needs._train(read, full=False, checkpointing=saving).parts for saving in (True, False)}
+    other = Run.open(run.path, ["train.kl_beta=0.0", "train.gradient_checkpointing=false"])
+    needs = {saving: memory_needs.train_need(one).parts for saving, one in ((True, run), (False, other))}
     video, config = run.config.rollout, {**COMMON, **CONFIGS["1.3B"]}
     d, f, layers = config["num_attention_heads"] * 128, config["ffn_dim"], config["num_layers"]
     tokens = ((video.frames - 1) // 4 + 1) * (video.height // 16) * (video.width // 16)

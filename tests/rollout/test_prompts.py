@@ -153,7 +153,7 @@ def test_one_prompts_file_is_divided(tmp_path: Path) -> None:
         config = parse_config(apply_sets(read_preset("words"), [*sets, "rollout.prompts_per_iteration=1"]), "here")
         run = Run.create(tmp_path / f"run-{len(list(tmp_path.iterdir()))}", config)
         sides = [run.evaluation(0), *map(run.iteration, range(12))]
-        tested, *trained = ({prompt.id for prompt in rollout_plan._prompts(run, stage)} for stage in sides)
+        tested, *trained = ({prompt.id for prompt in rollout_plan.stage_prompts(run, stage)} for stage in sides)
         return set().union(*trained), tested
 
     trained, tested = prompts(names[0], 0.3)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -77,23 +74,16 @@ def test_pretraining_still_runs_from_drawn_clips_to_a_folder(tmp_path: Path, mon
 @pytest.mark.slow
 def test_the_main_job_on_the_embedded_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two short iterations of the real thing, then the evaluation of the base, which must leave room to learn."""
-    run = tmp_path / "run"
-    settings = ["rollout.prompts_per_iteration=2", "rollout.group_size=4", "rollout.batch_size=4"]
-    options = [part for setting in settings for part in ("--set", setting)]
+    settings = ["rollout.prompts_per_iteration=2", "rollout.group_size=4", "rollout.batch_size=4", "rollout.workers=1",
+                "score.workers=1", "train.updates_per_rollout=2", "eval.videos_per_prompt=1"]  # fmt: skip
 
-    def rushes(*arguments: str) -> str:
-        command = [sys.executable, str(ROOT / "cli.py"), arguments[0], str(run), *arguments[1:]]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-        assert result.returncode == 0, result.stderr
-        return result.stdout + result.stderr
+    def rushes(command: str, *arguments: str) -> tuple[str, str]:
+        """What it wrote to stdout and to stderr."""
+        cli.app([command, str(tmp_path / "run"), *arguments], standalone_mode=False)
+        return capsys.readouterr()
 
-    rushes("init", "--preset", "words", *options)
-    said = rushes("loop", "--iterations", "2")
-    assert said.count("largest |log-ratio| of the replay 0") == 2
-    few = ["eval.videos_per_prompt=1", "rollout.workers=1", "score.workers=1"]
-    arguments = ["eval", str(run), "--iteration", "0", *(part for setting in few for part in ("--set", setting))]
-    cli.app(arguments, standalone_mode=False)
-    rows = capsys.readouterr().out.splitlines()
+    rushes("init", "--preset", "words", *(part for setting in settings for part in ("--set", setting)))
+    assert rushes("loop", "--iterations", "2")[1].count("largest |log-ratio| of the replay 0") == 2
+    rows = rushes("eval", "--iteration", "0")[0].splitlines()
     base = next(float(row.split()[2]) for row in rows if row.split()[:1] == ["0"])
     assert 0.35 <= base <= 0.75

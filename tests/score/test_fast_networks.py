@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from score.ocr import networks, winograd
 from score.ocr.detector import FastDetector
-from score.ocr.networks import _load_weights, fuse_batch_norm, weights_folder
+from score.ocr.networks import english_weights, fuse_batch_norm, weights_folder
 from score.ocr.recogniser import FastRecogniser
 from score.ocr.winograd import Plane, Winograd
 
@@ -65,8 +65,8 @@ def originals() -> tuple[Any, Any]:
     alphabet = recognition_models["gen2"]["english_g2"]["characters"]
     with torch.device("meta"):
         detector, recogniser = CRAFT(), Model(1, 256, 256, len(alphabet) + 1)
-    detector.load_state_dict(_load_weights(weights_folder(), "craft_mlt_25k.pth"), assign=True)
-    recogniser.load_state_dict(_load_weights(weights_folder(), "english_g2.pth"), assign=True)
+    detector.load_state_dict(english_weights(weights_folder(), "craft_mlt_25k.pth"), assign=True)
+    recogniser.load_state_dict(english_weights(weights_folder(), "english_g2.pth"), assign=True)
     return detector.eval().requires_grad_(False), recogniser.eval().requires_grad_(False)
 
 

@@ -251,12 +251,12 @@ def test_a_device_that_is_not_there_ends_the_stage_and_is_no_missing_reward(devi
 def test_altered_and_missing_weights_are_refused(tmp_path: Path) -> None:
     name = "english_g2.pth"
     with pytest.raises(UserError, match=name):
-        networks._load_weights(tmp_path, name)
+        networks.english_weights(tmp_path, name)
     data = bytearray((weights_folder() / name).read_bytes())
     data[-1] ^= 1
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=WEIGHTS[name][:12]):
-        networks._load_weights(tmp_path, name)
+        networks.english_weights(tmp_path, name)
 
 
 def test_loading_leaves_nothing_behind(reader: TextReader, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def test_pixels_and_tokens_are_the_reference_s_bit_for_bit(build: Callable[..., 
         assert clip.grid == tuple(golden["video_grid_thw"][0])
         assert hashlib.sha256(clip.patches.numpy().tobytes()).hexdigest() == golden["pixel_values_videos_sha256"]
         text = chat(read_template(template), PROMPTS[golden["prompt_idx"]], clip.tokens)
-        assert build()._tokenizer.encode(text) == golden["input_ids"]
+        assert build().tokenizer.encode(text) == golden["input_ids"]
         one = chat(read_template(template), PROMPTS[golden["prompt_idx"]], 1)
         assert hashlib.sha256(one.encode()).hexdigest() == golden["chat_text_sha256"]
 
@@ -147,10 +147,10 @@ def test_rotary_of_the_vision_tower_rounds_every_step() -> None:
 def test_vq_and_mq_are_kept_over_prompts(build: Callable[..., VideoAlign], monkeypatch: pytest.MonkeyPatch) -> None:
     reward = build(batch_size=2, fps=1.5)
     seen: list[bytes] = []
-    see = reward._network.see
-    monkeypatch.setattr(reward._network, "see", lambda clip: seen.append(clip.digest) or see(clip))
+    see = reward.network.see
+    monkeypatch.setattr(reward.network, "see", lambda clip: seen.append(clip.digest) or see(clip))
     scores = reward.score_videos([CLIP] * 3, PROMPTS[:3])
-    reward._network.rm_head.weight.mul_(2)  # what is computed from here on shows it
+    reward.network.rm_head.weight.mul_(2)  # what is computed from here on shows it
     again = reward.score_videos([CLIP], PROMPTS[:1])[0]
     assert len(seen) == 1
     assert len({(s["VQ_raw"], s["MQ_raw"]) for s in (*scores, again)}) == 1

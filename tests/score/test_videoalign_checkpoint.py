@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from score.videoalign import VideoAlign
 from score.videoalign.checkpoint import find_checkpoint
-from score.videoalign.network import read_base_config
+from score.videoalign.network import Tokens, read_base_config
 from shards.errors import UserError
 from tests.support.videoalign_fixtures import (  # noqa: F401 - fixtures count as used
     AGAIN,
@@ -138,7 +138,7 @@ def test_frozen_vision_tower_comes_from_the_base_model(
     tower = {k: v for k, v in trained.items() if ".visual." in k and ".merger." not in k}
     torch.save({k: v for k, v in trained.items() if k not in tower}, others)
     fails(
-        lambda: build(checkpoint=checkpoint, base_model=base, batch_size=1)._network,
+        lambda: build(checkpoint=checkpoint, base_model=base, batch_size=1).network,
         f"{others}: missing keys {PREFIX}visual.blocks.0.attn.proj.bias, {PREFIX}visual.blocks.0.attn.proj.weight, "
         f"{PREFIX}visual.blocks.0.attn.qkv.bias and 22 more",
         "the file belongs to another model or is damaged",
@@ -158,7 +158,7 @@ def test_full_file_counts_before_the_split_ones(
     checkpoint, _ = split(tmp_path, stored)
     Path(checkpoint, STEP, "adapter_model.safetensors").write_bytes(b"not read")
     shutil.copy(DATA / "checkpoint" / STEP / "model.pth", Path(checkpoint, STEP))
-    assert build(checkpoint=checkpoint)._network.rm_head.weight.shape == (1, 64)
+    assert build(checkpoint=checkpoint).network.rm_head.weight.shape == (1, 64)
 
 
 FOREIGN = "the file belongs to another model or is damaged"
@@ -179,7 +179,7 @@ def test_full_file_with_other_keys(
     for number, (dropped, (added, problem)) in enumerate(changes.items()):
         weights = {k: v for k, v in stored.items() if k != dropped} | added
         checkpoint = copied(tmp_path / str(number), weights)
-        fails(lambda c=checkpoint: build(checkpoint=c)._network, f"{checkpoint}/{STEP}/model.pth: {problem}", FOREIGN)
+        fails(lambda c=checkpoint: build(checkpoint=c).network, f"{checkpoint}/{STEP}/model.pth: {problem}", FOREIGN)
 
 
 def test_split_files_with_other_keys(
@@ -193,7 +193,7 @@ def test_split_files_with_other_keys(
 
     def check(problem: str, hint: str = FOREIGN) -> None:
         reward = VideoAlign(checkpoint, base, template)
-        fails(lambda: reward._network, problem, hint)
+        fails(lambda: reward.network, problem, hint)
 
     save_file(lora | {"stray.weight": torch.zeros(1)}, adapter)
     check(f"{adapter}: unexpected key stray.weight")
@@ -215,7 +215,7 @@ def test_split_files_with_other_keys(
     )
     save_file({"model.norm.weight": torch.zeros(64)}, weights)
     with pytest.raises(UserError, match=r"model\*.safetensors: missing keys model.layers.0.input_layernorm.weight"):
-        build(checkpoint=checkpoint, base_model=base)._network  # noqa: B018
+        build(checkpoint=checkpoint, base_model=base).network  # noqa: B018
     others.unlink()
     check(f"no model.pth and no non_lora_state_dict.pth in {checkpoint}/{STEP}", AGAIN)
 
@@ -226,10 +226,10 @@ def test_weights_of_another_shape(
     hint = "check that model_config.json and `base_model` belong to this checkpoint"
     key = f"{PREFIX}model.layers.0.self_attn.q_proj.lora_A.default.weight"
     root = copied(tmp_path / "a", stored | {key: torch.zeros(8, 64)})
-    fails(lambda: build(checkpoint=root)._network,
+    fails(lambda: build(checkpoint=root).network,
           f"{root}/{STEP}: {key} is [8, 64], the configuration asks for [64, 64]", hint)  # fmt: skip
     root = copied(tmp_path / "b", model_config__output_dim=3)
-    fails(lambda: build(checkpoint=root)._network,
+    fails(lambda: build(checkpoint=root).network,
           f"{root}/{STEP}: {PREFIX}rm_head.weight is [1, 64], the configuration asks for [3, 64]", hint)  # fmt: skip
 
 
@@ -246,24 +246,24 @@ class Trap:
 def test_only_tensors_are_unpickled(tmp_path: Path, build: Callable[..., VideoAlign]) -> None:
     root = copied(tmp_path / "c", {"x": Trap(tmp_path / "sprung")})
     fails(
-        lambda: build(checkpoint=root)._network,
+        lambda: build(checkpoint=root).network,
         f"{root}/{STEP}/model.pth holds more than tensors, or is damaged, and is not opened",
         AGAIN,
     )
     assert not (tmp_path / "sprung").exists()
     torch.save([torch.zeros(1)], Path(root, STEP, "model.pth"))
-    fails(lambda: build(checkpoint=root)._network, f"{root}/{STEP}/model.pth is not a table of tensors", AGAIN)
+    fails(lambda: build(checkpoint=root).network, f"{root}/{STEP}/model.pth is not a table of tensors", AGAIN)
     whole = (DATA / "checkpoint" / STEP / "model.pth").read_bytes()
     Path(root, STEP, "model.pth").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=r"model\.pth cannot be read: "):
-        build(checkpoint=root, batch_size=1)._network  # noqa: B018
+        build(checkpoint=root, batch_size=1).network  # noqa: B018
 
 
 def test_base_model_folder(tmp_path: Path, build: Callable[..., VideoAlign]) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     fails(
-        lambda: build(base_model=str(empty))._tokenizer,
+        lambda: build(base_model=str(empty)).tokenizer,
         f"no tokenizer in {empty} or {DATA}/checkpoint/{STEP}/tokenizer",
         BASE_HINT,
     )
@@ -275,12 +275,12 @@ def test_base_model_folder(tmp_path: Path, build: Callable[..., VideoAlign]) -> 
 
 def test_tokenizer_saved_with_the_checkpoint_suffices(tmp_path: Path, build: Callable[..., VideoAlign]) -> None:
     root = Path(copied(tmp_path / "c"))
-    build()._tokenizer.save_pretrained(root / STEP / "tokenizer")
+    build().tokenizer.save_pretrained(root / STEP / "tokenizer")
     (tmp_path / "base").mkdir()
     shutil.copy(DATA / "base_model" / "config.json", tmp_path / "base")
     reward = build(checkpoint=str(root), base_model=str(tmp_path / "base"))
     assert reward.score_videos([source("v0")], PROMPTS[:1]) == build().score_videos([source("v0")], PROMPTS[:1])
-    assert reward._tokens.rewards == tuple(GOLDEN["meta"]["special_token_ids_tiny"])
+    assert Tokens.of(reward.tokenizer).rewards == tuple(GOLDEN["meta"]["special_token_ids_tiny"])
 
 
 def test_no_training_library_is_needed() -> None:

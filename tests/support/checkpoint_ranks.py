@@ -61,7 +61,9 @@ def whole(tensor: Tensor) -> Tensor:
 
 def tensors(state: TrainerState) -> dict[str, Tensor]:
     """A copy of the whole state of all ranks, without generators."""
-    return {name: whole(one).clone() for name, one in checkpoint._tensors(state).items() if "generator" not in name}
+    return {
+        name: whole(one).clone() for name, one in checkpoint.state_tensors(state).items() if "generator" not in name
+    }
 
 
 def go_on(folder: Path, first: int, last: int, keep: int = 2) -> tuple[list[float], dict[str, Tensor]]:

@@ -30,7 +30,8 @@ def loaded_by(*arguments: str, before: str = "") -> set[str]:
 
 def in_python(code: str) -> subprocess.CompletedProcess[str]:
     """Run code in a process of its own, which compiles at most once what it imports, whatever this shell has set."""
-    command, environment = [sys.executable, "-c", code], {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
+    command = [sys.executable, "-c", code]
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "", "COVERAGE_PROCESS_CONFIG": ""}  # it costs what it costs
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from rollout.policy import Policy
 from rollout.run import rollout
-from shards.config import ModelConfig, RolloutConfig, RunConfig, ScoreConfig, TrainConfig
+from shards.config import EvalConfig, ModelConfig, RolloutConfig, RunConfig, ScoreConfig, TrainConfig
 from shards.reader import open_shard
 from shards.run import Run, Stage
 from shards.sidecar import write_advantages
@@ -40,6 +40,7 @@ ROLLOUT: dict[str, Any] = {
     "guidance_scale_2": 1.5,
 }
 TRAIN: dict[str, Any] = {"lora_rank": 2, "lora_alpha": 4.0, "learning_rate": 1e-3}
+EVAL: dict[str, Any] = {"limit": 2, "steps": 4}
 
 
 def make_run(
@@ -70,6 +71,7 @@ def make_run(
         rollout=RolloutConfig(prompts=str(prompts), **settings),
         score=ScoreConfig(**(score or {})),
         train=TrainConfig(**(TRAIN | (train or {}))),
+        eval=EvalConfig(prompts=str(prompts), **EVAL),
     )
     return Run.create(path, config)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pandas as pd
@@ -45,17 +44,17 @@ def same_tables(one: Stage, other: Stage) -> None:
         pd.testing.assert_frame_equal(*frames, check_exact=True)
 
 
-def torchrun(ranks: int, *arguments: object) -> str:
-    """The command line in ranks of torchrun, as the documentation starts it; what all of them said.
+def torchrun(logs: Path, *arguments: object) -> str:
+    """The command line in two ranks of torchrun, as the documentation starts it; what both of them said.
 
-    Fails unless it ends well.
+    Fails unless it ends well. torchrun's own files go to `logs`.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     rushes = str(Path(sys.executable).with_name("rushes"))
-    with tempfile.TemporaryDirectory() as logs:  # torchrun would leave them in /tmp
-        result = subprocess.run(
-            [*command, "--no-python", rushes, *map(str, arguments)], capture_output=True, text=True, check=False,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": logs}, timeout=1200,
-        )  # fmt: skip
+    logs.mkdir()
+    result = subprocess.run(
+        [*command, "--no-python", rushes, *map(str, arguments)], capture_output=True, text=True, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(logs)}, timeout=1200,
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr[-4000:]
     return result.stdout + result.stderr

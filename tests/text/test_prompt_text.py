@@ -88,7 +88,7 @@ def test_a_clean_prompt_is_encoded_as_before(tiny_t2v: Path) -> None:
 
 def test_the_prompts_of_a_run_may_stand_in_another_column(tiny_t2v: Path, tmp_path: Path) -> None:
     """`rollout.prompt_column` and `eval.prompt_column` hold each for its file."""
-    from rollout.plan import check_stage
+    from rollout.plan import check_stage, stage_prompts
 
     run = training.make_run(tmp_path / "run", tiny_t2v, prompts_per_iteration=1, prompt_column="caption")
     Path(run.config.rollout.prompts).write_text('{"caption": "a \\"B\\"", "prompt": "no"}\n', encoding="utf-8")
@@ -98,6 +98,4 @@ def test_the_prompts_of_a_run_may_stand_in_another_column(tiny_t2v: Path, tmp_pa
     both = Run.create(tmp_path / "both", parse_config(values, "here"))
     for stage in (both.iteration(0), both.evaluation(0)):
         assert check_stage(both, stage) == []
-    from rollout.plan import _prompts
-
-    assert [_prompts(both, stage)[0].target for stage in (both.iteration(0), both.evaluation(0))] == ["B", "C"]
+    assert [stage_prompts(both, stage)[0].target for stage in (both.iteration(0), both.evaluation(0))] == ["B", "C"]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ import torch
 
 from rollout.ranks.world import World
 from shards.errors import RunFailed, UserError
+from tests.support.forks import Fork
 from train import checkpoint, checkpoint_files
 from train.checkpoint import Checkpoints, TrainerState
 
@@ -44,7 +44,7 @@ def step(state: TrainerState) -> None:
 
 
 def everything(state: TrainerState) -> list[torch.Tensor]:
-    return [value.clone() for _, value in sorted(checkpoint._tensors(state).items())]
+    return [value.clone() for _, value in sorted(checkpoint.state_tensors(state).items())]
 
 
 def same(one: TrainerState, other: TrainerState) -> bool:
@@ -284,25 +284,16 @@ def test_a_rank_that_did_not_exist_gets_random_numbers_of_its_own(
     assert drawn[1] == drawn[3]
 
 
-WRITER = """
-import sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from tests.train.test_checkpoint import checkpoint, make_state, step
-state = make_state()
-print("ready", flush=True)
-for update in range(1, 100000):
-    step(state)
-    checkpoint.save(Path(sys.argv[2]), state, update)
-"""
+def write_without_pause(folder: Path) -> None:
+    state = make_state()
+    for update in itertools.count(1):
+        step(state)
+        checkpoint.save(folder, state, update)
 
 
 def test_kill_at_any_moment_leaves_only_whole_checkpoints(tmp_path: Path) -> None:
     """A process that saves without pause is killed at several moments; what `latest` then names can be read."""
-    root = str(Path(__file__).parents[2])
-    process = subprocess.Popen([sys.executable, "-c", WRITER, root, str(tmp_path)], stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    assert process.stdout.readline() == b"ready\n"
+    process = Fork(tmp_path.with_name(f"{tmp_path.name}-process"), lambda: write_without_pause(tmp_path))
     deadline = time.monotonic() + PATIENCE
     while checkpoint.latest(tmp_path) is None:
         assert time.monotonic() < deadline
@@ -310,10 +301,10 @@ def test_kill_at_any_moment_leaves_only_whole_checkpoints(tmp_path: Path) -> Non
     for number in range(6):
         time.sleep(0.05 + 0.013 * number)
         snapshot = tmp_path.with_name(f"{tmp_path.name}-{number}")
-        process.send_signal(signal.SIGSTOP)  # a copy of the stopped process's files is what a kill would leave
+        process.send(signal.SIGSTOP)  # a copy of the stopped process's files is what a kill would leave
         os.waitpid(process.pid, os.WUNTRACED)
         shutil.copytree(tmp_path, snapshot)
-        process.send_signal(signal.SIGCONT)
+        process.send(signal.SIGCONT)
         found = checkpoint.latest(snapshot)
         assert found is not None
         state = make_state()
@@ -322,6 +313,4 @@ def test_kill_at_any_moment_leaves_only_whole_checkpoints(tmp_path: Path) -> Non
         checkpoint.save(snapshot, state, found[0] + 1)
         assert not list(snapshot.glob(".writing-*"))
         assert checkpoint.latest(snapshot) == (found[0] + 1, snapshot / f"update-{found[0] + 1:06d}")
-    process.kill()
-    process.wait()
-    process.stdout.close()
+    process.end()

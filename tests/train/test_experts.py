@@ -271,15 +271,16 @@ def test_a_helper_trains_the_other_expert(rolled: Run, trained: Run, policy: Pol
     assert train_at_once(run, 0, policy).skipped
 
 
-def ended(error: BaseException) -> Callable[..., Future[TrainReport]]:
-    """A helper that came to that end."""
+class Ended:
+    """Helpers that come to that end with whatever they are given."""
 
-    def hand_out(*_: Any) -> Future[TrainReport]:
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def submit(self, *_: Any) -> Future[TrainReport]:
         future: Future[TrainReport] = Future()
-        future.set_exception(error)
+        future.set_exception(self.error)
         return future
-
-    return hand_out
 
 
 @pytest.mark.parametrize("error", [BrokenProcessPool("killed"), MemoryError()], ids=["killed", "out of memory"])
@@ -287,7 +288,7 @@ def test_a_helper_that_dies_costs_nothing_but_time(
     error: Exception, rolled: Run, trained: Run, policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = training.fork(rolled, tmp_path / "run", experts_at_once=True)
-    monkeypatch.setattr(at_once, "_hand_out", ended(error))
+    monkeypatch.setattr(at_once, "start_helpers", lambda count: Ended(error))
     report = train_at_once(run, 0, policy)
     assert report.updates == {"high_noise": 2, "low_noise": 2}
     assert contents(run) == contents(trained)
@@ -298,7 +299,8 @@ def test_what_ends_a_helper_is_told(
 ) -> None:
     """It holds its expert, and fails when this process has trained its own."""
     run = training.fork(rolled, tmp_path / "run", experts_at_once=True)
-    monkeypatch.setattr(at_once, "_hand_out", ended(RunFailed("low_noise expert, update 1: the gradient norm is nan")))
+    nan = RunFailed("low_noise expert, update 1: the gradient norm is nan")
+    monkeypatch.setattr(at_once, "start_helpers", lambda count: Ended(nan))
     with claim(run.iteration(0), 1, "train"), pytest.raises(RunFailed, match="the gradient norm is nan"):
         train_at_once(run, 0, policy)
     assert not run.iteration(0).trained()

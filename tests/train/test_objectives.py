@@ -16,7 +16,7 @@ from rollout import transitions as tr
 from rollout.schedule import make_schedule
 from shards.config import RolloutConfig, TrainConfig
 from shards.plan import Schedule
-from train.losses import _step_weights
+from train.losses import weights_of_steps
 from train.objectives.terms import (
     clip_advantage,
     kl_divergence,
@@ -242,7 +242,7 @@ def plan_of(law: str) -> Schedule:
 def weights_of(plan: Schedule, *, ratio_norm: bool) -> dict[int, float]:
     """The weights that training gives to STEPS of a plan, under `inverse-gradient`."""
     inputs: Any = SimpleNamespace(rollouts=SimpleNamespace(schedule=plan, steps=lambda _: list(STEPS)))
-    return _step_weights(inputs, TrainConfig(step_weight="inverse-gradient", ratio_norm=ratio_norm), 0)
+    return weights_of_steps(inputs, TrainConfig(step_weight="inverse-gradient", ratio_norm=ratio_norm), 0)
 
 
 def test_masked_losses_are_those_of_the_elements_kept() -> None:

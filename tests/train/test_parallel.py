@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,19 @@ import torch
 from safetensors.torch import load_file
 
 from rollout.memory import needs as memory_needs
-from rollout.memory.model import read_model
 from rollout.policy import Policy
-from rollout.ranks.world import World
 from shards.records.updates import read_updates
 from shards.run import Run
-from tests.support import forks, lora_forms, parallel_ranks, training, workers
+from tests.support import forks, lora_forms, parallel_ranks, training
 from tests.support.tiny_models import tiny_transformer
+from tests.support.workers import torchrun
 from train.data import Rollouts
 from train.order import Unit
 from train.run import train
 
-CALM = {"epsilon": 1e-4}  # AdamW divides rounding noise by the gradient; the default lets it through at any size
+# AdamW divides rounding noise by the gradient; the default lets it through at any size. tests/train/test_checkpoint*.py
+# have the checkpoints between updates.
+CALM = {"epsilon": 1e-4, "save_every": 10}
 SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"ratio_norm": True},
     "nft": {"objective": "nft", "ema": 0.0, "max_grad_norm": 3e-3},  # every gradient is larger
@@ -57,6 +59,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "full-once dp ulysses": (4, {"ulysses": 2}),
     "nft dp ulysses": (4, {"ulysses": 2}),
 }
+LONG = ("full-nft dp", "nft dp ulysses")  # each has both its halves in other layouts
+NAMES = [pytest.param(name, marks=[pytest.mark.long] * (name in LONG)) for name in LAYOUTS]
 Results = dict[str, list[dict[str, Any]]]
 Found = tuple[Path, Results]
 
@@ -73,7 +77,7 @@ def grounds(tiny_t2v2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     models = {"float32": {}, "start": {"lora": str(lora), "lora_2": str(lora)}, "bf16": {"dtype": "bfloat16", **both}}
     runs = {}
     for kind, model in models.items():
-        run = training.make_run(folder / f"of {kind}", tiny_t2v2, CALM, model=model)
+        run = training.make_run(folder / f"of {kind}", tiny_t2v2, CALM, model=model, low_steps=1)
         policy = Policy.of(run.config.model)
         training.advise(training.roll(run, 0, policy))
         names = [
@@ -92,32 +96,40 @@ def ground(grounds: dict[str, Run]) -> Run:
 
 
 @pytest.fixture(scope="module")
-def alone(grounds: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+def wanted(request: pytest.FixtureRequest) -> set[str]:
+    """Those of LAYOUTS that tests of this session ask for."""
+    items = [item for item in request.session.items if item.path == request.path]
+    return LAYOUTS.keys() & {item.callspec.params.get("name") for item in items if hasattr(item, "callspec")}
+
+
+@pytest.fixture(scope="module")
+def alone(grounds: dict[str, Run], wanted: set[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     """The last iteration trained by one process."""
-    folder = tmp_path_factory.mktemp("alone")
-    runs = {name: training.fork(run, folder / name) for name, run in grounds.items()}
+    folder, names = tmp_path_factory.mktemp("alone"), {name.split()[0] for name in wanted}
+    runs = {name: training.fork(grounds[name], folder / name) for name in names}
     for run in runs.values():
         train(run, run.iterations()[-1])
     return runs
 
 
 @pytest.fixture(scope="module")
-def on_two(grounds: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) -> Found:
+def on_two(grounds: dict[str, Run], wanted: set[str], tmp_path_factory: pytest.TempPathFactory) -> Found:
     """What came of every layout and mishap for 2 ranks."""
-    return on_ranks(grounds, tmp_path_factory.mktemp("two"), 2)
+    return on_ranks(grounds, tmp_path_factory.mktemp("two"), 2, wanted)
 
 
 @pytest.fixture(scope="module")
-def on_four(grounds: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) -> Found:
+def on_four(grounds: dict[str, Run], wanted: set[str], tmp_path_factory: pytest.TempPathFactory) -> Found:
     """What came of every layout and mishap for 4 ranks."""
-    return on_ranks(grounds, tmp_path_factory.mktemp("four"), 4)
+    return on_ranks(grounds, tmp_path_factory.mktemp("four"), 4, wanted)
 
 
-def on_ranks(grounds: dict[str, Run], folder: Path, ranks: int) -> Found:
+def on_ranks(grounds: dict[str, Run], folder: Path, ranks: int, wanted: set[str]) -> Found:
     """The folder of the runs, and what each rank said of each case, from one start of the ranks."""
-    layouts = {name: settings for name, (size, settings) in LAYOUTS.items() if size == ranks}
+    layouts = {name: settings for name, (size, settings) in LAYOUTS.items() if size == ranks and name in wanted}
     cases = [case_of(grounds[name.split()[0]], folder, name, **settings) for name, settings in layouts.items()]
-    cases[0]["command"] = True
+    for case in cases[:1]:
+        case["command"] = True
     return folder, start(folder / "ranks", ranks, cases + mishaps(grounds["lora"], folder, ranks))
 
 
@@ -194,7 +206,7 @@ def base_weights(model: Path, names: list[str]) -> dict[str, torch.Tensor]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", NAMES)
 def test_many_ranks_end_where_one_process_ends(
     name: str, request: pytest.FixtureRequest, alone: dict[str, Run], tiny_t2v2: Path
 ) -> None:
@@ -219,7 +231,7 @@ def test_many_ranks_end_where_one_process_ends(
         assert mine == pytest.approx(other, rel=1e-4, abs=1e-9)  # a mean shift is a small difference of large numbers
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_layout_replays_and_keeps_its_ranks_equal(name: str, request: pytest.FixtureRequest) -> None:
     found = found_of(request, name)[1][name]
     limit = 1e-6 if "ulysses" in name else 0.0
@@ -244,13 +256,11 @@ def test_ranks_do_the_work_of_one_process_once(name: str, request: pytest.Fixtur
 
 @pytest.mark.parametrize("name", ["lora dp", "bf16-lora dp", "bf16-full-next dp"])
 def test_ranks_hold_together_what_plan_memory_divides(name: str, on_two: Found, grounds: dict[str, Run]) -> None:
-    config = grounds[name.split()[0]].config
-    whole = memory_needs._state(read_model(config), config.train.full, World(size=2))
-    whole.pop("half a gradient", None)  # of adapters; it is gone when an update has ended
+    planned = memory_needs.train_need(grounds[name.split()[0]], 2).parts
     for update in zip(*(one["held"] for one in on_two[1][name]), strict=True):
-        assert {part: sum(one[part] for one in update) for part in whole if whole[part]} == {
-            part: size for part, size in whole.items() if size
-        }
+        held = {part: sum(one[part] for one in update) // 2 for part in update[0] if any(one[part] for one in update)}
+        assert held == {part: planned[part] for part in held}
+        assert held.keys() >= {"weights", "gradients", "AdamW"}
 
 
 MISHAPS = {
@@ -310,9 +320,15 @@ def test_ranks_share_the_log_probs_they_recompute(on_two: Found) -> None:
     assert [one["error"] for one in on_two[1]["recomputed"]] == ["4 of 4 units"] * 2
 
 
-def test_rushes_train_under_torchrun_speaks_once(ground: Run, tmp_path: Path) -> None:
+def rushes_on_ranks(folder: Path, *arguments: object) -> str:
+    """The command line in two ranks that are there already."""
+    return forks.finish(*forks.ranks(folder, *[forks.rushes(*arguments)] * 2))
+
+
+@pytest.mark.parametrize("start", [rushes_on_ranks, pytest.param(torchrun, marks=pytest.mark.long)])
+def test_rushes_train_on_ranks_speaks_once(start: Callable[..., str], ground: Run, tmp_path: Path) -> None:
     run = training.fork(ground, tmp_path / "run", updates_per_rollout=1)
-    talk = workers.torchrun(2, "train", run.path)
+    talk = start(tmp_path / "ranks", "train", run.path)
     assert len(re.findall(r"^iter-0000 train: 1 update of high_noise", talk, re.M)) == 1
     assert "UserWarning" not in talk
     assert run.iteration(0).trained()
