@@ -97,6 +97,7 @@ def rollout(
     policy.vae.load()
     identity = take_policy(run, stage, policy)
     plan = stage.publish_plan(stage_plan(run, stage, policy.layout, identity))
+    policy.experts.compute_as(plan.arithmetic)
     with _sampler(group, policy, plan, stage) as sampler:
         if group and not group.leads:
             follow(group, sampler)
@@ -140,6 +141,7 @@ def regenerate(run: Run, stage: Stage, key: str, policy: Policy) -> Sample:
     identity = take_policy(run, stage, policy)
     if identity["fingerprint"] != plan.policy.fingerprint:
         raise UserError(f"{key} was sampled by another policy", "restore the model or the adapters of that iteration")
+    policy.experts.compute_as(plan.arithmetic)
     sampler = Sampler(policy, plan, stage.plan_sha256())
     chunk = next(chunk for chunk in plan.chunks([group]) if int(number) in chunk.samples)
     shared = sampler.group_tensors([group])[group]

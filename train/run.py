@@ -251,6 +251,7 @@ def _ready(run: Run, rollouts: Rollouts, policy: Policy | None, start: Path | No
         policy = policy or Policy.of(run.config.model)
         policy.check_model(run.model_path)
         policy.experts.become(start)
+        policy.experts.compute_as(rollouts.plan.arithmetic)
         fingerprint = policy.experts.fingerprint(start)["fingerprint"]
         lag = check_policy(rollouts, fingerprint, settings)
         _check_lag(settings, lag)

@@ -32,7 +32,7 @@ def _flat(tables: Mapping[str, Any], before: str = "") -> Settings:
 
 
 def of_plan(plan: RolloutPlan) -> Settings:
-    """What the plan of a rollout keeps of [rollout]. Of a plan for an evaluation nothing: its values have two homes."""
+    """What the plan of a rollout keeps of [rollout] and [model]. Of a plan for an evaluation nothing: its values have two homes."""
     if plan.kind == "eval":
         return {}
     schedule, video = plan.schedule, plan.video
@@ -46,7 +46,9 @@ def of_plan(plan: RolloutPlan) -> Settings:
         found["form"] = schedule.form
     for expert, guidance in zip(schedule.experts, schedule.guidance, strict=True):
         found["guidance_scale_2" if expert == 1 else "guidance_scale"] = guidance
-    return {f"rollout.{name}": value for name, value in found.items()}
+    found["batch_guidance"] = plan.arithmetic.batch_guidance
+    of_model = {f"model.{name}": getattr(plan.arithmetic, name) for name in ("attention", "compile")}
+    return of_model | {f"rollout.{name}": value for name, value in found.items()}
 
 
 def of_training(stage: Stage) -> TrainConfig | None:
