@@ -23,6 +23,7 @@ from rollout.ulysses_group import Leader, UlyssesGroup, follow
 from rollout.work import Work
 from shards.errors import UserError
 from shards.plan import SAMPLE_KEY, RolloutPlan
+from shards.process.machine import shared_gpu
 from shards.process.progress import Progress
 from shards.process.versions import our_version
 from shards.reader import open_shard, read_manifest
@@ -84,15 +85,18 @@ def rollout(
     began = time.monotonic()
     sweep_run(run)
     complete = stage.is_complete()
-    group = UlyssesGroup.of(run.config, find_device(run.config.model.device))
+    device = policy.device if policy else find_device(run.config.model.device)
+    group = UlyssesGroup.of(run.config, device)
     if group.world.broadcast(complete) if group else complete:  # ranks that work together must not part here
         there = stage.plan()
         assert there is not None
         return RolloutReport(0, there.samples, time.monotonic() - began)
     _check_version(stage)
-    for sentence in check_stage(run, stage, policy):
-        if tell:
-            tell(sentence)
+    sentences = check_stage(run, stage, policy)
+    if device.type == "cuda" and (shared := shared_gpu(torch.cuda.device_count())):
+        sentences.append(shared)
+    for sentence in sentences if tell else ():
+        tell(sentence)
     policy = policy or Policy.of(run.config.model)
     policy.vae.load()
     identity = take_policy(run, stage, policy)

@@ -75,8 +75,6 @@ class Policy:
         if dtype not in DTYPES:
             raise UserError(f"model.dtype: {dtype!r} is unknown", f"one of {', '.join(DTYPES)}")
         where = find_device(device, dtype)
-        if where.index is not None and where.type == "cuda":
-            torch.cuda.set_device(where)  # what libraries make without a device of ours would else lie on the first GPU
         layout = read_layout(find_folder(str(path)))
         start = open_start(lora, lora_2, layout)
         policy = cls(layout, dtype, where, text_length, open_base(base_lora, base_lora_2, base_lora_scale, layout))
