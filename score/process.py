@@ -14,7 +14,7 @@ from typing import Any
 
 from score.reward import Chosen, Reward, Scored, Video
 from shards.errors import UserError
-from shards.process.machine import Place, place, take_helper_place
+from shards.process.machine import LocalPlace, place, take_helper_place
 from shards.process.peak_memory import peak_memory_bytes
 from shards.process.pool import Pool
 from shards.reader import Shard, open_shard
@@ -175,7 +175,7 @@ def executor(count: int) -> Executor:
     return Inline() if count == 1 else processes.of(count, place())
 
 
-def start_worker(of: Place | None = None) -> None:
+def start_worker(of: LocalPlace | None = None) -> None:
     """Before anything heavy is imported: one thread per library, memory kept between calls, and which process this is
     of those that the process at the place `of` starts.
 

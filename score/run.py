@@ -13,7 +13,6 @@ from score.worker import Scoring, named
 from shards import sidecar
 from shards.errors import StillBusy, UserError
 from shards.measures import StageReward, measure_of, stage_reward
-from shards.process.machine import take_place
 from shards.process.progress import counted
 from shards.records.kinds import read_summary
 from shards.run import Run, Stage
@@ -85,7 +84,6 @@ def score(
     StillBusy when there was nothing to do but others sample or score what is left.
     """
     start, config = time.monotonic(), run.config.score
-    take_place(worker, config.workers)
     sweep_run(run)
     plan = stage.plan()
     if plan is None:

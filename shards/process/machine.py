@@ -14,7 +14,7 @@ STEP_TASKS = re.compile(r"(\d+)(?:\(x(\d+)\))?")  # of srun: `4(x2),3`, tasks on
 
 
 @dataclass(frozen=True)
-class Place:
+class LocalPlace:
     """One of the processes of a machine."""
 
     index: int
@@ -24,7 +24,7 @@ class Place:
 
 
 _worker = [(0, 1, 1)]  # number of this worker, of how many, and the processes that each of them has
-_helper: list[Place] = []  # that of a process which another one started
+_helper: list[LocalPlace] = []  # that of a process which another one started
 
 
 def take_place(part: tuple[int, int], processes: int = 1) -> None:
@@ -32,13 +32,13 @@ def take_place(part: tuple[int, int], processes: int = 1) -> None:
     _worker[0] = (*part, processes)
 
 
-def take_helper_place(of: Place | None) -> None:
+def take_helper_place(of: LocalPlace | None) -> None:
     """In a helper process: its place, from that of the process which started it. Helpers are numbered as they start."""
     number = multiprocessing.current_process()._identity
-    _helper[:] = [Place((of.index if of else 0) + (number[-1] - 1 if number else 0), None)]
+    _helper[:] = [LocalPlace((of.index if of else 0) + (number[-1] - 1 if number else 0), None)]
 
 
-def place() -> Place | None:
+def place() -> LocalPlace | None:
     """The place of this process; None for one that is alone. UserError for a variable that is not a number.
 
     torchrun and srun know who is on this machine. Workers that were started otherwise have their numbers.
@@ -48,11 +48,11 @@ def place() -> Place | None:
         return _helper[0]
     if torchrun.world_size() > 1:
         local = torchrun.local_rank()
-        return Place(local, max(torchrun.local_size(), local + 1))
+        return LocalPlace(local, max(torchrun.local_size(), local + 1))
     tasks = _tasks_of_node()
     if tasks > 1:
-        return Place(torchrun.number("SLURM_LOCALID", 0) * each, tasks * each)
-    return None if count == 1 else Place(number * each, None)
+        return LocalPlace(torchrun.launched_number("SLURM_LOCALID", 0) * each, tasks * each)
+    return None if count == 1 else LocalPlace(number * each, None)
 
 
 def own_gpu(gpus: int) -> int | None:
@@ -91,5 +91,5 @@ def _tasks_of_node() -> int:
     """Tasks of this step of srun on this node; 1 outside of srun."""
     found = STEP_TASKS.findall(os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
     each = [int(tasks) for tasks, times in found for _ in range(int(times or 1))]
-    node = torchrun.number("SLURM_NODEID", 0)
+    node = torchrun.launched_number("SLURM_NODEID", 0)
     return each[node] if node < len(each) else 1

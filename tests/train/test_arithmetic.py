@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,7 @@ def test_training_computes_as_the_plan_says_whatever_run_toml_says_now(
     assert train(changed, 0, policy).replay == 0.0
     assert policy.experts.arithmetic == planned.arithmetic != Arithmetic()
     assert prove_iteration(changed, 0, policy).largest == 0.0
-    assert regenerate(changed, changed.iteration(0), "i000000-p000000-s02", policy)
+    assert regenerate(changed, changed.iteration(0), planned.keys(0)[2], policy).meta["status"] == "ok"
     with pytest.raises(UserError, match="made with other settings: arithmetic"):
         run.iteration(0).manifest_path(0).unlink()
         rollout(changed, changed.iteration(0), policy)
@@ -231,18 +232,27 @@ def test_one_batch_of_guidance_equals_two_within_rounding(layout: str, request: 
 def test_compiled_blocks_are_planned_replayed_and_taken_back(
     tiny_t2v: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a backend of torch.compile that compiles nothing: what is tried here is who is compiled, and when."""
-    monkeypatch.setitem(compiled.OPTIONS, "backend", "eager")
+    """With a torch.compile that compiles nothing: what is tried here is who is compiled, and when."""
+    calls: list[object] = []
+
+    def compiled_by(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        assert options == compiled.OPTIONS
+        return lambda *arguments, **named: (calls.append(function), function(*arguments, **named))[1]
+
+    monkeypatch.setattr(torch, "compile", compiled_by)
     run = training.make_run(tmp_path / "run", tiny_t2v, model={"compile": "blocks"}, **ONE)
     policy = Policy.of(run.config.model)
     sampled(run, policy)
-    blocks = policy.experts.module(0).blocks
-    assert all(block._compiled_call_impl is not None for block in blocks)
+    blocks = len(policy.experts.module(0).blocks)
+    assert len(calls) == blocks * 2 * 2 * run.config.rollout.steps  # two forwards of two chunks a step
     plain = Policy.of(run.config.model)
+    calls.clear()
     assert train(Run.open(run.path, ["model.compile=false"]), 0, plain).replay == 0.0
-    assert all(block._compiled_call_impl is not None for block in plain.experts.module(0).blocks)
+    assert calls
+    calls.clear()
     plain.experts.compute_as(Arithmetic())
-    assert all(block._compiled_call_impl is None for block in plain.experts.module(0).blocks)
+    plain.experts.forward(0, torch.zeros(1, 16, 1, 4, 4), torch.zeros(1), torch.zeros(1, 4, 16))
+    assert not calls
 
 
 def test_compiling_without_a_compiler_is_refused(
