@@ -31,7 +31,9 @@ class ModelConfig(Section):
     dtype: Dtype = Field("float32", description="weights of the transformers; bfloat16 on a GPU (Wan's own choice)")
     device: str = Field("auto", description="`auto` takes cuda when there is one, else cpu")
     attention: str = Field("auto", description="attention backend, by diffusers' name; `auto` is PyTorch's own choice")
-    compile: Compile = Field(False, description="`blocks` compiles the transformer's blocks (torch.compile), once a run")
+    compile: Compile = Field(
+        False, description="`blocks` compiles the transformer's blocks (torch.compile), once a run"
+    )
     text_length: int = Field(512, ge=1, description="text tokens the model was trained with (Wan: 512)")
     lora: str = Field("", description="LoRA to start from: a file, folder, URL or hub id (docs/lora.md: which forms)")
     lora_2: str = Field("", description="that of the low-noise expert, where model.lora is a file of the other one")

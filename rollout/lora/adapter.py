@@ -42,8 +42,8 @@ def add_adapter(module: nn.Module, rank: int, alpha: float, seed: int) -> None:
 class InputDtypeLinear(nn.Linear):
     """A linear layer that rounds its fp32 weights to the dtype of what it is given, and keeps them as they are.
 
-    peft and diffusers have one dtype for both: an adapter is stored in that of the model, and loses small updates, or it
-    is in fp32 (`autocast_adapter_dtype`), and so are its products, with every activation cast there and back.
+    peft and diffusers have one dtype for both: an adapter is stored in that of the model, and loses small updates, or
+    it is in fp32 (`autocast_adapter_dtype`), and so are its products, with every activation cast there and back.
     """
 
     @classmethod

@@ -77,10 +77,9 @@ def shared_gpu(gpus: int) -> str:
     found, (number, count, each) = place(), _worker[0]
     if found is None or found.count is not None or count * each <= gpus or _has_one_to_itself(gpus):
         return ""
-    return (
-        f"worker {number}/{count} takes GPU {found.index % gpus} of the {gpus} here: where more than {gpus // each or 1} "
-        "workers are on one machine, they share GPUs"
-    )
+    most, own = max(1, gpus // each), found.index % gpus
+    said = f"worker {number}/{count} takes GPU {own} of the {gpus} here"
+    return f"{said}: where more than {most} workers are on one machine, they share GPUs"
 
 
 def _has_one_to_itself(gpus: int) -> bool:

@@ -75,5 +75,8 @@ def launched_number(name: str, default: int) -> int:
     if not text:
         return default
     if not text.isdecimal():
-        raise UserError(f"{name} = {text!r} in the environment is not a number", "its launcher sets it; unset it, or start the program with torchrun")
+        raise UserError(
+            f"{name} = {text!r} in the environment is not a number",
+            "its launcher sets it; unset it, or start the program with torchrun",
+        )
     return int(text)

@@ -32,7 +32,8 @@ def _flat(tables: Mapping[str, Any], before: str = "") -> Settings:
 
 
 def of_plan(plan: RolloutPlan) -> Settings:
-    """What the plan of a rollout keeps of [rollout] and [model]. Of a plan for an evaluation nothing: its values have two homes."""
+    """What the plan of a rollout keeps of [rollout] and [model]. Of that of an evaluation nothing: its values have two
+    homes."""
     if plan.kind == "eval":
         return {}
     schedule, video = plan.schedule, plan.video

@@ -91,9 +91,11 @@ def test_small_updates_of_the_fp32_weights_add_up(tiny_t2v: Path) -> None:
         down += 99 * 2.0**-10
     assert not torch.equal(layer(x), before)
     layer(x).float().sum().backward()
-    assert down.grad is not None and up.grad is not None
+    assert down.grad is not None
+    assert up.grad is not None
     assert (down.grad.dtype, up.grad.dtype) == (torch.float32, torch.float32)
-    assert bool(down.grad.any()) and bool(up.grad.any())
+    assert bool(down.grad.any())
+    assert bool(up.grad.any())
 
 
 def test_an_iteration_of_an_older_version_is_trained_as_it_was_sampled(tiny_t2v2: Path, tmp_path: Path) -> None:
@@ -114,12 +116,13 @@ def test_an_iteration_of_an_older_version_is_trained_as_it_was_sampled(tiny_t2v2
     assert policy.experts.arithmetic == Arithmetic(adapters="model")
 
 
-# --- The plan ----------------------------------------------------------------------------------------------------------
+# --- The plan --------------------------------------------------------------------------------------------------------
 
 
 def test_what_is_as_before_is_not_written(rolled: Run, policy: Policy, tiny_t2v2: Path, tmp_path: Path) -> None:
     plan = rolled.iteration(0).plan()
-    assert plan is not None and plan.arithmetic == Arithmetic()
+    assert plan is not None
+    assert plan.arithmetic == Arithmetic()
     assert "arithmetic" not in plan.to_dict()
     run = training.make_run(tmp_path / "run", tiny_t2v2, model={"attention": "native"}, batch_guidance=True)
     found = stage_plan(run, run.iteration(0), policy.layout, policy.experts.fingerprint(None))
@@ -146,12 +149,12 @@ def test_training_computes_as_the_plan_says_whatever_run_toml_says_now(
     assert policy.experts.arithmetic == planned.arithmetic != Arithmetic()
     assert prove_iteration(changed, 0, policy).largest == 0.0
     assert regenerate(changed, changed.iteration(0), planned.keys(0)[2], policy).meta["status"] == "ok"
+    run.iteration(0).manifest_path(0).unlink()
     with pytest.raises(UserError, match="made with other settings: arithmetic"):
-        run.iteration(0).manifest_path(0).unlink()
         rollout(changed, changed.iteration(0), policy)
 
 
-# --- Attention -----------------------------------------------------------------------------------------------------------
+# --- Attention -------------------------------------------------------------------------------------------------------
 
 
 def test_attention_is_set_for_one_model_and_taken_back(tiny_t2v: Path) -> None:
@@ -201,7 +204,7 @@ def test_ranks_share_tokens_with_one_backend_only(tiny_t2v: Path, tmp_path: Path
         stage_plan(run, run.iteration(0), policy.layout)
 
 
-# --- Both forwards of guidance in one ---------------------------------------------------------------------------------
+# --- Both forwards of guidance in one --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", ["tiny_t2v", "tiny_ti2v"])
@@ -226,7 +229,7 @@ def test_one_batch_of_guidance_equals_two_within_rounding(layout: str, request: 
     assert calls[3:] == [3]  # without guidance there is nothing to join
 
 
-# --- Compiled blocks ----------------------------------------------------------------------------------------------------
+# --- Compiled blocks -------------------------------------------------------------------------------------------------
 
 
 def test_compiled_blocks_are_planned_replayed_and_taken_back(

@@ -11,8 +11,8 @@ from torch import nn
 from shards.errors import UserError
 
 OPTIONS: dict[str, Any] = {"dynamic": False, "fullgraph": True}
-"""A kernel for each shape: one for many would come into use with the second shape that a process meets, which is another
-one in rollout and training. A part that cannot be compiled is an error, not slow."""
+"""A kernel for each shape: one for many would come into use with the second shape that a process meets, which is not
+the same one in rollout and training. A part that cannot be compiled is an error, not slow."""
 GRAPHS = 256  # one for each shape, with and without gradient, with the adapter on and off
 
 
