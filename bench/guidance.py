@@ -67,7 +67,7 @@ def main(words: list[str] | None = None) -> None:
     device = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} thread of a CPU"
     command = f"python bench/guidance.py{'' if arguments.path == 'words' else f' --path {arguments.path}'}"
     lines = [
-        f"`{command}`, {arguments.dtype}, {device}, torch {torch.__version__}; medians of {ROUNDS} rounds, the range in "
+        f"`{command}`, {arguments.dtype}, {device}, torch {torch.__version__}; medians of {ROUNDS} rounds, range in "
         "brackets.",
         "",
         "| videos, tokens each | one batch ÷ two forwards | difference |",

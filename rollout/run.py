@@ -95,8 +95,9 @@ def rollout(
     sentences = check_stage(run, stage, policy)
     if device.type == "cuda" and (shared := shared_gpu(torch.cuda.device_count())):
         sentences.append(shared)
-    for sentence in sentences if tell else ():
-        tell(sentence)
+    for sentence in sentences:
+        if tell:
+            tell(sentence)
     policy = policy or Policy.of(run.config.model)
     policy.vae.load()
     identity = take_policy(run, stage, policy)

@@ -7,8 +7,9 @@ import json
 import struct
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import WanPipeline
@@ -66,9 +67,8 @@ def compute_in_input_dtype(module: nn.Module, wanted: bool = True) -> None:
 
     Adapters on convolutions, which only foreign files have, stay in fp32.
     """
-    for layer in module.modules():
-        if isinstance(_down(layer), InputDtypeLinear):
-            layer.cast_input_dtype_enabled = not wanted
+    for layer in _linear(module):
+        layer.cast_input_dtype_enabled = not wanted
 
 
 def remove_adapter(module: nn.Module) -> None:
@@ -196,14 +196,14 @@ def _to_float(module: nn.Module) -> None:
     for parameter in module.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    for layer in module.modules():
-        if isinstance(_down(layer), nn.Linear):
-            for part in (layer.lora_A, layer.lora_B):
-                part[ADAPTER] = InputDtypeLinear.around(part[ADAPTER])  # type: ignore[arg-type]
+    for layer in _linear(module):
+        for part in (layer.lora_A, layer.lora_B):
+            part[ADAPTER] = InputDtypeLinear.around(part[ADAPTER])
     compute_in_input_dtype(module)
 
 
-def _down(layer: nn.Module) -> nn.Module | None:
-    """The first of the two factors that the policy's adapter has on a layer; None where it has none."""
-    there = isinstance(layer, LoraLayer) and ADAPTER in layer.lora_A
-    return layer.lora_A[ADAPTER] if there else None  # type: ignore[index, union-attr]
+def _linear(module: nn.Module) -> Iterator[Any]:
+    """The layers, of peft, on which the policy's adapter has two linear factors."""
+    for layer in module.modules():
+        if isinstance(layer, LoraLayer) and ADAPTER in layer.lora_A and isinstance(layer.lora_A[ADAPTER], nn.Linear):
+            yield layer
