@@ -114,6 +114,10 @@ def init(
     config = parse_config(values, f"preset {preset}")
     check_settings(config)
     select(config.score, content=False)  # files that its options name may lie on another machine
+    if config.model.attention != "auto":  # what has no such name needs no look at diffusers
+        from rollout.policy.kernels.arithmetic import arithmetic_of
+
+        arithmetic_of(config)
     created = Run.create(run, config)
     said += [f"trusted: {file} (sha256 {trust(file)[:12]}…)" for file in own_files(named_by(sets))]
     done = f"written from preset {preset}" if created.is_new else "is there already, with the same values"

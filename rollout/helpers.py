@@ -16,6 +16,7 @@ from rollout.policy import Policy
 from rollout.ranks.device import device_of_worker
 from rollout.run import RolloutReport
 from shards.plan import Kind
+from shards.process.machine import take_place
 from shards.process.pool import Pool
 from shards.process.progress import Progress
 from shards.process.torchrun import world_size
@@ -46,6 +47,7 @@ def rollout(
     UserError where there are fewer.
     """
     count = run.config.rollout.workers
+    take_place(worker, count)
     if count == 1 or world_size() > 1 or stage.is_complete():
         return rollout_run.rollout(run, stage, policy, progress, worker, wait, tell)
     devices = [device_of_worker(run.config.model.device, index, count) for index in range(count)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ import torch
 from rollout.policy import Policy
 from rollout.policy.folder import DTYPES, Layout, find_folder, read_layout
 from rollout.policy.images import open_image
+from rollout.policy.kernels.arithmetic import arithmetic_of, check_arithmetic
 from rollout.prompts.checks import check_lengths, check_readable, reads
 from rollout.prompts.files import Column
 from rollout.prompts.load import Prompt, load_prompts, prompts_of_iteration, split
@@ -19,7 +21,7 @@ from rollout.schedule import make_schedule, step_std
 from rollout.window import choose_window, trained_steps
 from rollout.words.paths import words_folder
 from shards.errors import UserError
-from shards.plan import SCHEMA, Group, PolicyIdentity, RolloutPlan, Schedule, VideoShape, group_key
+from shards.plan import SCHEMA, Arithmetic, Group, PolicyIdentity, RolloutPlan, Schedule, VideoShape, group_key
 from shards.run import Run, Stage
 from shards.text.cleaning import clean
 
@@ -38,10 +40,9 @@ def check_stage(run: Run, stage: Stage, policy: Policy | None = None) -> list[st
     if stage.plan() is not None:
         return []
     model = run.config.model
-    if policy is None:
-        find_device(model.device, model.dtype)
+    device = find_device(model.device, model.dtype) if policy is None else policy.device
     layout = policy.layout if policy is not None else read_layout(find_folder(model.path))
-    stage_plan(run, stage, layout)
+    check_arithmetic(stage_plan(run, stage, layout).arithmetic, layout, model.dtype, device)
     return check_prompts(run, stage, layout)
 
 
@@ -91,7 +92,15 @@ def stage_plan(run: Run, stage: Stage, layout: Layout, identity: Identity | None
         groups=tuple(_group(run, stage, schedule, prompt) for prompt in prompts),
         shards=tuple(tuple(keys[start : start + per_shard]) for start in range(0, len(keys), per_shard)),
         same_initial_noise=rollout.same_initial_noise and evaluation is None,
+        arithmetic=_arithmetic(run, stage),
     )
+
+
+def _arithmetic(run: Run, stage: Stage) -> Arithmetic:
+    """What run.toml asks for. What no setting decides stays as it was when the stage began, with an older version."""
+    begun = stage.plan()
+    wanted = arithmetic_of(run.config)
+    return wanted if begun is None else replace(wanted, adapters=begun.arithmetic.adapters)
 
 
 def batch_size(rollout: RolloutConfig, layout: Layout) -> int:

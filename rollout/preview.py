@@ -7,6 +7,8 @@ from math import prod
 
 from rollout.plan import check_prompts, stage_plan
 from rollout.policy.folder import DTYPES, Layout, find_folder, read_layout
+from rollout.policy.kernels.arithmetic import check_arithmetic
+from rollout.ranks.device import find_device
 from rollout.schedule import describe, step_scale
 from shards.plan import RolloutPlan, Schedule
 from shards.run import EXPERT_NAMES, Run, Stage
@@ -20,7 +22,9 @@ def preview(run: Run, stage: Stage) -> str:
     Raises UserError for everything that `rollout` would refuse before it samples, but for weights that are missing.
     """
     layout = read_layout(find_folder(run.config.model.path, weights=False), weights=False)
-    plan = stage_plan(run, stage, layout)
+    plan, model = stage_plan(run, stage, layout), run.config.model
+    if plan.arithmetic.attention != "auto" or plan.arithmetic.compile:  # the device of other runs may be elsewhere
+        check_arithmetic(plan.arithmetic, layout, model.dtype, find_device(model.device, model.dtype))
     notes = check_prompts(run, stage, layout) if stage.plan() is None else []
     group = plan.groups[0]
     lines = [*_table(plan.schedule, group.window), ""]

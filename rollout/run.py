@@ -22,6 +22,7 @@ from rollout.ulysses_group import Leader, UlyssesGroup, follow
 from rollout.work import Work
 from shards.errors import UserError
 from shards.plan import SAMPLE_KEY, RolloutPlan
+from shards.process.machine import shared_gpu
 from shards.process.progress import Progress
 from shards.process.versions import our_version
 from shards.reader import open_shard, read_manifest
@@ -83,19 +84,24 @@ def rollout(
     began = time.monotonic()
     sweep_run(run)
     complete = stage.is_complete()
-    group = UlyssesGroup.of(run.config, find_device(run.config.model.device))
+    device = policy.device if policy else find_device(run.config.model.device)
+    group = UlyssesGroup.of(run.config, device)
     if group.world.broadcast(complete) if group else complete:  # ranks that work together must not part here
         there = stage.plan()
         assert there is not None
         return RolloutReport(0, there.samples, time.monotonic() - began)
     _check_version(stage)
-    for sentence in check_stage(run, stage, policy):
+    sentences = check_stage(run, stage, policy)
+    if device.type == "cuda" and (shared := shared_gpu(torch.cuda.device_count())):
+        sentences.append(shared)
+    for sentence in sentences:
         if tell:
             tell(sentence)
     policy = policy or Policy.of(run.config.model)
     policy.vae.load()
     identity = take_policy(run, stage, policy)
     plan = stage.publish_plan(stage_plan(run, stage, policy.layout, identity))
+    policy.experts.compute_as(plan.arithmetic)
     with _sampler(group, policy, plan, stage) as sampler:
         if group and not group.leads:
             follow(group, sampler)
@@ -139,6 +145,7 @@ def regenerate(run: Run, stage: Stage, key: str, policy: Policy) -> Sample:
     identity = take_policy(run, stage, policy)
     if identity["fingerprint"] != plan.policy.fingerprint:
         raise UserError(f"{key} was sampled by another policy", "restore the model or the adapters of that iteration")
+    policy.experts.compute_as(plan.arithmetic)
     sampler = Sampler(policy, plan, stage.plan_sha256())
     chunk = next(chunk for chunk in plan.chunks([group]) if int(number) in chunk.samples)
     shared = sampler.group_tensors([group])[group]

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 from shards.errors import UserError, nearest
+from shards.process.machine import place
 
 if TYPE_CHECKING:
     import torch
@@ -49,11 +50,19 @@ def resolve(name: str, found: Any, options: Mapping[str, object]) -> dict[str, o
 
 
 def device_named(name: str) -> torch.device:
-    """The device that the option `device` of a reward names; `auto` is cuda when there is one. Raises UserError."""
+    """The device that the option `device` of a reward names; `auto` is cuda when there is one. Raises UserError.
+
+    Of several GPUs a process takes the one of its place on this machine, and makes it the current one; rewards are
+    small, so that processes may share one.
+    """
     import torch
 
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        if device.type == "cuda" and device.index is None and (found := place()):
+            device = torch.device("cuda", found.index % max(1, torch.cuda.device_count()))
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
         torch.empty(1, device=device).item()  # the name alone asks no hardware
     except (RuntimeError, AssertionError, NotImplementedError):
         hint = "give the reward auto, cpu, cuda or cuda:N for `device`"

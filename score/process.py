@@ -14,6 +14,7 @@ from typing import ParamSpec, TypeVar
 
 from score.reward import Chosen, Reward, Scored, Video
 from shards.errors import UserError
+from shards.process.machine import LocalPlace, place, take_helper_place
 from shards.process.peak_memory import peak_memory_bytes
 from shards.process.pool import Pool
 from shards.reader import Shard, open_shard
@@ -173,16 +174,18 @@ class Inline(Executor):
 
 def executor(count: int) -> Executor:
     """Processes that stay alive with their models, so that the next iteration need not load them. Inline for 1."""
-    return Inline() if count == 1 else processes.of(count)
+    return Inline() if count == 1 else processes.of(count, place())
 
 
-def start_worker() -> None:
-    """Before anything heavy is imported: one thread per library, memory kept between calls.
+def start_worker(of: LocalPlace | None = None) -> None:
+    """Before anything heavy is imported: one thread per library, memory kept between calls, and which process this is
+    of those that the process at the place `of` starts.
 
     Several threads per process spin while they wait and slow each other down on a busy machine; processes do not.
     """
     os.environ.update(ONE_THREAD)
     keep_memory()
+    take_helper_place(of)
 
 
 processes = Pool(start_worker)

@@ -17,6 +17,7 @@ from score.reward import Chosen, Scored
 from shards import sidecar
 from shards.errors import RunFailed, StillBusy
 from shards.plan import RolloutPlan
+from shards.process.machine import take_place
 from shards.process.signals import check, stopping
 from shards.process.torchrun import world_size
 from shards.run import Stage
@@ -74,6 +75,7 @@ class Scoring:
         progress: Progress | None,
     ) -> None:
         self.config, self.stage, self.scorers, self.worker = config, stage, scorers, worker
+        take_place(worker.part, self._processes())  # before a reward looks for its device
         size = 3 * math.prod(plan.video.size)
         self.per_job = max(1, min(JOB_SAMPLES, JOB_BYTES // size))
         self.tally = Tally(worker, progress, "videos", self._finished)

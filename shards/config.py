@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from shards.plan import Dtype, Form, Law, Solver
+from shards.plan import Compile, Dtype, Form, Law, Solver
 
 SCHEMA = 1
 
@@ -30,6 +30,10 @@ class ModelConfig(Section):
     path: str = Field("words", description="folder in WanPipeline layout, hub id, or `words`, the embedded model")
     dtype: Dtype = Field("float32", description="weights of the transformers; bfloat16 on a GPU (Wan's own choice)")
     device: str = Field("auto", description="`auto` takes cuda when there is one, else cpu")
+    attention: str = Field("auto", description="attention backend, by diffusers' name; `auto` is PyTorch's own choice")
+    compile: Compile = Field(
+        False, description="`blocks` compiles the transformer's blocks (torch.compile), once a run"
+    )
     text_length: int = Field(512, ge=1, description="text tokens the model was trained with (Wan: 512)")
     lora: str = Field("", description="LoRA to start from: a file, folder, URL or hub id (docs/lora.md: which forms)")
     lora_2: str = Field("", description="that of the low-noise expert, where model.lora is a file of the other one")
@@ -88,6 +92,9 @@ class RolloutConfig(Section):
     )
     batch_tokens: int | None = Field(
         None, ge=1, description="most tokens in one forward pass; the plan makes the batch size of it, not batch_size"
+    )
+    batch_guidance: bool = Field(
+        False, description="both forwards of guidance in one batch, twice as large; faster where a GPU has few tokens"
     )
     groups_per_shard: int = Field(1, ge=1, description="groups in one shard; a shard of 0.5 to 2 GB is a good size")
     workers: int = Field(1, ge=1, description="processes that sample at once, each with the whole model: for a CPU")

@@ -29,6 +29,8 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Law = Literal["ode", "flow-sde", "dance-sde", "wan-sde", "cps", "cps-unnormalised", "dpm-sde", "dpm-sde-2m"]
 Form = Literal["exact", "euler-maruyama"]
 Solver = Literal["euler", "dpm-2m"]
+Compile = Literal[False, "blocks"]
+Adapters = Literal["float32", "model"]
 
 _STRICT: ConfigDict = {"strict": True, "extra": "forbid", "allow_inf_nan": False}  # for pydantic, at reading alone
 _IN_FILE = {"schedule": "sampler"}  # names of fields in plan.json, where they are others
@@ -170,6 +172,25 @@ class Chunk:
 
 
 @dataclass(frozen=True)
+class Arithmetic:
+    """How forwards are computed, as far as it changes the last bits: the same in rollout and training.
+
+    A plan has only what differs from these values, which are those of all plans from before there was a choice.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    attention: str = "auto"
+    """A backend of diffusers, or the one that PyTorch chooses."""
+    compile: Compile = False
+    """What torch.compile takes: nothing, or the blocks of the transformer."""
+    batch_guidance: bool = False
+    """Both forwards of guidance in one batch."""
+    adapters: Adapters = "float32"
+    """The dtype of products with LoRA: its own, or that of the model, to which its fp32 weights are then rounded."""
+
+
+@dataclass(frozen=True)
 class RolloutPlan:
     """All that is decided of a stage before its first sample: the content of plan.json, described in README.md."""
 
@@ -194,6 +215,7 @@ class RolloutPlan:
     shards: tuple[tuple[str, ...], ...]
     """The group keys that each shard holds, in their order."""
     same_initial_noise: bool
+    arithmetic: Arithmetic = Arithmetic()
 
     @classmethod
     def from_json(cls, data: bytes, where: object) -> RolloutPlan:
@@ -218,8 +240,12 @@ class RolloutPlan:
         return plan
 
     def to_dict(self) -> dict[str, Any]:
-        """What plan.json holds. A prompt's own negative prompt is written down only where there is one."""
-        found = asdict(self)
+        """What plan.json holds. A prompt's own negative prompt is written down only where there is one, and of the
+        arithmetic what is not as it was before there was a choice."""
+        found, before = asdict(self), asdict(Arithmetic())
+        arithmetic = {name: value for name, value in found.pop("arithmetic").items() if value != before[name]}
+        if arithmetic:
+            found["arithmetic"] = arithmetic
         found["sampler"] = found.pop("schedule")
         for group in found["groups"]:
             if group["negative_prompt"] is None:

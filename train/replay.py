@@ -130,6 +130,7 @@ def prove_iteration(run: Run, iteration: int, policy: Policy, progress: Progress
     if start is not None:
         check_committed(start, identity)
     policy.experts.become(start)
+    policy.experts.compute_as(rollouts.plan.arithmetic)
     check_policy(rollouts, identity["fingerprint"], run.config.train)
     limit = replay_limit(policy, run.config.train.replay_limit, run.config.rollout.ulysses)
     everything = sum(unit.size for unit in rollouts.units())

@@ -13,6 +13,7 @@ from rollout.policy.folder import find_folder, read_layout
 from rollout.ranks.agreement import agree_on_run
 from rollout.ranks.world import World
 from shards.errors import UserError
+from shards.process.machine import take_place
 from shards.process.progress import counted
 from shards.run import EXPERT_NAMES, Stage
 from shards.store.urls import in_shell
@@ -101,6 +102,8 @@ def train(
                 problem = f"{stage.path} has no rollouts"
                 raise UserError(problem, f"run `rushes rollout {in_shell(run.path)} --iteration {iteration}` first")
             experts = choose_experts(run, policy, expert)
+            if policy is None:  # the experts of one machine may be trained by two processes, on a GPU each
+                take_place((experts[0], len(EXPERT_NAMES)) if expert else (0, 1))
             device = policy.device if policy else Policy.device_of(run.config.model)
         world = agree_on_run(run, device)
         with claimed(world, stage, run.config.workers.claim_seconds, experts) as held:
@@ -251,6 +254,7 @@ def _ready(run: Run, rollouts: Rollouts, policy: Policy | None, start: Path | No
         policy = policy or Policy.of(run.config.model)
         policy.check_model(run.model_path)
         policy.experts.become(start)
+        policy.experts.compute_as(rollouts.plan.arithmetic)
         fingerprint = policy.experts.fingerprint(start)["fingerprint"]
         lag = check_policy(rollouts, fingerprint, settings)
         _check_lag(settings, lag)

@@ -7,8 +7,9 @@ import json
 import struct
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import WanPipeline
@@ -29,14 +30,45 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 def add_adapter(module: nn.Module, rank: int, alpha: float, seed: int) -> None:
     """Put a trainable adapter on attention and feed-forward layers: A gaussian from `seed`, B zero, both fp32.
 
-    With B zero the model computes the same bits as without an adapter. peft would give the weights the dtype of the
-    base; in bfloat16 updates of 1e-4 would be rounded away.
+    With B zero the model computes the same bits as without an adapter. diffusers would give the weights the dtype of
+    the base; in bfloat16 updates of 1e-4 would be rounded away. Products are those of `compute_in_input_dtype`.
     """
     config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(TARGETS))  # type: ignore[arg-type]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module.add_adapter(config, adapter_name=ADAPTER)  # type: ignore[operator]
     _to_float(module)
+
+
+class InputDtypeLinear(nn.Linear):
+    """A linear layer that rounds its fp32 weights to the dtype of what it is given, and keeps them as they are.
+
+    peft and diffusers have one dtype for both: an adapter is stored in that of the model, and loses small updates, or
+    it is in fp32 (`autocast_adapter_dtype`), and so are its products, with every activation cast there and back.
+    """
+
+    @classmethod
+    def around(cls, layer: nn.Linear) -> InputDtypeLinear:
+        """The same layer, with the same parameters."""
+        with torch.device("meta"):
+            new = cls(layer.in_features, layer.out_features, bias=layer.bias is not None)
+        new.weight, new.bias = layer.weight, layer.bias
+        return new.train(layer.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x A^T + b in the dtype of x [..., in]; gradients reach the fp32 weights."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return nn.functional.linear(x, self.weight.to(x.dtype), bias)
+
+
+def compute_in_input_dtype(module: nn.Module, wanted: bool = True) -> None:
+    """Whether products with the adapter are in the dtype of the activations, as with a LoRA that diffusers loads, or in
+    fp32; where the activations are fp32 it is the same.
+
+    Adapters on convolutions, which only foreign files have, stay in fp32.
+    """
+    for layer in _linear(module):
+        layer.cast_input_dtype_enabled = not wanted
 
 
 def remove_adapter(module: nn.Module) -> None:
@@ -94,7 +126,7 @@ def fold_strength(module: nn.Module) -> None:
 
 
 def load_adapter(module: nn.Module, file: LoraFile) -> None:
-    """Put the LoRA of a file on a module, trainable, fp32, replacing the one that is there.
+    """Put the LoRA of a file on a module, trainable, in fp32, replacing the one that is there.
 
     Raises UserError when the file is missing, damaged, or made for other layers.
     """
@@ -160,6 +192,18 @@ def ordered(data: bytes) -> list[bytes]:
 
 
 def _to_float(module: nn.Module) -> None:
+    """Weights that learn to fp32, in layers that compute in the dtype of what they are given."""
     for parameter in module.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    for layer in _linear(module):
+        for part in (layer.lora_A, layer.lora_B):
+            part[ADAPTER] = InputDtypeLinear.around(part[ADAPTER])
+    compute_in_input_dtype(module)
+
+
+def _linear(module: nn.Module) -> Iterator[Any]:
+    """The layers, of peft, on which the policy's adapter has two linear factors."""
+    for layer in module.modules():
+        if isinstance(layer, LoraLayer) and ADAPTER in layer.lora_A and isinstance(layer.lora_A[ADAPTER], nn.Linear):
+            yield layer

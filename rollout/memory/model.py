@@ -71,6 +71,7 @@ class Model:
             self.guided,
             rank=0 if self.config.train.full else self.rank,
             per_token=per_token,
+            batch_guidance=self.config.rollout.batch_guidance,
         )
 
 

@@ -12,15 +12,23 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from rollout.lora.adapter import add_adapter, has_adapter, load_adapter, remove_adapter, save_adapter
+from rollout.lora.adapter import (
+    add_adapter,
+    has_adapter,
+    load_adapter,
+    remove_adapter,
+    save_adapter,
+)
 from rollout.lora.find import LoraFile, Start, hashes_of, policy_files
 from rollout.lora.merged import BaseLora
 from rollout.policy.folder import EXPERT_FOLDERS, Layout, fingerprint_folder, load_transformer
 from rollout.policy.full import full_hashes, is_full, load_full, save_full
+from rollout.policy.kernels.arithmetic import adapters_of, check_arithmetic, set_arithmetic
 from rollout.policy.offload import Offload
 from rollout.policy.sharding import Experts, check_ulysses, distribute
 from rollout.ranks.world import World, full
 from shards.files import canonical_sha256
+from shards.plan import Arithmetic
 from shards.run import EXPERT_NAMES
 
 
@@ -42,6 +50,7 @@ class ExpertWeights:
         self._offload = Offload(device)
         self.expert_ids = layout.expert_ids
         self.start: Start | None = None
+        self.arithmetic = Arithmetic(adapters=adapters_of(dtype))
         self._experts = self._load_base()
         self._bases: dict[int, nn.Module] = {}  # the base model's experts, while the policy has its own of all weights
         self._active: int | None = None
@@ -68,6 +77,16 @@ class ExpertWeights:
         if expert is not None:
             self._offload.enter(self._experts[expert])
         self._active = expert
+
+    def compute_as(self, arithmetic: Arithmetic) -> None:
+        """Compute from now on as a plan says. Raises UserError for what this machine, or this model, cannot."""
+        if arithmetic == self.arithmetic:
+            return
+        assert self._sharded is None, "what is compiled is compiled before it is distributed"
+        check_arithmetic(arithmetic, self.layout, self.dtype, self.device)
+        self.arithmetic = arithmetic
+        for module in (*self._experts.values(), *self._bases.values()):
+            set_arithmetic(module, arithmetic)
 
     def distribute(self, world: World) -> None:
         """Shard the experts, and the base model's beside them, over ranks; without a mesh they stay as they are.
@@ -124,6 +143,7 @@ class ExpertWeights:
         self.use(None)
         for expert, module in self._experts.items():
             add_adapter(module, rank, alpha, seed + expert)
+            set_arithmetic(module, self.arithmetic)
 
     def load_lora(self, source: str | Path | Mapping[int, LoraFile]) -> None:
         """Put on the adapters of a policy folder, or of files. UserError when they are missing or of another model."""
@@ -131,6 +151,7 @@ class ExpertWeights:
         files = source if isinstance(source, Mapping) else policy_files(Path(source), self.expert_ids)
         for expert, module in self._experts.items():
             load_adapter(module, files[expert])
+            set_arithmetic(module, self.arithmetic)
 
     def save_lora(self, folder: str | Path) -> None:
         """Write FOLDER/high_noise (and low_noise) as diffusers does."""
@@ -209,6 +230,7 @@ class ExpertWeights:
             found[expert] = load_transformer(self.layout, expert, self.dtype, self.device)
             if self.base_lora is not None:
                 self.base_lora.merge(found[expert], expert)
+            set_arithmetic(found[expert], self.arithmetic)
         return found
 
     def _replace(self, experts: dict[int, nn.Module]) -> None:
@@ -216,6 +238,8 @@ class ExpertWeights:
         self.use(None)
         self._bases = self._bases or self._experts
         self._experts = experts
+        for module in experts.values():
+            set_arithmetic(module, self.arithmetic)
 
     def _drop_adapters(self) -> None:
         for module in self._experts.values():

@@ -90,6 +90,8 @@ class Pass:
     """Every token has its own timestep (TI2V)."""
     reference: bool = False
     """The reference policy is asked while the activations of the trained one wait (the KL term of LoRA)."""
+    batch_guidance: bool = False
+    """Both forwards of guidance in one batch."""
 
 
 def expert_size(config: TransformerConfig, rank: int) -> ExpertSize:
@@ -276,19 +278,23 @@ def _pass(module: WanTransformer3DModel, config: TransformerConfig, run: Pass) -
         _, high, wide = config["patch_size"]
         t = t[:, None].expand(-1, frames * (rows // high) * (columns // wide))
     with contextlib.nullcontext() if run.train else torch.no_grad():
-        velocity = _velocity(module, (x, t, text), run.guided)
+        velocity = _velocity(module, (x, t, text), run)
         if run.reference:
             with torch.no_grad():
-                other = _velocity(module, (x, t, text), run.guided)
+                other = _velocity(module, (x, t, text), run)
             velocity = velocity - other
         if run.train:
             velocity.square().mean().backward()
 
 
-def _velocity(module: WanTransformer3DModel, inputs: tuple[Tensor, Tensor, Tensor], guided: bool) -> Tensor:
-    """One forward, or two and what guidance makes of them: [B,C,F,H,W] fp32."""
-    velocity: Tensor = module(*inputs, return_dict=False)[0].float()
-    if guided:
+def _velocity(module: WanTransformer3DModel, inputs: tuple[Tensor, Tensor, Tensor], run: Pass) -> Tensor:
+    """One forward, or two, perhaps in one batch, and what guidance makes of them: [B,C,F,H,W] fp32."""
+    velocity: Tensor
+    if run.guided and run.batch_guidance:
+        velocity, other = module(*(torch.cat([one, one]) for one in inputs), return_dict=False)[0].float().chunk(2)
+        return other + 2.0 * (velocity - other)
+    velocity = module(*inputs, return_dict=False)[0].float()
+    if run.guided:
         other = module(*inputs, return_dict=False)[0].float()
         velocity = other + 2.0 * (velocity - other)
     return velocity

@@ -75,8 +75,6 @@ class Policy:
         if dtype not in DTYPES:
             raise UserError(f"model.dtype: {dtype!r} is unknown", f"one of {', '.join(DTYPES)}")
         where = find_device(device, dtype)
-        if where.index is not None and where.type == "cuda":
-            torch.cuda.set_device(where)  # what libraries make without a device of ours would else lie on the first GPU
         layout = read_layout(find_folder(str(path)))
         start = open_start(lora, lora_2, layout)
         policy = cls(layout, dtype, where, text_length, open_base(base_lora, base_lora_2, base_lora_scale, layout))
@@ -111,21 +109,24 @@ class Policy:
         """Guided velocity [B,C,F,H,W], fp32, of latents x [B,C,F,H,W] fp32 at timestep t (0 to 1000); takes gradients.
 
         prompt_embeds and negative_embeds are [B,L,D], padded; `condition` is what `vae.encode_image` returned. With
-        guidance above 1, v = u + g (v - u) of two forwards of the same batch, as WanPipeline does: one forward of twice
-        the batch would round differently.
+        guidance above 1, v = u + g (v - u) of two forwards of the same batch, as WanPipeline does. One forward of twice
+        the batch, `batch_guidance` of the plan, rounds differently.
         """
         dtype = DTYPES[self.dtype]
         hidden, timestep = self._inputs(x, t, condition)
         hidden = hidden.to(dtype)
 
-        def forward(embeds: Tensor) -> Tensor:
+        def forward(hidden: Tensor, timestep: Tensor, embeds: Tensor) -> Tensor:
             return self.experts.forward(expert, hidden, timestep, embeds.to(dtype)).float()
 
-        conditional = forward(prompt_embeds)
         if guidance <= 1:
-            return conditional
+            return forward(hidden, timestep, prompt_embeds)
         assert negative_embeds is not None, "guidance needs the negative prompt"
-        unconditional = forward(negative_embeds)
+        if self.experts.arithmetic.batch_guidance:
+            both = torch.cat([prompt_embeds, negative_embeds])
+            conditional, unconditional = forward(hidden.repeat(2, 1, 1, 1, 1), torch.cat([timestep] * 2), both).chunk(2)
+        else:
+            conditional, unconditional = (forward(hidden, timestep, one) for one in (prompt_embeds, negative_embeds))
         return unconditional + guidance * (conditional - unconditional)
 
     def _inputs(self, x: Tensor, t: float, condition: Tensor | None) -> tuple[Tensor, Tensor]:

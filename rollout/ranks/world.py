@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from shards.errors import UserError
 from shards.process import torchrun
+from shards.process.machine import own_gpu
 
 if TYPE_CHECKING:
     from shards.config import RunConfig
@@ -197,10 +198,12 @@ def _join() -> None:
             f"WORLD_SIZE = {torchrun.world_size()} in the environment, but no MASTER_ADDR where the ranks could meet"
         )
         raise UserError(problem, "start them with torchrun, or unset WORLD_SIZE")
-    own = torch.cuda.is_available() and torchrun.local_rank() < torch.cuda.device_count()
-    if own:
-        torch.cuda.set_device(torchrun.local_rank())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if own else "gloo", timeout=PATIENCE)
+    gpu = None
+    with suppress(UserError):  # more ranks than GPUs: right on a CPU, and told by who looks for a device
+        gpu = own_gpu(torch.cuda.device_count()) if torch.cuda.is_available() else None
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
+    dist.init_process_group("gloo" if gpu is None else "cpu:gloo,cuda:nccl", timeout=PATIENCE)
     atexit.register(_leave)
 
 

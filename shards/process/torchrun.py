@@ -15,17 +15,22 @@ from shards.errors import UserError
 
 def rank() -> int:
     """Number of this process among all, from 0."""
-    return _number("RANK", 0)
+    return launched_number("RANK", 0)
 
 
 def world_size() -> int:
     """Number of processes."""
-    return _number("WORLD_SIZE", 1)
+    return launched_number("WORLD_SIZE", 1)
 
 
 def local_rank() -> int:
     """Number of this process among those of its machine, from 0: which of the machine's devices is its own."""
-    return _number("LOCAL_RANK", 0)
+    return launched_number("LOCAL_RANK", 0)
+
+
+def local_size() -> int:
+    """Number of processes of its machine."""
+    return launched_number("LOCAL_WORLD_SIZE", 1)
 
 
 def is_first() -> bool:
@@ -64,10 +69,14 @@ def _code(end: SystemExit) -> int:
     return end.code or 0
 
 
-def _number(name: str, default: int) -> int:
+def launched_number(name: str, default: int) -> int:
+    """A number in the environment that a launcher set; `default` where there is none. UserError for other text."""
     text = os.environ.get(name, "")
     if not text:
         return default
     if not text.isdecimal():
-        raise UserError(f"{name} = {text!r} in the environment is not a number", "start the program with torchrun")
+        raise UserError(
+            f"{name} = {text!r} in the environment is not a number",
+            "its launcher sets it; unset it, or start the program with torchrun",
+        )
     return int(text)

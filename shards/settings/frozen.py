@@ -31,7 +31,8 @@ def _flat(tables: Mapping[str, object], before: str = "") -> Settings:
 
 
 def of_plan(plan: RolloutPlan) -> Settings:
-    """What the plan of a rollout keeps of [rollout]. Of a plan for an evaluation nothing: its values have two homes."""
+    """What the plan of a rollout keeps of [rollout] and [model]. Of that of an evaluation nothing: its values have two
+    homes."""
     if plan.kind == "eval":
         return {}
     schedule, video = plan.schedule, plan.video
@@ -45,7 +46,9 @@ def of_plan(plan: RolloutPlan) -> Settings:
         found["form"] = schedule.form
     for expert, guidance in zip(schedule.experts, schedule.guidance, strict=True):
         found["guidance_scale_2" if expert == 1 else "guidance_scale"] = guidance
-    return {f"rollout.{name}": value for name, value in found.items()}
+    found["batch_guidance"] = plan.arithmetic.batch_guidance
+    of_model = {f"model.{name}": getattr(plan.arithmetic, name) for name in ("attention", "compile")}
+    return of_model | {f"rollout.{name}": value for name, value in found.items()}
 
 
 def of_training(stage: Stage) -> TrainConfig | None:

@@ -17,6 +17,7 @@ READS = {  # by command: sections, and single keys of others
 }
 EVERYWHERE = ("workers", "track")
 BY_PROCESS = ("rollout.workers", "rollout.ulysses", "eval.ema")  # no plan holds them
+OF_MODEL = ("model.attention", "model.compile")  # settings of [model] that a plan holds
 NOTHING_SCORED = ("score.workers",)
 
 
@@ -35,7 +36,7 @@ def without_effect(run: Run, stage: Stage, command: str, advantages_only: bool =
             reasons[name] = "with --advantages-only nothing is scored"
     if _is_planned(stage, command):
         sections = ("rollout.", "eval.") if stage.kind == "eval" else ("rollout.",)
-        frozen = [name for name in changed if name.startswith(sections)] if command != "score" else []
+        frozen = [name for name in changed if name.startswith((*sections, *OF_MODEL))] if command != "score" else []
         for name in [*frozen, *_edited(run, stage)]:
             if name not in BY_PROCESS:
                 reasons[name] = "the plan of the stage is made"

@@ -145,6 +145,7 @@ def test_each_process_has_a_gpu_of_its_own_or_none_starts(
     assert device_of_worker("cpu", 3, 8) == "cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     assert [device_of_worker("auto", index, 2) for index in range(2)] == ["cuda:0", "cuda:1"]
     with pytest.raises(UserError, match="this machine has 2") as found:
         device_of_worker("cuda", 0, 3)
