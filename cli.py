@@ -730,6 +730,7 @@ def load_policy(run: Run, stage: Stage | None = None) -> Policy:
     """The model of a run, to be kept over several stages; what `stage` cannot be is refused before it is loaded."""
     from rollout.plan import check_stage
     from rollout.policy import Policy
+    from rollout.ranks.device import share_cores
     from score.tables import select
     from train.objectives.settings import check_settings
 
@@ -739,6 +740,7 @@ def load_policy(run: Run, stage: Stage | None = None) -> Policy:
             reward.check_files()
         check_settings(run.config)
         check_stage(run, stage)
+    share_cores(run.config)
     return Policy.of(run.config.model)
 
 

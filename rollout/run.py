@@ -16,7 +16,7 @@ from rollout.lineage import take_policy
 from rollout.plan import check_stage, stage_plan
 from rollout.policy import Policy
 from rollout.policy.ulysses import shared_tokens
-from rollout.ranks.device import find_device
+from rollout.ranks.device import find_device, share_cores
 from rollout.sampler import Sampler
 from rollout.ulysses_group import Leader, UlyssesGroup, follow
 from rollout.work import Work
@@ -97,6 +97,7 @@ def rollout(
     for sentence in sentences:
         if tell:
             tell(sentence)
+    share_cores(run.config)
     policy = policy or Policy.of(run.config.model)
     policy.vae.load()
     identity = take_policy(run, stage, policy)

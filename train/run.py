@@ -11,6 +11,7 @@ from rollout.lineage import policy_record, starting_policy
 from rollout.policy import Policy
 from rollout.policy.folder import find_folder, read_layout
 from rollout.ranks.agreement import agree_on_run
+from rollout.ranks.device import share_cores
 from rollout.ranks.world import World
 from shards.errors import UserError
 from shards.process.machine import take_place
@@ -251,6 +252,7 @@ def _ready(run: Run, rollouts: Rollouts, policy: Policy | None, start: Path | No
     """The policy of `start`, trainable and on all ranks, and its distance from the one that sampled, in policies."""
     settings = run.config.train
     with world.together():
+        share_cores(run.config)
         policy = policy or Policy.of(run.config.model)
         policy.check_model(run.model_path)
         policy.experts.become(start)

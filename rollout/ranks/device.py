@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from typing import TYPE_CHECKING
+
 import torch
 
 from shards.errors import UserError
 from shards.process.machine import own_gpu, place
+
+if TYPE_CHECKING:
+    from shards.config import RunConfig
 
 
 def find_device(name: str, dtype: str = "float32") -> torch.device:
@@ -43,6 +49,18 @@ def use_device(device: torch.device) -> None:
     the first call that wakes CUDA, would else take memory of the first GPU."""
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
+
+
+def share_cores(config: RunConfig) -> None:
+    """On a CPU give each of `rollout.workers` processes its part of the cores, in every stage alike.
+
+    With all cores each, the threads of one process wait for those of another: on a busy machine for ten times as long
+    as they compute. All stages have the same number, since it can change last bits. OMP_NUM_THREADS overrules it, and
+    torchrun sets that.
+    """
+    workers = config.rollout.workers
+    if workers > 1 and "OMP_NUM_THREADS" not in os.environ and find_device(config.model.device).type == "cpu":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
 
 
 def device_of_worker(name: str, index: int, count: int) -> str:

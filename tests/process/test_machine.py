@@ -15,7 +15,7 @@ from rollout import helpers
 from rollout import run as rollout_run
 from rollout.policy import Policy
 from rollout.ranks import world
-from rollout.ranks.device import device_of_worker, find_device
+from rollout.ranks.device import device_of_worker, find_device, share_cores
 from score.options import device_named
 from shards.errors import UserError
 from shards.process import machine
@@ -169,3 +169,20 @@ def test_helpers_that_score_are_numbered(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(machine.multiprocessing, "current_process", lambda: SimpleNamespace(_identity=(2,)))
     take_helper_place(of)
     assert place() == LocalPlace(3, None)
+
+
+@pytest.mark.parametrize(
+    ("workers", "said", "threads"), [(1, None, []), (2, None, [4]), (3, None, [2]), (20, None, [1]), (2, "8", [])]
+)
+def test_processes_share_the_cores_of_a_cpu(
+    workers: int, said: str | None, threads: list[int], tmp_path: Path, tiny_t2v2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = training.make_run(tmp_path / "run", tiny_t2v2, **{"rollout.workers": workers})
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if said:
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    given: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    share_cores(run.config)
+    assert given == threads

@@ -15,6 +15,7 @@ import torch
 from rollout.helpers import helpers, loaded, start_helpers
 from rollout.memory.needs import Need, train_need
 from rollout.policy import Policy
+from rollout.ranks.device import share_cores
 from shards.errors import StillBusy, Stopped
 from shards.process.peak_memory import available_memory_bytes
 from shards.process.signals import check, stoppable
@@ -46,6 +47,7 @@ def train_at_once(
     device = None if stage.trained() or stage.plan() is None else second_device(run, policy)
     if device is None:
         return train(run, iteration, policy, progress, advantage)
+    share_cores(run.config)
     policy = policy or Policy.of(run.config.model)
     with tracking_helpers(stage):
         report = _both(run, iteration, policy, progress, advantage, _hand_out(run, iteration, advantage, device))
