@@ -175,8 +175,8 @@ def _toml_string(text: str) -> str:
 def _toml_value(text: str) -> Any:
     """The value of a --set: TOML where it parses, the text itself where it does not."""
     try:
-        return _parse(f"value = {text}")["value"]
-    except ValueError:
+        return tomllib.loads(f"value = {text}")["value"]
+    except (ValueError, RecursionError):
         return text
 
 

@@ -146,6 +146,7 @@ INDIRECT = {
 
 
 THROUGH_OTHERS = {
+    "annotated_types": "pydantic requires annotated-types",
     "bidi": "easyocr requires python-bidi",
     "huggingface_hub": "diffusers and transformers require it",
     "packaging": "accelerate, peft and transformers require it",
