@@ -49,7 +49,7 @@ def load_config(path: Path, sets: Iterable[Setting] = ()) -> RunConfig:
 
 
 def _parse(text: str) -> dict[str, Any]:
-    """The values of a TOML document. ValueError for one that is none, or that would keep the parser busy for minutes."""
+    """The values of a TOML document. ValueError for one that is none, or that would keep the parser busy for long."""
     if any(len(line) > LONGEST_LINE for line in text.splitlines()):
         raise ValueError(f"a line of more than {LONGEST_LINE} characters")
     try:

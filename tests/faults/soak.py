@@ -4,9 +4,9 @@
     python -m tests.faults.soak --seconds 60 --kind freeze --kind race
 
 In each try a run is made, one call of `rollout`, `score` or `train` is disturbed, and then all stages are called until
-they are done, as a user would. A try is lost when they do not get there, or when `verify` finds damage; it is wrong when
-something published differs from an undisturbed run, or when a process ended in a traceback or without a word. Exit code 1
-if any is. `store` needs moto, and `readonly` the right to mount; they are left out where that is missing.
+they are done, as a user would. A try is lost when they do not get there, or when `verify` finds damage. It is wrong when
+something published differs from an undisturbed run, or when a process ended in a traceback or without a word. Exit code
+1 if any is. `readonly` needs the right to mount, and is left out without it.
 """
 
 from __future__ import annotations
@@ -62,18 +62,17 @@ class Soak:
     def __init__(self, folder: Path, model: Path, seed: int) -> None:
         self.folder, self.model, self.seed = folder, model, seed
         self.seconds: dict[str, float] = {}
-        run = self.make(folder / "whole" / "run")
+        run = self.make(folder / "whole", folder / "whole" / "run")
         for stage in STAGES:
             began = time.monotonic()
             assert self.call(str(run.path), stage, folder / "whole" / stage) == "done"
             self.seconds[stage] = time.monotonic() - began
         self.expected = contents_of(run)
 
-    def make(self, path: Path | str) -> Run:
-        """A new run at a path."""
-        if isinstance(path, Path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        return small_run(path, self.model, *SETTINGS)  # type: ignore[arg-type]
+    def make(self, folder: Path, path: Path | str) -> Run:
+        """A new run at a path or URL, whose prompts are in a folder."""
+        folder.mkdir(exist_ok=True)
+        return small_run(path, self.model, *SETTINGS, prompts_in=folder)
 
     def call(self, run: str, stage: str, folder: Path) -> str:
         """Do a stage in a process that nothing disturbs; how it ended."""
@@ -84,7 +83,7 @@ class Soak:
         draw = random.Random(f"{self.seed} {kind} {number}")
         disturbed = draw.choice(STAGES)
         with self.place(kind, number) as (folder, path):
-            run = self.make(path)
+            run = self.make(folder, path)
             ended = []
             for stage in STAGES:
                 if stage == disturbed:
@@ -139,10 +138,11 @@ def store_server() -> Iterator[s3_server.Proxy]:
     """A store with an empty bucket, and the environment that leads to it."""
     from tests.support.stores import client
 
-    with s3_server.served() as backend, s3_server.proxied(backend) as proxy:
-        with mock.patch.dict(os.environ, {**s3_server.KEYS, "AWS_ENDPOINT_URL": proxy.url}):
-            client(f"s3://{BUCKET}").mkdir(f"s3://{BUCKET}")
-            yield proxy
+    with contextlib.ExitStack() as stack:
+        proxy = stack.enter_context(s3_server.proxied(stack.enter_context(s3_server.served())))
+        stack.enter_context(mock.patch.dict(os.environ, {**s3_server.KEYS, "AWS_ENDPOINT_URL": proxy.url}))
+        client(f"s3://{BUCKET}").mkdir(f"s3://{BUCKET}")
+        yield proxy
 
 
 def soak(folder: Path, model: Path, kinds: list[str], seconds: float, seed: int, tries: int = 0) -> dict[str, Row]:
@@ -151,7 +151,7 @@ def soak(folder: Path, model: Path, kinds: list[str], seconds: float, seed: int,
     policy = Policy.load(model, device="cpu", text_length=tiny_models.TEXT_LENGTH)
     with contextlib.ExitStack() as stack:
         stack.callback(end_all)
-        stack.enter_context(mock.patch.object(Policy, "of", lambda _: policy))  # each process has a copy of it
+        stack.enter_context(mock.patch.object(Policy, "of", return_value=policy))  # each process has a copy of it
         server = stack.enter_context(store_server()) if "store" in kinds else None
         one = Soak(folder, model, seed)
         number, end = 0, time.monotonic() + seconds

@@ -5,8 +5,8 @@
     python -m tests.fuzz --seconds 600 --only tar     # one of them
     python -m tests.fuzz --jobs 2 --keep build/fuzz   # two at a time; what was found interesting is used again
 
-Inputs that break a reader go to KEEP/KIND/found/; put one into tests/fuzz/corpus/KIND/ as found-WHAT, where a plain test
-replays it from then on. Needs `pip install 'rushes[fuzz]'`.
+Inputs that break a reader go to KEEP/KIND/found/. Put one into tests/fuzz/corpus/KIND/ as found-WHAT, where a plain
+test replays it from then on. Needs `pip install 'rushes[fuzz]'`.
 """
 
 from __future__ import annotations

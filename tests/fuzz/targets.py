@@ -72,8 +72,8 @@ def _prompts(path: Path) -> object:
 
 
 READERS: dict[str, tuple[str, Reader]] = {
-    "json": ("a.json", read_json), "manifest": ("manifest.json", kinds.read_manifest_file), "plan": ("plan.json", _plan),
-    "frozen": ("plan.json", kinds.read_train_plan), "policy": ("policy.json", kinds.read_policy),
+    "json": ("a.json", read_json), "manifest": ("manifest.json", kinds.read_manifest_file),
+    "plan": ("plan.json", _plan), "frozen": ("plan.json", kinds.read_train_plan), "policy": ("policy.json", kinds.read_policy),
     "expert": ("expert.json", kinds.read_expert), "summary": ("_summary.json", kinds.read_summary),
     "commit": ("commit.json", kinds.read_checkpoint), "model": ("model.json", kinds.read_model_record),
     "metrics": ("metrics.jsonl", _updates), "claim": ("a.claim", _claim), "sample": ("sample.json", _sample),
@@ -94,14 +94,16 @@ def read(kind: str, data: bytes) -> UserError | None:
     path = FOLDER / kind / name  # by kind: several are fuzzed at a time
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
+    refused: UserError | None = None
     try:
         reader(path)
     except UserError as error:
-        assert str(path) in error.problem, f"does not name the file: {error.problem}"
-        assert "\n" not in str(error), f"several lines: {error.problem!r}"
-        assert error.hint, f"no hint: {error.problem}"
-        return error
-    return None
+        refused = error
+    if refused is not None:
+        assert str(path) in refused.problem, f"does not name the file: {refused.problem}"
+        assert "\n" not in str(refused), f"several lines: {refused.problem!r}"
+        assert refused.hint, f"no hint: {refused.problem}"
+    return refused
 
 
 TARGETS: dict[str, Callable[[bytes], object]] = {kind: partial(read, kind) for kind in READERS}

@@ -88,7 +88,9 @@ def _child(folder: Path, words: list[str]) -> int:
         if name.partition(".")[0] in OURS:
             del sys.modules[name]
     # what an editable installation of the project put in the way
-    sys.meta_path[:] = [finder for finder in sys.meta_path if not getattr(finder, "__module__", "").startswith("__editable__")]
+    sys.meta_path[:] = [
+        finder for finder in sys.meta_path if not getattr(finder, "__module__", "").startswith("__editable__")
+    ]
     sys.dont_write_bytecode = "-x" in words
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
