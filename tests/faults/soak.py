@@ -4,8 +4,8 @@
     python -m tests.faults.soak --seconds 60 --kind freeze --kind race
 
 In each try a run is made, one call of `rollout`, `score` or `train` is disturbed, and then all stages are called until
-they are done, as a user would. A try is lost when they do not get there, or when `verify` finds damage. It is wrong when
-something published differs from an undisturbed run, or when a process ended in a traceback or without a word. Exit code
+they are done, as a user would. A try is lost when they do not get there, or when `verify` finds damage. It is wrong
+when something published differs from an undisturbed run, or when a process ended in a traceback or without a word. Exit code
 1 if any is. `readonly` needs the right to mount, and is left out without it.
 """
 

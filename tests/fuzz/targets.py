@@ -73,7 +73,8 @@ def _prompts(path: Path) -> object:
 
 READERS: dict[str, tuple[str, Reader]] = {
     "json": ("a.json", read_json), "manifest": ("manifest.json", kinds.read_manifest_file),
-    "plan": ("plan.json", _plan), "frozen": ("plan.json", kinds.read_train_plan), "policy": ("policy.json", kinds.read_policy),
+    "plan": ("plan.json", _plan), "frozen": ("plan.json", kinds.read_train_plan),
+    "policy": ("policy.json", kinds.read_policy),
     "expert": ("expert.json", kinds.read_expert), "summary": ("_summary.json", kinds.read_summary),
     "commit": ("commit.json", kinds.read_checkpoint), "model": ("model.json", kinds.read_model_record),
     "metrics": ("metrics.jsonl", _updates), "claim": ("a.claim", _claim), "sample": ("sample.json", _sample),

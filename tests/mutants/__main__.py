@@ -36,10 +36,12 @@ def survivors(mutants: list[Mutation], copy: Copy) -> list[str]:
 def main() -> int:
     """Print the list and the count."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="text that the line of a mutant has")
+    parser.add_argument(
+        "--only", action="append", help="text that the line of a mutant has; may be given several times"
+    )
     parser.add_argument("--list", action="store_true", help="print the mutants, and run nothing")
     arguments = parser.parse_args()
-    mutants = [mutant for mutant in MUTATIONS if arguments.only in str(mutant)]
+    mutants = [mutant for mutant in MUTATIONS if any(text in str(mutant) for text in arguments.only or [""])]
     for mutant in mutants:
         mutant.applied()
     if arguments.list:
