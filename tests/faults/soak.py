@@ -5,8 +5,8 @@
 
 In each try a run is made, one call of `rollout`, `score` or `train` is disturbed, and then all stages are called until
 they are done, as a user would. A try is lost when they do not get there, or when `verify` finds damage. It is wrong
-when something published differs from an undisturbed run, or when a process ended in a traceback or without a word. Exit code
-1 if any is. `readonly` needs the right to mount, and is left out without it.
+when something published differs from an undisturbed run, or when a process ended in a traceback or without a word.
+Exit code 1 if any is. `readonly` needs the right to mount, and is left out without it.
 """
 
 from __future__ import annotations
@@ -88,10 +88,12 @@ class Soak:
             for stage in STAGES:
                 if stage == disturbed:
                     call = Call(str(path), stage, folder / "disturbed", self.seconds[stage], draw, server)
-                    row.noticed[KINDS[kind](call)] += 1
+                    seen = KINDS[kind](call)
+                    row.noticed[seen] += 1
                 ended.append(self.finish(str(path), stage, folder))
             row.tries += 1
             says = f"{kind}, seed {self.seed}, try {number}, in {disturbed}"
+            print(f"{says}: {seen}", file=sys.stderr, flush=True)
             damage = [str(one) for one in verify(run.path) if one.kind == "damaged"] if all(ended) else ["no end"]
             if damage:
                 row.lost += 1
