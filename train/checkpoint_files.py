@@ -127,8 +127,8 @@ def found(directory: Path) -> list[tuple[int, Path]]:
 def put_metadata_in_order(path: Path) -> None:
     """Sort the metadata in the header of a safetensors file, in place, and sync it.
 
-    The library writes them in the order of a hash table, which is another one each time. Sorted, equal states have equal
-    bytes.
+    The library writes them in the order of a hash table, which is another one each time. Sorted, equal
+    states have equal bytes.
     """
     with path.open("r+b") as file:
         (size,) = struct.unpack("<Q", file.read(8))
