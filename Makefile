@@ -13,7 +13,7 @@ QUICK := tests/house tests/text/test_quotes.py tests/text/test_visible.py tests/
   tests/train/test_objectives.py tests/train/test_order.py tests/train/test_rates.py \
   tests/score/test_advantages.py tests/score/test_text.py tests/workers/test_tally.py
 
-.PHONY: setup demo test quick first-hour lint types docs clean
+.PHONY: setup demo test quick first-hour fuzz mutants lint types docs clean
 
 setup: .venv/.ready
 
@@ -42,6 +42,17 @@ quick: setup
 # time of each step; the first iteration of the demo from the wheel; a batch system; two machines that share a training.
 first-hour: setup
 	$(BIN)/python -m pytest -m long -s tests
+
+# Every reader of files against inputs that are made up to reach all of its code: SECONDS for all of them together.
+SECONDS ?= 60
+fuzz: setup
+	$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install --quiet $(PIP_FLAGS) \
+		--constraint constraints.txt --only-binary atheris atheris
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
+
+# Changes of sign, of sigma, of a window and the like in a copy of the source: the tests must notice each (an hour).
+mutants: setup
+	$(BIN)/python -m tests.mutants
 
 lint: setup
 	$(BIN)/ruff check .

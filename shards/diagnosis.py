@@ -141,6 +141,14 @@ def note_ratio_norm(settings: TrainConfig) -> list[str]:
     return [f"clip_range {settings.clip_range:g} {small}"]
 
 
+def note_replay(largest: float | None) -> list[str]:
+    """A word on a gate that let a difference through: |log-ratio| `largest`, None where it did not run."""
+    if not largest:
+        return []
+    seen = f"the replay differed by up to {largest:.2g}, within train.replay_limit; a changed weight may move as little"
+    return [f"{seen}: `rushes verify --replay` shows each step, and docs/trust.md tells rounding from a change"]
+
+
 def _note_expert(records: Sequence[Record], limits: Limits) -> list[str]:
     first, sentences = records[0], []
     off = off_policy(first, limits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 from pathlib import Path
@@ -163,9 +164,19 @@ def _is_ours(kind: pyarrow.DataType) -> bool:
 
 
 def _texts(file: pyarrow.parquet.ParquetFile) -> dict[str, str]:
-    """The metadata of a file; Arrow keeps its schema, and in it all of this once more, under a name of its own."""
-    found = file.metadata.metadata or {}
-    return {key.decode(): value.decode() for key, value in found.items() if key != b"ARROW:schema"}
+    """The metadata of a file. Arrow keeps its schema, and in it all of this once more, under a name of its own.
+
+    ValueError where both have other names: a file whose seal has another name would pass for one that never had any.
+    """
+    import pyarrow
+
+    found = dict(file.metadata.metadata or {})
+    schema = found.pop(b"ARROW:schema", None)
+    if schema is not None:
+        twice = pyarrow.ipc.read_schema(pyarrow.py_buffer(base64.b64decode(schema))).metadata or {}
+        if twice.keys() != found.keys():
+            raise ValueError("its metadata are not those it was written with")
+    return {key.decode(): value.decode() for key, value in found.items()}
 
 
 def _open(data: bytes, **options: object) -> pyarrow.parquet.ParquetFile:

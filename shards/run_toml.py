@@ -15,8 +15,11 @@ from pydantic import BaseModel, ValidationError
 
 from shards.config import SCHEMA, RunConfig, Section
 from shards.errors import UserError, nearest
+from shards.records.opening import read_plain
 
 PRESETS = Path(__file__).parent / "presets"
+MOST_BYTES, LONGEST_LINE = 2**20, 20_000
+"""Of a run.toml, in bytes and characters."""
 Setting = str | tuple[str, object]
 """What a call sets otherwise than run.toml: `section.key=value` as --set has it, or the dotted key and its value."""
 
@@ -27,14 +30,13 @@ def load_config(path: Path, sets: Iterable[Setting] = ()) -> RunConfig:
     Raises UserError for a file that is missing or no TOML, an unknown key (naming the nearest right one), a wrong type.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        text = read_plain(path, MOST_BYTES, "it must be a file that you may read").decode("utf-8-sig")
+        values = _parse(text)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file", "make a run first: rushes init RUN --preset words") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}", "it must be a file that you may read") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}", "save the file as UTF-8") from None
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:
         raise UserError(f"{path}: not valid TOML: {error}", "correct that line") from None
     if "schema" not in values:  # the first line that `init` writes; an empty file would stand for all defaults
         hint = f"restore it from a copy; one written by hand begins with `schema = {SCHEMA}`"
@@ -44,6 +46,16 @@ def load_config(path: Path, sets: Iterable[Setting] = ()) -> RunConfig:
         raise UserError(f"{path}: schema {found}, but this program writes schema {SCHEMA}", "make a new run directory")
     changed = apply_sets(values, sets)
     return parse_config(changed, f"{path} with --set" if changed != values else str(path))
+
+
+def _parse(text: str) -> dict[str, object]:
+    """The values of a TOML document. ValueError for one that is none, or that would keep the parser busy for long."""
+    if any(len(line) > LONGEST_LINE for line in text.splitlines()):
+        raise ValueError(f"a line of more than {LONGEST_LINE} characters")
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("values nested too deeply") from None
 
 
 def read_preset(name: str) -> dict[str, object]:
@@ -164,7 +176,7 @@ def _toml_value(text: str) -> object:
     """The value of a --set: TOML where it parses, the text itself where it does not."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 

@@ -176,6 +176,8 @@ def _most(limits: VideoLimits) -> str:
 def _check_header(container: InputContainer, limits: VideoLimits, shape: VideoShape | None = None) -> None:
     """ValueError for a video whose header does not say what the plan does, or more than is decoded."""
     stream = container.streams.video[0]
+    if stream.codec_context is None:
+        raise ValueError("its codec is unknown")
     width, height, rate = stream.codec_context.width, stream.codec_context.height, stream.average_rate
     seen = f"{width}x{height}, {stream.frames} frames, {float(rate or 0):g} a second"
     if shape and ((height, width, stream.frames) != shape.size or rate != shape.fps):

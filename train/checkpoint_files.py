@@ -7,10 +7,12 @@ and renames the folder. A rank that fails in either round makes all fail, and th
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
 import shutil
+import struct
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -72,6 +74,8 @@ class Writer(HuggingFaceStorageWriter):
         self.path = Path(plan.storage_data["folder"])
         results: list[WriteResult] = super().write_data(plan, planner).wait()
         names = sorted({result.storage_data.relative_path for result in results})
+        for name in names:
+            put_metadata_in_order(self.path / name)
         files = {
             name: Written(name, (self.path / name).stat().st_size, sha256_file(self.path / name)) for name in names
         }
@@ -118,6 +122,25 @@ def found(directory: Path) -> list[tuple[int, Path]]:
     """Updates and folders of the checkpoints in a directory, oldest first."""
     names = [(match, path) for path in directory.glob("update-*") if (match := _NAME.match(path.name))]
     return sorted((int(match[1]), path) for match, path in names)
+
+
+def put_metadata_in_order(path: Path) -> None:
+    """Sort the metadata in the header of a safetensors file, in place, and sync it.
+
+    The library writes them in the order of a hash table, which is another one each time. Sorted, equal
+    states have equal bytes.
+    """
+    with path.open("r+b") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        text = file.read(size)
+        header = json.loads(text)
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        if len(ordered) == size and ordered != text:
+            file.seek(8)
+            file.write(ordered)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def remove_leftovers(directory: Path) -> None:

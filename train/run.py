@@ -13,6 +13,7 @@ from rollout.policy.folder import find_folder, read_layout
 from rollout.ranks.agreement import agree_on_run
 from rollout.ranks.device import share_cores
 from rollout.ranks.world import World
+from shards.diagnosis import note_replay
 from shards.errors import UserError
 from shards.process.machine import take_place
 from shards.process.progress import counted
@@ -223,13 +224,15 @@ def _end(run: Run, work: Work, trained: dict[int, Trained], mine: list[int], lag
     for record in records:
         counts[record["expert"]] += 1
     unmoved = {expert: trained[expert].unmoved for expert in sorted(trained)}
+    replay = max((one.replay for one in trained.values() if one.replay is not None), default=None)
+    told = world.is_first and not missing
     report = TrainReport(
         skipped=False,
         fingerprint=fingerprint,
         updates=counts,
         advantages=inputs.specification,
-        replay=max((one.replay for one in trained.values() if one.replay is not None), default=None),
-        warnings=diagnose(run, inputs, records, unmoved, lag) if world.is_first and not missing else [],
+        replay=replay,
+        warnings=[*note_replay(replay), *diagnose(run, inputs, records, unmoved, lag)] if told else [],
         seconds=time.monotonic() - started,
         missing=missing,
     )

@@ -21,6 +21,7 @@ from shards.process.progress import counted
 from shards.records.opening import read_plain
 from shards.records.parquet_footer import read_footer
 from shards.run_toml import set_option
+from shards.text.visible import one_line
 
 if TYPE_CHECKING:
     import pyarrow
@@ -54,7 +55,7 @@ class Column:
             return f"it has no {kind} at all; prompts belong in `{self.name}`"
         likely = [name for name in there if name.lower() in ("prompt", "caption", "text")] or there
         taken = set_option(self.setting, likely[0])
-        return f"its {kind} are: {', '.join(there)}; to take one of them: {taken}"
+        return one_line(f"its {kind} are: {', '.join(there)}; to take one of them: {taken}")
 
 
 @dataclass(frozen=True)
@@ -247,7 +248,7 @@ def check_columns(file: Path, names: Sequence[str], column: Column, header: Sequ
     """
     for name, count in Counter(names).items():
         if name and count > 1:
-            problem = f"{file}: has {count} columns `{name}`"
+            problem = f"{file}: has {count} columns `{one_line(name)}`"
             raise UserError(problem, "keep one of them: it is unclear which one is meant")
     if column.name in names:
         return

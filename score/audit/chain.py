@@ -22,6 +22,7 @@ from shards.plan import RolloutPlan
 from shards.reader import open_shard, read_manifest
 from shards.records.kinds import read_model_record, read_policy, read_summary, read_train_plan
 from shards.run import AVERAGE, Run, Stage
+from shards.verify.problems import result
 from shards.verify.shards import verify
 
 if TYPE_CHECKING:
@@ -86,12 +87,8 @@ def _numbers(stage: Stage, name: str) -> Iterator[Link]:
     facts = {"mean_reward": mean, "videos": int(table["reward"].notna().sum())}
     where = stage.advantage_dir(name).relative_to(stage.run_path)
     yield Link("reward", str(where), facts, tuple(faults))
-    specification = Specification(**summary.specification)
-    scorers = {reward: one.scorer for reward, one in summary.rewards.items()}
-    scores = {reward: sidecar.read_scores(stage, folder) for reward, folder in scorers.items()}
-    yield Link("advantages", str(where), {"specification": summary.specification},
-               tuple(_differing(table, scores, specification)))  # fmt: skip
-    yield from (_scores(stage, reward, folder) for reward, folder in scorers.items())
+    yield Link("advantages", str(where), {"specification": summary.specification}, tuple(_unfounded(stage, name)))
+    yield from (_scores(stage, reward, one.scorer) for reward, one in summary.rewards.items())
 
 
 def _scores(stage: Stage, reward: str, folder: str) -> Link:
@@ -105,15 +102,20 @@ def _scores(stage: Stage, reward: str, folder: str) -> Link:
     return Link("scores", str(where), {"reward": split_name(reward)[0]} | facts, wrong)
 
 
-def _differing(table: pd.DataFrame, scores: Mapping[str, pd.DataFrame], specification: Specification) -> Iterator[str]:
+def _unfounded(stage: Stage, name: str) -> list[str]:
     """Columns of stored advantages that are not those which follow from the scores."""
+    summary = read_summary(stage.summary_path(name))
+    scores = {reward: sidecar.read_scores(stage, one.scorer) for reward, one in summary.rewards.items()}
+    specification, table = Specification(**summary.specification), sidecar.read_advantages(stage, name)
     rewards = side_by_side({name: frame.assign(shard=0) for name, frame in scores.items()}, specification.weights)
     again = advantages(rewards, specification).set_index("key").loc[table["key"]].reset_index()
+    wrong = []
     for column in ("advantage", "weight", "reward"):
         pairs = zip(table["key"], table[column], again[column], strict=True)
         key = next((key for key, stored, found in pairs if not _close(stored, found)), None)
         if key is not None:
-            yield f"{column} of {key} does not follow from its scores"
+            wrong.append(f"{column} of {key} does not follow from its scores")
+    return wrong
 
 
 def _videos(stage: Stage) -> Link:
@@ -176,9 +178,11 @@ def _policy(trained: Stage, plan: RolloutPlan) -> Link:
 
 
 def _training(trained: Stage) -> Link:
-    """What the training of an iteration took, and that it is there as it was."""
+    """What a training took: that it is there as it was, and that its advantages follow from scores."""
     frozen = read_train_plan(trained.train_plan_path)
     faults = [problem.problem for problem in verify(trained.path) if problem.kind == "damaged"]
+    unfounded, problems = result(_unfounded, trained, frozen.advantage)
+    faults += [one.problem for one in problems if one.problem not in faults] + (unfounded or [])
     facts = {name: getattr(frozen, name) for name in ("shards", "advantage", "policy", "train")}
     plan = trained.plan()
     if plan is not None and frozen.policy != plan.policy.fingerprint:

@@ -19,6 +19,11 @@ def visible(text: str) -> str:
     return _HIDDEN.sub(lambda found: _escaped(ord(found[0])), text)
 
 
+def one_line(text: str) -> str:
+    """`visible`, with line feeds escaped too: names from a file within a sentence."""
+    return visible(text).replace("\n", "\\n")
+
+
 def visible_json(text: str) -> str:
     """A JSON document with the same characters as JSON's own escapes, so that it means the same."""
     return _HIDDEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text)

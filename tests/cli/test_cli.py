@@ -480,6 +480,11 @@ def test_an_audit_names_what_was_edited(small: Path, tmp_path: Path) -> None:
     frame.loc[0, "advantage"] += 1e-3
     sidecar.write_advantages(stage, 0, name, frame, {})
     assert f"advantage of {frame.loc[0, 'key']} does not follow from its scores" in failed(run)
+    before = Run(run).iteration(0)  # what an earlier policy was trained on
+    frame = sidecar.read_advantages(before, name, [0])
+    frame.loc[0, "advantage"] += 1e-3
+    sidecar.write_advantages(before, 0, name, frame, {})
+    assert f"advantage of {frame.loc[0, 'key']} does not follow from its scores" in failed(run)
 
 
 def failed(run: Path) -> str:

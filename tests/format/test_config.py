@@ -109,7 +109,7 @@ def test_a_run_toml_that_is_no_toml_is_refused(tmp_path: Path) -> None:
         load_config(path)
     path.unlink()
     path.mkdir()
-    with pytest.raises(UserError, match=r"run.toml: cannot be read: Is a directory \(hint: it must be a file"):
+    with pytest.raises(UserError, match=r"run.toml: a folder, not a plain file \(hint: it must be a file"):
         load_config(path)
 
 

@@ -17,9 +17,10 @@ from tests.support.tiny_models import TEXT_LENGTH
 WORDS = ("FILM", "CAT", "DOG", "SUN", "REEL", "CUT")
 
 
-def small_run(path: Path, model: Path, *sets: str) -> Run:
-    """A run on the tiny two-expert model: six shards of two samples in an iteration."""
-    prompts = path.parent / "prompts.txt"
+def small_run(path: Path | str, model: Path, *sets: str, prompts_in: Path | None = None) -> Run:
+    """A run on the tiny two-expert model: six shards of two samples in an iteration. Its prompts lie beside it, or in
+    the folder that is given."""
+    prompts = (prompts_in or Path(path).parent) / "prompts.txt"
     prompts.write_text("".join(f'a sign "{word}"\n' for word in WORDS), encoding="utf-8")
     settings = [
         f"model.path={model}", "model.device=cpu", f"model.text_length={TEXT_LENGTH}", f"rollout.prompts={prompts}",

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from rollout.ranks.world import World
 from shards.errors import RunFailed, UserError
@@ -314,3 +315,19 @@ def test_kill_at_any_moment_leaves_only_whole_checkpoints(tmp_path: Path) -> Non
         assert not list(snapshot.glob(".writing-*"))
         assert checkpoint.latest(snapshot) == (found[0] + 1, snapshot / f"update-{found[0] + 1:06d}")
     process.end()
+
+
+def test_equal_states_have_equal_bytes(tmp_path: Path) -> None:
+    """safetensors writes metadata in the order of a hash table, another one in each process."""
+    tensors = b'"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    kept = []
+    for number, metadata in enumerate((b'{"a":"{\\"x\\": 1}","b":"2"}', b'{"b":"2","a":"{\\"x\\": 1}"}')):
+        header = (b'{"__metadata__":' + metadata + b"," + tensors).ljust(96)
+        path = tmp_path / f"{number}.safetensors"
+        path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+        checkpoint_files.put_metadata_in_order(path)
+        with safe_open(path, framework="pt") as file:
+            assert file.metadata() == {"a": '{"x": 1}', "b": "2"}
+            assert file.get_tensor("w").tolist() == [0.0]
+        kept.append(path.read_bytes())
+    assert kept[0] == kept[1]

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from rollout.policy import Policy
+from shards.config import TrainConfig
 from shards.run import Run
 from tests.support import training
 from train.run import train
+from train.trainer import _new_state
 
 RATES = {"learning_rate": 4e-3, "learning_rate_2": 8e-4, "warmup": 4, "ema": 0.9, "kl_beta": 0.0}
 
@@ -50,3 +52,21 @@ def test_warm_up_goes_on_over_iterations_and_ends_at_the_rate(rolled: Run, tmp_p
     for expert, rate in (("high_noise", 4e-3), ("low_noise", 8e-4)):
         rates = [line["learning_rate"] for line in lines if line["expert"] == expert]
         assert rates == pytest.approx([rate * share for share in (0.25, 0.5, 0.75, 1.0, 1.0, 1.0)])
+
+
+def test_the_optimizer_takes_its_settings_from_the_run() -> None:
+    """Three steps of AdamW by hand (arXiv 1711.05101), with every setting far from its default."""
+    config = TrainConfig(learning_rate=0.1, beta1=0.6, beta2=0.8, epsilon=0.03, weight_decay=0.2, ema=0.5)
+    weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    state = _new_state({"w": weight}, config)
+    value, first, second = weight.detach().double(), torch.zeros(2).double(), torch.zeros(2).double()
+    for step, gradient in enumerate(([0.3, -0.1], [0.2, 0.5], [-0.4, 0.1]), 1):
+        weight.grad = torch.tensor(gradient)
+        state.optimizer.step()
+        first = 0.6 * first + 0.4 * weight.grad.double()
+        second = 0.8 * second + 0.2 * weight.grad.double() ** 2
+        root = (second / (1 - 0.8**step)).sqrt() + 0.03
+        value = value * (1 - 0.1 * 0.2) - 0.1 * first / (1 - 0.6**step) / root
+    torch.testing.assert_close(weight.detach().double(), value, rtol=1e-5, atol=0)
+    assert torch.equal(state.ema["w"], torch.tensor([1.0, -2.0]))
+    assert _new_state({"w": weight}, TrainConfig(ema=0.0)).ema == {}

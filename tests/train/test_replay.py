@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from rollout.policy import Policy
+from shards.diagnosis import note_replay
 from shards.errors import RunFailed
 from shards.run import EXPERT_NAMES, Run
 from tests.support import training
@@ -78,6 +79,26 @@ def test_a_fresh_adapter_changes_nothing(run: Run, policy: Policy) -> None:
     policy.experts.add_lora(2, 4.0, seed=0)
     try:
         assert prove(policy, Rollouts.open(run.iteration(0)), samples=4, limit=0.0).largest == 0.0
+    finally:
+        policy.experts.become(None)
+
+
+def test_one_lora_weight_that_moved_by_a_thousandth_is_seen_without_a_limit(run: Run, policy: Policy) -> None:
+    """Nothing but the bits tells: the weight moves log-probs by far less than a clip range. What a limit lets through,
+    training tells in a warning."""
+    rollouts = Rollouts.open(run.iteration(0))
+    policy.experts.add_lora(2, 4.0, seed=0)
+    try:
+        weight = next(value for name, value in policy.experts.trainable(1) if "lora_B" in name)
+        with torch.no_grad():
+            weight[0, 0] += 1e-3
+        with pytest.raises(RunFailed, match=r"above 0 for .* low_noise expert"):
+            prove(policy, rollouts, samples=10**6, limit=replay_limit(policy, 1e-5))
+        let_through = prove(policy, rollouts, samples=10**6, limit=1e-3)
+        assert let_through.per_expert["high_noise"] == 0.0 < let_through.per_expert["low_noise"] < 1e-3
+        assert note_replay(0.0) == note_replay(None) == []
+        (note,) = note_replay(let_through.largest)
+        assert f"{let_through.largest:.2g}, within train.replay_limit" in note
     finally:
         policy.experts.become(None)
 
