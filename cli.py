@@ -747,7 +747,7 @@ def load_policy(run: Run, stage: Stage | None = None) -> Policy:
 @stoppable()
 def do_rollout(run: Run, stage: Stage, policy: Policy | None, assignment: Assignment = ALL) -> RolloutReport:
     """Sample what is missing of one stage and say what happened."""
-    from rollout.helpers import rollout as run_rollout
+    from rollout.processes import rollout as run_rollout
 
     check(f"before {stage.name} rollout")
     with show(f"{stage.name} rollout") as report:

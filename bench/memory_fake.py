@@ -33,7 +33,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from bench.gpu import tracked
 from bench.gpu.models import MODELS
 from bench.learn import replace_section
-from rollout.memory.model import Model, read_model
+from rollout.memory.estimate import Model, read_model
 from rollout.memory.needs import Need, plan_memory
 from shards.run import Run
 from shards.run_toml import apply_sets, parse_config, read_preset

@@ -55,7 +55,7 @@ PROBES = (
     Probe("backward", "model", "torch:Tensor.backward"),
     Probe("optimizer", "model", "torch.optim:AdamW.step"),
     Probe("mp4", "video", "shards.video:encode_mp4"),
-    Probe("chunk", "read", "train.losses:Losses.read"),  # what an update waits for, read ahead or not
+    Probe("chunk", "read", "train.batch_loss:Losses.read"),  # what an update waits for, read ahead or not
     Probe("replayed", "read", "train.data:read_batch"),
     Probe("open", "read", "train.data:Rollouts.open"),
     Probe("group", "read", "shards.spool:read_group"),

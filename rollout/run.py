@@ -19,7 +19,7 @@ from rollout.policy.ulysses import shared_tokens
 from rollout.ranks.device import find_device, share_cores
 from rollout.sampler import Sampler
 from rollout.ulysses_group import Leader, UlyssesGroup, follow
-from rollout.work import Work
+from rollout.worker import Work
 from shards.errors import UserError
 from shards.plan import SAMPLE_KEY, RolloutPlan
 from shards.process.machine import shared_gpu

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
-from rollout.grids import grid
+from rollout.sigmas import grid
 from rollout.transitions import Kernel, gradient_scale, kernel, resolve_form, velocity_slope
 from shards.errors import UserError
 from shards.plan import HIGH_NOISE, LOW_NOISE, Form, Law, Schedule

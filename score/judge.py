@@ -9,7 +9,7 @@ from typing import NotRequired, TypedDict
 
 from score import process
 from score.catalogue.argument import EXAMPLE, parse_argument
-from score.ocr.text import NoTarget, target_of
+from score.ocr.similarity import NoTarget, target_of
 from score.reward import Chosen, Reward, Scored, Video, choose
 from shards.errors import UserError
 from shards.pointers import refuse_pointer

@@ -11,13 +11,13 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
 
 from shards import index, parquet, tensors
+from shards.committed_tar import open_source, open_tar
 from shards.errors import REPAIR, Damaged, UserError
 from shards.plan import RolloutPlan
 from shards.records.kinds import Manifest, read_manifest_file
 from shards.records.opening import read_plain
 from shards.records.reading import short
 from shards.run import Stage
-from shards.source import open_source, open_tar
 from shards.tar import EXTENSIONS, SAMPLE_NAME, group_name, header
 
 if TYPE_CHECKING:

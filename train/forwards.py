@@ -11,7 +11,7 @@ from rollout.schedule import step_slope
 from rollout.step import StepScore, step_log_prob, step_mean, step_velocity
 from rollout.transitions import noise, noise_seed
 from train.data import Batch, Inputs
-from train.objectives import estimators, terms
+from train.objectives import estimators, losses
 from train.objectives.settings import noised_afresh
 from train.order import Unit
 from train.weights import RolledOut
@@ -58,7 +58,7 @@ class Forwards:
     def error(self, batch: Batch, x: Tensor, velocity: Tensor) -> Tensor:
         """Flow-matching error [B] of a velocity at x."""
         target = (x - batch.x0) / self.inputs.rollouts.schedule.sigmas[batch.unit.step]
-        return terms.matching_error(velocity, target, self.free(batch, x))
+        return losses.matching_error(velocity, target, self.free(batch, x))
 
     def has_noise(self, unit: Unit) -> bool:
         """Whether the rollout took this step with noise."""

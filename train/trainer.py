@@ -15,10 +15,10 @@ from rollout.ranks.world import World, full, local
 from shards.errors import RunFailed
 from shards.process.peak_memory import peak_memory_bytes
 from shards.run import EXPERT_NAMES
+from train.batch_loss import Losses, Rows
 from train.checkpoint import TrainerState
 from train.data import Inputs, read_batch, row
-from train.losses import Losses, Rows
-from train.objectives import terms
+from train.objectives import losses
 from train.order import Slot, Unit, deal
 from train.weights import Masters, RolledOut
 
@@ -117,7 +117,7 @@ class ExpertTrainer:
         batch = self.losses.read(unit, following)
         pairs = [self.inputs.advantages[key] for key in batch.keys]
         weight = row([pair[1] if counts else 0.0 for pair in pairs], batch.log_prob)
-        advantage = terms.clip_advantage(row([pair[0] for pair in pairs], batch.log_prob), self.config.advantage_clip)
+        advantage = losses.clip_advantage(row([pair[0] for pair in pairs], batch.log_prob), self.config.advantage_clip)
         rows = self.losses.rows(batch, advantage, measure=measure, moved=self.moved)
         loss = (rows.loss * (weight / total)).sum()
         (loss * self.world.size if self.world.size > 1 else loss).backward()

@@ -18,7 +18,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from bench.gpu.fakes import onto
 from rollout.lora.adapter import add_adapter
-from rollout.memory.model import Model
+from rollout.memory.estimate import Model
 from rollout.policy import Policy, sizes
 from rollout.policy.experts import ExpertWeights
 from rollout.policy.folder import DTYPES

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from rollout.memory.model import (
+from rollout.memory.estimate import (
     Model,
     batch_of,
     block_input_bytes,

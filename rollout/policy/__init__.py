@@ -1,4 +1,4 @@
-"""The policy: a Wan model with its experts. Beside rollout/grids.py and rollout/lora the only user of diffusers."""
+"""The policy: a Wan model with its experts. Beside rollout/sigmas.py and rollout/lora the only user of diffusers."""
 
 from __future__ import annotations
 

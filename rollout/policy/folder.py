@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 from transformers.utils import logging as transformers_logging
 
-from rollout.policy.found import check_names, not_a_folder, not_a_pipeline, refuse_pointers
+from rollout.policy.wrong_folder import check_names, not_a_folder, not_a_pipeline, refuse_pointers
 from rollout.words.paths import words_folder
 from shards.errors import RunFailed, UserError
 from shards.files import canonical_sha256

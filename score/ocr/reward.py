@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from score.ocr.text import DEFINITIONS, NoTarget, judge
+from score.ocr.similarity import DEFINITIONS, NoTarget, judge
 from score.reward import Scored, Video
 from shards.errors import UserError
 from shards.text.recognisers import Recogniser, recogniser_of, unreadable_text

@@ -205,7 +205,7 @@ def _bare(path: Path) -> pandas.DataFrame:
     """The samples of a tar that lies outside a run."""
     import pyarrow
 
-    from shards.source import scan_tar
+    from shards.committed_tar import scan_tar
 
     frame = _to_pandas(pyarrow.Table.from_pylist(scan_tar(path), schema=index.schema()))
     frame = frame[[*INDEX_COLUMNS, "status", *(name for name in LAST_COLUMNS if name in frame)]]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shards import index
+from shards.committed_tar import map_plain, scan_tar
 from shards.errors import REPAIR, Damaged
 from shards.locate import Place, locate
 from shards.locks import TEMPORARY, is_abandoned
@@ -16,7 +17,6 @@ from shards.process.progress import counted
 from shards.reader import checked_index, read_manifest
 from shards.records.kinds import Manifest
 from shards.run import Run, Stage
-from shards.source import map_plain, scan_tar
 from shards.store.files import files_at
 from shards.verify.policy import policy_faults
 from shards.verify.problems import LEFTOVER, Problem, attempt, of_error, result

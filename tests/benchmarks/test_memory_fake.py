@@ -12,7 +12,7 @@ from bench import memory_fake
 from bench.gpu import tracked
 from bench.gpu.fakes import onto
 from rollout.memory import needs
-from rollout.memory.model import read_model, state_bytes
+from rollout.memory.estimate import read_model, state_bytes
 from rollout.memory.needs import Need
 from tests.support.training import make_run
 

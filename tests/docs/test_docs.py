@@ -376,7 +376,7 @@ def read_lines(path: Path) -> list[str]:
 
 
 def test_the_figures_of_sampling_are_computed() -> None:
-    from rollout.grids import grid
+    from rollout.sigmas import grid
     from rollout.transitions import gradient_scale, kernel
 
     sigmas, _ = grid("shifted", 20, 3.0, {})

@@ -32,7 +32,7 @@ PROGRAM = """
 import os, sys, time
 sys.path.insert(0, {root!r})
 import cli
-from rollout import work
+from rollout import worker
 from shards.process.signals import stopping
 from train.metrics import MetricsLog
 
@@ -40,7 +40,7 @@ def held(until):
     while not os.path.exists(os.environ.get("GATE", "/")) and not until():
         time.sleep(0.05)
 
-def write(*arguments, before=work.write_sample):
+def write(*arguments, before=worker.write_sample):
     done = before(*arguments)
     held(until=lambda: "SLURM_ARRAY_TASK_ID" not in os.environ or stopping())
     return done
@@ -49,7 +49,7 @@ def add(self, record, before=MetricsLog.add):
     before(self, record)
     held(until=lambda: len(self.records) < 2 or stopping())
 
-work.write_sample, MetricsLog.add = write, add
+worker.write_sample, MetricsLog.add = write, add
 held(until=lambda: os.environ.get("SLURM_ARRAY_TASK_ID", "2") == "2")
 cli.start()
 """

@@ -23,7 +23,7 @@ import webdataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shards import source as source_module
+from shards import committed_tar as source_module
 from shards import tensors
 from shards.errors import Damaged, UserError
 from shards.files import publish_new, publish_replace

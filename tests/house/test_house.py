@@ -63,7 +63,7 @@ FOLDERS: dict[str, set[str]] = {
 """Every folder of the packages, and the other folders whose modules its own may import."""
 ONLY = {
     ("train", "rollout"): {"lineage", "schedule", "step", "transitions"},
-    ("train/experts", "rollout"): {"helpers"},
+    ("train/experts", "rollout"): {"processes"},
     ("train/objectives", "rollout"): {"schedule", "transitions"},
     ("shards/store", "shards"): {"errors", "files", "locks"},
     ("shards/store", "shards/records"): {"opening"},
@@ -72,7 +72,10 @@ ONLY = {
 """Where a folder may import only these modules of another one."""
 FACE = {"shards": "shards.notebook.view"}
 """The one module above its own folder that a package may import, to hand it to those who import the package."""
-DIFFUSERS = {"rollout/grids.py": "the sigmas of its schedulers", "rollout/words/pretrain.py": "makes the model `words`"}
+DIFFUSERS = {
+    "rollout/sigmas.py": "the sigmas of its schedulers",
+    "rollout/words/pretrain.py": "makes the model `words`",
+}
 
 PACKAGE_MODULES = {"shards": 23, "rollout": 14, "score": 16, "train": 16}  # modules that lie in a package itself
 MOST_MODULES = 12  # in any other folder

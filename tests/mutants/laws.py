@@ -151,7 +151,7 @@ SCHEDULES = mutations("rollout/schedule.py", SCHEDULE, [
      "        schedule.sigmas[step],\n        schedule.eta,"),
 ])  # fmt: skip
 
-GRIDS = mutations("rollout/grids.py", SCHEDULE, [
+GRIDS = mutations("rollout/sigmas.py", SCHEDULE, [
     ("the shift twice", "sigmas = shift * line / (1 + (shift - 1) * line)",
      "sigmas = shift * line / (1 + shift * line)"),
     ("the grid to 0", "np.linspace(1.0, 1.0 / train_steps, steps + 1)", "np.linspace(1.0, 0.0, steps + 1)"),
@@ -176,8 +176,7 @@ GUIDANCE = mutations("rollout/policy/wan.py", f"{PIPELINE}[t2v]", [
      "return unconditional + (guidance - 1) * (conditional - unconditional)"),
     ("guidance towards the negative prompt", "return unconditional + guidance * (conditional - unconditional)",
      "return unconditional - guidance * (conditional - unconditional)"),
-    ("prompts swapped", "conditional = forward(prompt_embeds)\n",
-     "conditional = forward(prompt_embeds if negative_embeds is None else negative_embeds)\n"),
+    ("prompts swapped", "for one in (prompt_embeds, negative_embeds))", "for one in (negative_embeds, prompt_embeds))"),
     ("a given frame of noise", "return x if mask is None else (1 - mask) * condition + mask * x",
      "return x if mask is None else x", f"{PIPELINE}[ti2v with image]"),
     ("the given frame free and the others not", "mask[:, :, : condition.shape[2]] = 0",

@@ -57,7 +57,7 @@ ADVANTAGES = mutations("score/advantages.py", ADVANTAGE, [
     ("all prompts in one group", 'groups = _codes(frame["group"])', 'groups = _codes(frame["group"]) * 0'),
 ])  # fmt: skip
 
-TERMS = mutations("train/objectives/terms.py", TERM, [
+TERMS = mutations("train/objectives/losses.py", TERM, [
     ("the sign of the surrogate", "    unclipped = -advantage * ratio\n", "    unclipped = advantage * ratio\n"),
     ("the better of both for the worse", "return PolicyLoss(torch.maximum(unclipped, clipped), ratio",
      "return PolicyLoss(torch.minimum(unclipped, clipped), ratio"),
@@ -166,7 +166,7 @@ FORWARDS = mutations("train/forwards.py", GRADIENTS, [
      "sample for sample", PAIRS),
 ])  # fmt: skip
 
-LOSSES = mutations("train/losses.py", PARTS, [
+LOSSES = mutations("train/batch_loss.py", PARTS, [
     ("the ratio the other way", "log_ratio = scored.log_prob - old_log_prob",
      "log_ratio = old_log_prob - scored.log_prob",
      f"{PARTS} {TRAIN}::test_good_samples_become_likelier_and_bad_ones_less"),
@@ -194,7 +194,7 @@ TRAINER = mutations("train/trainer.py", f"{TRAIN}::test_the_gradient_is_the_mean
      "loss = (rows.loss * weight).sum()"),
     ("a mean of each batch", "loss = (rows.loss * (weight / total)).sum()",
      "loss = (rows.loss * weight / weight.sum()).sum()", f"{TRAIN}::test_chunks_add_up_to_one_big_batch"),
-    ("advantages not limited", "advantage = terms.clip_advantage(row([pair[0] for pair in pairs], batch.log_prob), "
+    ("advantages not limited", "advantage = losses.clip_advantage(row([pair[0] for pair in pairs], batch.log_prob), "
      "self.config.advantage_clip)", "advantage = row([pair[0] for pair in pairs], batch.log_prob)",
      f"{PARTS} {TRAIN}::test_the_gradient_is_the_mean_over_rows_that_count"),
     ("the gradient not cut", "state.parameters.values(), self.config.max_grad_norm)",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rollout import work as rollout_work
+from rollout import worker as rollout_work
 from rollout.policy import Policy
 from rollout.run import rollout
 from rollout.sampler import Sampler

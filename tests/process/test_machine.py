@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import distributed
 
-from rollout import helpers
+from rollout import processes
 from rollout import run as rollout_run
 from rollout.policy import Policy
 from rollout.ranks import world
@@ -141,7 +141,7 @@ def test_every_stage_takes_its_place_before_it_looks_for_a_device(
 
     monkeypatch.setattr(rollout_run, "find_device", looked)
     with pytest.raises(KeyboardInterrupt):
-        helpers.rollout(run, run.iteration(0), worker=(1, 2))
+        processes.rollout(run, run.iteration(0), worker=(1, 2))
     training.roll(run, 0, Policy.of(run.config.model))
     monkeypatch.setattr(Policy, "device_of", looked)
     for expert in ("high_noise", "low_noise", ""):

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import cli
 from rollout.lora.adapter import add_adapter
-from rollout.memory import model as memory_model
+from rollout.memory import estimate as memory_model
 from rollout.memory import needs as memory_needs
 from rollout.policy import Policy
 from rollout.policy.folder import find_folder, read_layout, tokens

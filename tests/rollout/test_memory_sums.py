@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rollout.memory import model as memory_model
+from rollout.memory import estimate as memory_model
 from rollout.memory import needs as memory_needs
 from rollout.plan import batch_size, stage_plan
 from rollout.policy import Policy

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from score.ocr.text import NoTarget, judge, levenshtein, normaliser, similarity, target_of
+from score.ocr.similarity import NoTarget, judge, levenshtein, normaliser, similarity, target_of
 
 patient = settings(deadline=None, max_examples=50)  # a busy machine is no failure
 SIGN = 'A sign that reads "OPEN NOW" in neon'

@@ -16,7 +16,7 @@ import torch.utils.tensorboard  # noqa: F401
 import rollout.policy.sharding  # noqa: F401 (like the next ones: what children use, they have then)
 import score.run  # noqa: F401
 import train.run  # noqa: F401
-from rollout.helpers import helpers
+from rollout.processes import helpers
 from score.process import processes
 from tests.support.ports import free_port
 

@@ -18,7 +18,7 @@ from shards.errors import RunFailed, UserError
 from shards.files import LocalFiles
 from shards.process.signals import stopped
 from shards.run import Run
-from train import losses, ranks, replay
+from train import batch_loss, ranks, replay
 from train.data import Inputs, Stored
 from train.order import Unit
 from train.run import train
@@ -132,7 +132,7 @@ def odd_weights(case: Case, rank: int) -> dict[str, Any]:
 
 def odd_file(case: Case, rank: int) -> dict[str, Any]:
     """The last rank cannot read its second chunk."""
-    before, calls = losses.read_step, []
+    before, calls = batch_loss.read_step, []
 
     def read(*args: Any) -> Stored:
         calls.append(args)
@@ -140,7 +140,7 @@ def odd_file(case: Case, rank: int) -> dict[str, Any]:
             raise RunFailed("shard-000000.tar: crc32 of the latents is wrong", "restore the file")
         return before(*args)
 
-    with changed(losses, "read_step", read):
+    with changed(batch_loss, "read_step", read):
         return train_case(case, rank)
 
 

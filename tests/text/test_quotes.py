@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rollout.prompts.load import load_prompts
-from score.ocr.text import target_of
+from score.ocr.similarity import target_of
 from shards.text.cleaning import clean
 from shards.text.quotes import MARKS, SINGLE, quoted, quoted_spans
 

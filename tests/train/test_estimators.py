@@ -22,7 +22,7 @@ from rollout.transitions import gradient_scale
 from shards.config import RolloutConfig
 from shards.plan import Schedule
 from train.objectives import estimators
-from train.objectives.terms import held_loss, nft_loss, nft_optimality, policy_loss
+from train.objectives.losses import held_loss, nft_loss, nft_optimality, policy_loss
 
 SAMPLES = 200_000
 Array = NDArray[np.float64]

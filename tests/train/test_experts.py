@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from rollout import helpers
+from rollout import processes
 from rollout.memory.needs import Need
 from rollout.policy import Policy
 from shards.errors import RunFailed, StillBusy, UserError
@@ -54,7 +54,7 @@ def trained(rolled: Run, policy: Policy, tmp_path_factory: pytest.TempPathFactor
 def no_helpers_left() -> Iterator[None]:
     """Helpers end with their test."""
     yield
-    helpers.helpers.discard(at_once=True)
+    processes.helpers.discard(at_once=True)
 
 
 def contents(run: Run, iteration: int = 0) -> dict[str, str]:

@@ -17,7 +17,7 @@ from rollout.policy import Policy
 from rollout.sampler import Sampler, State
 from shards.run import Run
 from tests.support import training
-from train import losses
+from train import batch_loss
 from train.inputs import freeze
 from train.trainer import ExpertTrainer
 
@@ -88,7 +88,7 @@ def test_no_batch_of_an_update_waits(tiny_ti2v: Path, tmp_path: Path, monkeypatc
         run = training.fork(sampled_run, tmp_path / objective, **settings)
         inputs = freeze(run, run.iteration(0))
         units = [unit for unit in inputs.units() if unit.expert == 0]
-        stored = {unit: losses._reader(run.config.train)(inputs.rollouts, unit) for unit in units}
+        stored = {unit: batch_loss._reader(run.config.train)(inputs.rollouts, unit) for unit in units}
         with faked(policy, "meta", monkeypatch) as census:
             trainer = ExpertTrainer(policy, inputs, run.config.train, 0)
             monkeypatch.setattr(trainer.losses.ahead, "take", lambda unit, following=None: stored[unit])  # noqa: B023

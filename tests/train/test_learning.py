@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rollout.transitions import kernel as kernel_of
 from rollout.transitions import log_prob, transition
 from train.objectives.estimators import adaptive_weight, compare
-from train.objectives.terms import clip_advantage, held_loss, policy_loss
+from train.objectives.losses import clip_advantage, held_loss, policy_loss
 from train.order import Unit, minibatches
 
 STEPS, GROUPS, SIZE = 10, 8, 16

@@ -16,8 +16,8 @@ from rollout import transitions as tr
 from rollout.schedule import make_schedule
 from shards.config import RolloutConfig, TrainConfig
 from shards.plan import Schedule
-from train.losses import weights_of_steps
-from train.objectives.terms import (
+from train.batch_loss import weights_of_steps
+from train.objectives.losses import (
     clip_advantage,
     kl_divergence,
     mean_shift,

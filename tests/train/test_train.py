@@ -36,7 +36,7 @@ from tests.support import training
 from train import run as train_run
 from train.data import Inputs, Rollouts, Stored, keys_of, read_batch, read_step
 from train.inputs import check_policy, freeze
-from train.objectives.terms import nft_loss
+from train.objectives.losses import nft_loss
 from train.order import Slot, Unit
 from train.prefetch import Ahead
 from train.replay import log_probs

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import cli
-from rollout import work as rollout_work
+from rollout import worker as rollout_work
 from rollout.policy import Policy
 from rollout.policy.ulysses import shared_tokens
 from rollout.ranks.world import World

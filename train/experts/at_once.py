@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rollout.helpers import helpers, loaded, start_helpers
 from rollout.memory.needs import Need, train_need
 from rollout.policy import Policy
+from rollout.processes import helpers, loaded, start_helpers
 from rollout.ranks.device import share_cores
 from shards.errors import StillBusy, Stopped
 from shards.process.peak_memory import available_memory_bytes

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from rollout import helpers
+from rollout import processes
 from rollout import run as rollout_run
 from rollout.policy import Policy
 from rollout.ranks.device import device_of_worker
@@ -31,7 +31,7 @@ PATIENCE = 300.0  # seconds; a loaded machine starts Python slowly
 def no_helpers_left() -> Iterator[None]:
     """Helpers end with their test."""
     yield
-    helpers.helpers.discard()
+    processes.helpers.discard()
 
 
 def make(path: Path, model: Path, workers: int) -> Run:
@@ -62,10 +62,10 @@ def test_two_processes_sample_what_one_samples(
     one, two = make(tmp_path / "one", tiny_t2v2, 1), make(tmp_path / "two", tiny_t2v2, 2)
     alone = rollout_run.rollout(one, one.iteration(0), Policy.of(one.config.model))
     policy, stage = Policy.of(two.config.model), two.iteration(0)
-    monkeypatch.setattr(helpers, "MOMENT", PATIENCE)  # a busy machine may bring the helper's report late
+    monkeypatch.setattr(processes, "MOMENT", PATIENCE)  # a busy machine may bring the helper's report late
     seen: list[tuple[int, int, str]] = []
     waiting: list[Callable[[], None]] = []
-    start = helpers.start_helpers
+    start = processes.start_helpers
 
     class Late:
         def submit(self, *work: Any) -> Future[Any]:
@@ -82,19 +82,19 @@ def test_two_processes_sample_what_one_samples(
             time.sleep(0.02)
         seen.append((done, total, note))
 
-    monkeypatch.setattr(helpers, "start_helpers", lambda count: Late())
-    report = helpers.rollout(two, stage, policy, progress)
+    monkeypatch.setattr(processes, "start_helpers", lambda count: Late())
+    report = processes.rollout(two, stage, policy, progress)
     assert samplers(stage) == {0: "0/2", 1: "1/2", 2: "1/2"}
     assert seen[0] == (0, alone.done, "shard 0")
     assert (report.done, report.skipped, report.busy) == (alone.done, 0, 0)
-    again = helpers.rollout(two, stage, policy)
+    again = processes.rollout(two, stage, policy)
     assert (again.done, again.skipped) == (0, alone.done)
     assert samples(stage) == samples(one.iteration(0)) != {}
 
 
 def kill_helpers() -> None:
     """As a machine that is out of memory does."""
-    for executor in helpers.helpers.executors.values():
+    for executor in processes.helpers.executors.values():
         for child in list(executor._processes.values()):
             child.kill()
 
@@ -102,15 +102,15 @@ def kill_helpers() -> None:
 def test_helpers_that_die_leave_no_hole(tiny_t2v2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One between two stages, and the one that takes its place in the middle of the next stage."""
     run = make(tmp_path / "run", tiny_t2v2, 2)
-    monkeypatch.setattr(helpers, "MOMENT", PATIENCE)  # a busy machine may be late to tell of a death
+    monkeypatch.setattr(processes, "MOMENT", PATIENCE)  # a busy machine may be late to tell of a death
     with pytest.raises(BrokenProcessPool):
-        helpers.start_helpers(1).submit(os._exit, 1).result()
-    report = helpers.rollout(
+        processes.start_helpers(1).submit(os._exit, 1).result()
+    report = processes.rollout(
         run, run.iteration(0), Policy.of(run.config.model), lambda done, total, unit, note="": kill_helpers()
     )
     assert report.busy == 0
     assert samplers(run.iteration(0)) == dict.fromkeys(range(3), "0/2")
-    assert not helpers.helpers.executors
+    assert not processes.helpers.executors
 
 
 def test_a_helper_that_dies_while_the_next_gets_its_part_leaves_no_hole(
@@ -126,17 +126,17 @@ def test_a_helper_that_dies_while_the_next_gets_its_part_leaves_no_hole(
         return future
 
     monkeypatch.setattr(ProcessPoolExecutor, "submit", deadly)
-    report = helpers.rollout(run, run.iteration(0), Policy.of(run.config.model))
+    report = processes.rollout(run, run.iteration(0), Policy.of(run.config.model))
     assert (report.done, report.busy) == (9, 0)
     assert samplers(run.iteration(0)) == dict.fromkeys(range(3), "0/3")
-    assert not helpers.helpers.executors
+    assert not processes.helpers.executors
 
 
 def test_what_is_wrong_is_told_by_the_first_process(tiny_t2v2: Path, tmp_path: Path) -> None:
     run = make(tmp_path / "run", tiny_t2v2, 2)
     with pytest.raises(UserError, match="iteration 3 samples with the policy"):
-        helpers.rollout(run, run.iteration(3), Policy.of(run.config.model))
-    assert not helpers.helpers.executors
+        processes.rollout(run, run.iteration(3), Policy.of(run.config.model))
+    assert not processes.helpers.executors
 
 
 def test_each_process_has_a_gpu_of_its_own_or_none_starts(
@@ -156,5 +156,5 @@ def test_each_process_has_a_gpu_of_its_own_or_none_starts(
     config = run.config.model_copy(update={"model": run.config.model.model_copy(update={"device": "cuda"})})
     monkeypatch.setattr(run, "config", config)
     with pytest.raises(UserError, match="workers = 3"):
-        helpers.rollout(run, run.iteration(0))
+        processes.rollout(run, run.iteration(0))
     assert not run.iteration(0).path.exists()  # refused before anything is written

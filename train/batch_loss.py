@@ -14,7 +14,7 @@ from rollout.schedule import step_scale, step_std
 from shards.plan import sample_key
 from train.data import Batch, Inputs, Rollouts, Stored, read_end, read_final, read_step, to_batch
 from train.forwards import Forwards
-from train.objectives import estimators, terms
+from train.objectives import estimators, losses
 from train.objectives.estimators import Compared
 from train.objectives.settings import noised_afresh
 from train.order import Unit
@@ -136,15 +136,15 @@ class Losses:
         old_log_prob = self.old_log_probs[batch.unit] if config.recompute_log_probs else batch.log_prob
         log_ratio = scored.log_prob - old_log_prob
         if config.ratio_norm and old_mean is not None:
-            log_ratio = terms.ratio_norm(
+            log_ratio = losses.ratio_norm(
                 log_ratio, scored.mean, old_mean, scored.std, self.forwards.free(batch, batch.x)
             )
-        policy_loss = terms.policy_loss(log_ratio, advantage, config.clip_range)
+        policy_loss = losses.policy_loss(log_ratio, advantage, config.clip_range)
         kl = self._kl(batch, batch.x, scored.velocity, scored.mean)
         loss = self.step_weights[step] * policy_loss.loss + config.kl_beta * kl
         shift = None
         if old_mean is not None:
-            shift = terms.mean_shift(scored.mean.detach(), old_mean, scored.std, mask)
+            shift = losses.mean_shift(scored.mean.detach(), old_mean, scored.std, mask)
         if measure and not moved:
             shift = torch.zeros_like(kl)
         return Rows(loss, policy_loss.ratio, policy_loss.clipped, kl, shift)
@@ -192,19 +192,19 @@ class Losses:
             return Rows(weight * held.loss, held.ratio, held.clipped, zero, more=more)
         if config.objective == "nft":
             sigma = self.inputs.rollouts.schedule.sigmas[batch.unit.step]
-            optimality = terms.nft_optimality(advantage, config.advantage_clip)
+            optimality = losses.nft_optimality(advantage, config.advantage_clip)
             mask = self.forwards.free(batch, x)
-            error = terms.nft_loss(velocity, old, x, batch.x0, sigma, optimality, config.nft_beta, mask)
+            error = losses.nft_loss(velocity, old, x, batch.x0, sigma, optimality, config.nft_beta, mask)
             return Rows(config.advantage_clip * error, zero + 1.0, zero.bool(), zero)
         error = self.forwards.error(batch, x, velocity)
         return self._preferred(batch, error, (error - self.forwards.error(batch, x, old)).detach())
 
-    def _held(self, compared: Compared, advantage: Tensor) -> terms.PolicyLoss:
+    def _held(self, compared: Compared, advantage: Tensor) -> losses.PolicyLoss:
         """The loss of the policy gradient: with a hold, or the clipped ratio of the log-ratio <e, q> - |q|²/2."""
         if self.proximal > 0:
             arguments = compared.pull, compared.square, advantage
-            return terms.held_loss(*arguments, self.proximal, self.config.clip_range)
-        return terms.policy_loss(compared.pull - 0.5 * compared.square, advantage, self.config.clip_range)
+            return losses.held_loss(*arguments, self.proximal, self.config.clip_range)
+        return losses.policy_loss(compared.pull - 0.5 * compared.square, advantage, self.config.clip_range)
 
     def _preferred(self, batch: Batch, error: Tensor, gain: Tensor) -> Rows:
         """DPO on the pairs of the batch's group; `error` and `gain` are [B]."""
@@ -218,7 +218,7 @@ class Losses:
         ])  # fmt: skip
         place = {sample: index for index, sample in enumerate(samples)}
         winners, losers = (torch.tensor([place[pair[side]] for pair in pairs], device=gain.device) for side in (0, 1))
-        found = terms.pair_loss(everyone, winners, losers, self.config.dpo_beta)
+        found = losses.pair_loss(everyone, winners, losers, self.config.dpo_beta)
         mine = torch.tensor([place[sample] for sample in batch.unit.samples], device=gain.device)
         push, loss, right, wins = (value[mine] for value in found)
         pulled = push * error
@@ -234,7 +234,7 @@ class Losses:
             return torch.zeros(len(x), device=x.device)
         reference_velocity, reference_mean = self._reference(batch, x)
         transition = self.config.is_published
-        return terms.kl_divergence(
+        return losses.kl_divergence(
             self.config.kl if transition else "velocity",
             velocity=velocity,
             reference_velocity=reference_velocity,
@@ -282,4 +282,4 @@ def weights_of_steps(inputs: Inputs, config: TrainConfig, expert: int) -> dict[i
     stds = {step: step_std(schedule, step) for step in steps}
     # RatioNorm takes the division by std out of the log-ratio, and so out of its gradient
     scales = {step: step_scale(schedule, step) * (stds[step] if config.ratio_norm else 1.0) for step in steps}
-    return terms.step_weights(config.step_weight, stds, scales)
+    return losses.step_weights(config.step_weight, stds, scales)
