@@ -177,7 +177,7 @@ def test_helpers_that_score_are_numbered(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_processes_share_the_cores_of_a_cpu(
     workers: int, said: str | None, threads: list[int], tmp_path: Path, tiny_t2v2: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = training.make_run(tmp_path / "run", tiny_t2v2, **{"rollout.workers": workers})
+    run = training.make_run(tmp_path / "run", tiny_t2v2, workers=workers)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if said:
         monkeypatch.setenv("OMP_NUM_THREADS", said)

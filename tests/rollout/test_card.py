@@ -234,7 +234,7 @@ def test_the_card_for_comfyui(runs: dict[str, Run], tmp_path: Path) -> None:
     )
     one = card_of(runs["t2v"], tmp_path / "one", format="comfyui")
     assert "- `t2v.safetensors`\n" in one
-    assert "50 steps (cfg 2), and shift 3" in one
+    assert "4 steps (cfg 2), and shift 3" in one
 
 
 @pytest.mark.parametrize(

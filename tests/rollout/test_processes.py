@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
-import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -104,7 +104,7 @@ def test_helpers_that_die_leave_no_hole(tiny_t2v2: Path, tmp_path: Path, monkeyp
     run = make(tmp_path / "run", tiny_t2v2, 2)
     monkeypatch.setattr(processes, "MOMENT", PATIENCE)  # a busy machine may be late to tell of a death
     with pytest.raises(BrokenProcessPool):
-        processes.start_helpers(1).submit(os._exit, 1).result()
+        processes.start_helpers(1).submit(signal.raise_signal, signal.SIGKILL).result()
     report = processes.rollout(
         run, run.iteration(0), Policy.of(run.config.model), lambda done, total, unit, note="": kill_helpers()
     )

@@ -258,9 +258,12 @@ def test_ranks_do_the_work_of_one_process_once(name: str, request: pytest.Fixtur
 def test_ranks_hold_together_what_plan_memory_divides(name: str, on_two: Found, grounds: dict[str, Run]) -> None:
     planned = memory_needs.train_need(grounds[name.split()[0]], 2).parts
     for update in zip(*(one["held"] for one in on_two[1][name]), strict=True):
-        held = {part: sum(one[part] for one in update) // 2 for part in update[0] if any(one[part] for one in update)}
-        assert held == {part: planned[part] for part in held}
-        assert held.keys() >= {"weights", "gradients", "AdamW"}
+        # with full training the weights of the rollout lie in host memory
+        parts = [part for part in update[0].keys() & planned.keys() if any(one[part] for one in update)]
+        assert {part: sum(one[part] for one in update) // 2 for part in parts} == {
+            part: planned[part] for part in parts
+        }
+        assert {*parts} >= {"weights", "gradients", "AdamW"}
 
 
 MISHAPS = {
