@@ -13,7 +13,7 @@ QUICK := tests/house tests/text/test_quotes.py tests/text/test_visible.py tests/
   tests/train/test_objectives.py tests/train/test_order.py tests/train/test_rates.py \
   tests/score/test_advantages.py tests/score/test_text.py tests/workers/test_tally.py
 
-.PHONY: setup demo test quick first-hour fuzz mutants lint types docs clean
+.PHONY: setup demo test quick coverage first-hour fuzz mutants lint types docs clean
 
 setup: .venv/.ready
 
@@ -26,9 +26,12 @@ setup: .venv/.ready
 demo: setup
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bench/demo.sh $(DEMO)
 
-# The last line is the share of cli.py and the packages that was run, in percent; below the floor of pyproject.toml it
-# is an error. `.venv/bin/coverage html -d build/coverage/html` shows the lines.
 test: setup
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
+
+# The same tests, a quarter slower. The last line is the share of cli.py and the packages that was run, in percent; below
+# the floor of pyproject.toml it is an error. `.venv/bin/coverage html -d build/coverage/html` shows the lines.
+coverage: setup
 	rm -rf build/coverage && mkdir -p build/coverage
 	$(BIN)/python -m coverage run -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 	$(BIN)/python -m coverage combine --quiet

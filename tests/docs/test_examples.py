@@ -46,6 +46,7 @@ CASES: dict[str, tuple[str, int]] = {
     "wan22-i2v": ("i2v2", 16),
     "wan22-ti2v-5b": ("ti2v", 32),
 }
+LONG = ("wan21-1.3b-ocr-4gpu", "wan22-i2v", "wan22-ti2v-5b")
 
 
 def run_script(folder: Path, name: str, environment: dict[str, str], only: str = "") -> list[list[str]]:
@@ -101,7 +102,7 @@ def test_every_script_is_run_here() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.long] if name == "wan21-1.3b-ocr-4gpu" else []) for name in CASES]
+    "name", [pytest.param(name, marks=[pytest.mark.long] if name in LONG else []) for name in CASES]
 )
 def test_a_script_runs_to_its_end(name: str, tmp_path: Path, request: pytest.FixtureRequest, template: str) -> None:
     layout, size = CASES[name]

@@ -160,7 +160,14 @@ def pair(tmp_path: Path) -> Path:
     return tmp_path / "few"
 
 
-@pytest.mark.parametrize("settings", [{}, {"full": True, "learning_rate": 1e-4}, {"objective": "nft"}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        pytest.param({"full": True, "learning_rate": 1e-4}, marks=pytest.mark.long),
+        pytest.param({"objective": "nft"}, marks=pytest.mark.long),
+    ],
+)
 def test_every_stage_has_it_beneath(settings: dict[str, Any], pair: Path, tiny_t2v2: Path, tmp_path: Path) -> None:
     """Rollout, the replay gate, training, the next rollout, an evaluation, and a replay by a process of its own."""
     run = make_run(tmp_path / "run", tiny_t2v2, settings, base_lora=pair)

@@ -151,6 +151,7 @@ def test_the_prediction_is_what_a_real_pass_holds(settings: dict[str, Any]) -> N
     assert working_bytes(config, run) == pytest.approx(pass_bytes(module, config, run), rel=0.1)
 
 
+@pytest.mark.long
 def test_a_timestep_per_token_and_the_reference_cost_something() -> None:
     config = dict(tiny_transformer(1).config)
     run = Pass((16, 3, 8, 8), 2, 24, "float32", guided=True, rank=2, train=True)
@@ -262,6 +263,7 @@ def test_plan_memory_of_a14b_from_configurations_alone(tmp_path: Path) -> None:
     assert "block inputs" in output
 
 
+@pytest.mark.long
 def test_kl_and_average_change_the_plan(tmp_path: Path) -> None:
     model = write_configs(tmp_path / "model", "A14B", boundary_ratio=0.875)
     run = config_run(tmp_path / "run", "wan22-a14b", model, "train.full=true", "train.gradient_checkpointing=false")
@@ -279,6 +281,7 @@ def test_kl_and_average_change_the_plan(tmp_path: Path) -> None:
     assert without.host == 5 * weights + 12 * parameters + 2**31
 
 
+@pytest.mark.long
 def test_ranks_share_weights_and_their_states(tmp_path: Path) -> None:
     run = config_run(tmp_path / "run", "wan22-a14b", write_configs(tmp_path / "model", "A14B", boundary_ratio=0.875))
     model, size = memory_model.read_model(Run.open(run).config), size_of("A14B")

@@ -43,6 +43,7 @@ def sampled_and_scored(run: Run, iteration: int, policy: Policy) -> None:
     score(run, run.iteration(iteration))
 
 
+@pytest.mark.long  # tests/store/test_store_hub.py has an iteration on two machines
 def test_two_iterations_on_two_machines_equal_a_local_run(
     s3: Proxy, tiny_t2v2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

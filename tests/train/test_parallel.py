@@ -59,7 +59,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "full-once dp ulysses": (4, {"ulysses": 2}),
     "nft dp ulysses": (4, {"ulysses": 2}),
 }
-LONG = ("full-nft dp", "nft dp ulysses")  # each has both its halves in other layouts
+# the others have all that these put together
+LONG = ("full-nft dp", "lora dp ulysses", "full-once dp ulysses", "nft dp ulysses")
 NAMES = [pytest.param(name, marks=[pytest.mark.long] * (name in LONG)) for name in LAYOUTS]
 Results = dict[str, list[dict[str, Any]]]
 Found = tuple[Path, Results]
