@@ -4,7 +4,8 @@
 #   --standalone --nproc-per-node 8 --no-python rushes loop /data/runs/first --iterations 10
 #
 # PyTorch's wheels bring CUDA; the host needs a driver and the NVIDIA container toolkit. A model and its prompts are
-# mounted, not copied. Never built by us: the tests install what this file copies, without a container.
+# mounted, not copied. Never built by us; what it copies was installed in a new environment as its RUN line does, and ran
+# an iteration of the demo there.
 FROM python:3.12-slim-bookworm
 
 # of the optional parts: s3, gs, wandb

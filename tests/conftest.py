@@ -57,11 +57,13 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(autouse=True)
-def no_fork_outlives_its_test() -> Iterator[None]:
-    """End the processes that a failed test has left behind."""
+def nothing_outlives_its_test() -> Iterator[None]:
+    """End the processes that a failed test has left behind, and forget which worker a command was here."""
     yield
     if "tests.support.forks" in sys.modules:
         sys.modules["tests.support.forks"].end_all()
+    if "shards.process.machine" in sys.modules:
+        sys.modules["shards.process.machine"].take_place((0, 1))
 
 
 def _tiny(layout: str, factory: pytest.TempPathFactory) -> Path:

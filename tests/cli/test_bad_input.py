@@ -214,7 +214,8 @@ def test_a_lora_of_two_experts_on_one(
 
 def test_bfloat16_on_a_gpu_that_lacks_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """No such GPU is at hand, so what torch would say of one is put in its mouth."""
-    answers = {"is_available": True, "device_count": 1, "is_bf16_supported": False, "get_device_name": "Tesla T4"}
+    answers = {"is_available": True, "device_count": 1, "is_bf16_supported": False, "get_device_name": "Tesla T4",
+               "set_device": None}  # fmt: skip
     for name, answer in answers.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
     with pytest.raises(UserError) as caught:
