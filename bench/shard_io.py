@@ -186,8 +186,10 @@ def main(words: list[str] | None = None) -> None:
     arguments = parser.parse_args(words)
     shape, video = ((16, 2, 8, 8), 10_000) if arguments.small else (LATENTS, VIDEO)
     rounds = [one_round(arguments.samples, arguments.states, shape, video) for _ in range(arguments.rounds)]
-    text = section("python bench/shard_io.py" + " --small" * arguments.small, rounds, arguments.samples,
-                   arguments.states)  # fmt: skip
+    command = ["python bench/shard_io.py", *["--small"] * arguments.small]
+    command += [f"--{name} {value}" for name in ("rounds", "samples", "states")
+                if (value := getattr(arguments, name)) != parser.get_default(name)]  # fmt: skip
+    text = section(" ".join(command), rounds, arguments.samples, arguments.states)
     print(text)
     if arguments.page:
         replace_section(arguments.page, "shard-io", text)

@@ -1,0 +1,23 @@
+"""The loop in one process beside rushes: its reward is that of rushes, and its page says what was measured."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench import peer_loop
+from bench.peer_loop import Mark
+from score.ocr import similarity
+
+
+@pytest.mark.parametrize("text", ["FILM", "film", "FIL", "FLIM!", "", "A LONG OTHER TEXT"])
+def test_it_rewards_as_rushes_does(text: str) -> None:
+    judged = similarity.judge([text], 'a sign "FILM"', None, mode="default", fold_confusables=False)
+    assert peer_loop.similarity(text, "FILM") == pytest.approx(judged.reward)
+
+
+def test_the_page_says_speed_and_minutes() -> None:
+    marks = [Mark(0, 0.0, 0.0, 0.40, 0.41), Mark(6, 120.0, 360.0, 0.50, 0.52), Mark(12, 240.0, 720.0, 0.56, 0.55)]
+    text = peer_loop.section(marks, "command", threads=2)
+    assert "| 6 | 2.0 | 0.500 | 6.0 | 0.520 |" in text
+    assert "rushes 180, one process 60, ratio 3.00" in text
+    assert "rushes 4.0, one process not reached" in text
