@@ -16,14 +16,12 @@ from hypothesis import strategies as st
 from shards import index, sidecar, tensors
 from shards.errors import UserError
 from shards.files import read_json
-from shards.plan import RolloutPlan
 from shards.records import kinds
 from shards.records.reading import CHECKSUM
-from shards.records.updates import read_updates, update_faults
 from shards.spool import read_group
 from shards.verify.shards import verify
-from shards.workers import owners
 from tests.faults import small_run
+from tests.fuzz.targets import claim_file, log_file, plan_file
 from tests.support.shard_fixtures import make_group, planned_stage
 from tests.support.shard_fixtures import make_sample as sample_of
 
@@ -39,22 +37,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_run.make(tmp_path_factory.mktemp("whole") / "run").run_path
 
 
-def _plan(path: Path) -> object:
-    return RolloutPlan.from_json(path.read_bytes(), path)
-
-
-def _updates(path: Path) -> object:
-    return [*update_faults(path, 0, ended=True), *read_updates(path)]
-
-
-def _claim(path: Path) -> object:
-    return owners.read(path, 0, "rollout")
-
-
 READERS: dict[str, Callable[[Path], object]] = {
-    "manifest": kinds.read_manifest_file, "plan": _plan, "frozen": kinds.read_train_plan, "policy": kinds.read_policy,
-    "summary": kinds.read_summary, "commit": kinds.read_checkpoint, "model": kinds.read_model_record,
-    "metrics": _updates,
+    "manifest": kinds.read_manifest_file, "plan": plan_file, "frozen": kinds.read_train_plan,
+    "policy": kinds.read_policy, "summary": kinds.read_summary, "commit": kinds.read_checkpoint,
+    "model": kinds.read_model_record, "metrics": log_file,
 }  # fmt: skip
 
 
@@ -130,7 +116,7 @@ def test_a_claim_with_other_bytes(tmp_path_factory: Any, data: Any) -> None:
     other = tmp_path_factory.getbasetemp() / "claim"
     whole = json.dumps(small_run.OWNER).encode() + b"\n000000000001\n"
     other.write_bytes(mangled(data.draw, whole))
-    assert _claim(other) is not None
+    assert claim_file(other) is not None
 
 
 @pytest.mark.parametrize("kind", ["index", "scores", "advantages"])

@@ -28,15 +28,18 @@ SAMPLE = "i000000-p000000-s00"
 Reader = Callable[[Path], object]
 
 
-def _plan(path: Path) -> object:
+def plan_file(path: Path) -> object:
+    """A plan."""
     return RolloutPlan.from_json(path.read_bytes(), path)
 
 
-def _updates(path: Path) -> object:
+def log_file(path: Path) -> object:
+    """A log of updates."""
     return [*update_faults(path, 0, ended=True), *read_updates(path)]
 
 
-def _claim(path: Path) -> object:
+def claim_file(path: Path) -> object:
+    """A claim on a shard."""
     return owners.read(path, 0, "rollout")
 
 
@@ -73,11 +76,11 @@ def _prompts(path: Path) -> object:
 
 READERS: dict[str, tuple[str, Reader]] = {
     "json": ("a.json", read_json), "manifest": ("manifest.json", kinds.read_manifest_file),
-    "plan": ("plan.json", _plan), "frozen": ("plan.json", kinds.read_train_plan),
+    "plan": ("plan.json", plan_file), "frozen": ("plan.json", kinds.read_train_plan),
     "policy": ("policy.json", kinds.read_policy),
     "expert": ("expert.json", kinds.read_expert), "summary": ("_summary.json", kinds.read_summary),
     "commit": ("commit.json", kinds.read_checkpoint), "model": ("model.json", kinds.read_model_record),
-    "metrics": ("metrics.jsonl", _updates), "claim": ("a.claim", _claim), "sample": ("sample.json", _sample),
+    "metrics": ("metrics.jsonl", log_file), "claim": ("a.claim", claim_file), "sample": ("sample.json", _sample),
     "index": ("index.parquet", _index), "table": ("table.parquet", sidecar.read_table),
     "tensors": ("a.safetensors", _tensors), "tar": ("shard.tar", _tar), "header": ("a.mp4", _header),
     "video": ("b.mp4", _video), "toml": ("run.toml", load_config), "text": ("p.txt", _prompts),
