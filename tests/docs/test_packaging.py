@@ -101,7 +101,6 @@ def test_the_wheel_runs_where_it_is_installed(installed: Run, tmp_path: Path) ->
     assert (tmp_path / "run" / "run.toml").is_file()
 
 
-@pytest.mark.long
 def test_the_first_iteration_of_the_demo_runs_from_the_wheel(installed: Run, tmp_path: Path) -> None:
     installed("rushes", "init", "run", "--preset", "words")
     installed("rushes", "loop", "run", "--iterations", "1")
