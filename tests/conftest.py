@@ -34,8 +34,9 @@ atexit.register(shutil.rmtree, os.environ["RUSHES_TRUSTED"], ignore_errors=True)
 
 # Modules that take longest, which `make test` begins with: one that came last would leave the other process idle.
 LONGEST = (
-    "test_words", "test_slurm", "test_parallel", "test_packaging", "test_examples", "test_first_gpu", "test_store_loop", "test_cli",
-    "test_light", "test_workers", "test_store", "test_shards_kill", "test_report", "test_ocr", "test_score_run",
+    "test_words", "test_slurm", "test_parallel", "test_packaging", "test_examples", "test_first_gpu",
+    "test_store_loop", "test_cli", "test_light", "test_workers", "test_store", "test_shards_kill", "test_report",
+    "test_ocr", "test_score_run",
 )  # fmt: skip
 
 # A busy machine is no failure, and the same code has the same result: `--hypothesis-profile search` looks elsewhere.
