@@ -51,6 +51,15 @@ class Entry(NamedTuple):
     """One checksum, or one per entry of the first dimension for `latents`."""
 
 
+def header_in_order(header: bytes) -> bytes:
+    """The JSON header of a safetensors file with sorted keys and no spaces.
+
+    The library writes metadata in the order of a hash table, another one in each process: sorted, equal files have
+    equal bytes.
+    """
+    return json.dumps(json.loads(header), sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
 def encode(tensors: Mapping[str, Array]) -> list[Buffer]:
     """Header and tensors as buffers to write one after the other; the tensors' own memory is used where it can be.
 

@@ -7,7 +7,6 @@ and renames the folder. A rank that fails in either round makes all fail, and th
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -28,6 +27,7 @@ from shards.files import Files, sha256_file, sync
 from shards.records.opening import refuse_escape
 from shards.records.reading import sealed
 from shards.run import COMMIT
+from shards.tensors import header_in_order
 
 FILE_BYTES = 2**31  # torch holds the bytes of one file in memory beside the tensors while it writes it
 _NAME = re.compile(r"^update-(\d{6})$")
@@ -75,7 +75,7 @@ class Writer(HuggingFaceStorageWriter):
         results: list[WriteResult] = super().write_data(plan, planner).wait()
         names = sorted({result.storage_data.relative_path for result in results})
         for name in names:
-            put_metadata_in_order(self.path / name)
+            put_header_in_order(self.path / name)
         files = {
             name: Written(name, (self.path / name).stat().st_size, sha256_file(self.path / name)) for name in names
         }
@@ -124,18 +124,12 @@ def found(directory: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in names)
 
 
-def put_metadata_in_order(path: Path) -> None:
-    """Sort the metadata in the header of a safetensors file, in place, and sync it.
-
-    The library writes them in the order of a hash table, which is another one each time. Sorted, equal
-    states have equal bytes.
-    """
+def put_header_in_order(path: Path) -> None:
+    """Sort the header of a safetensors file, in place, and sync it, so that equal states have equal bytes."""
     with path.open("r+b") as file:
         (size,) = struct.unpack("<Q", file.read(8))
         text = file.read(size)
-        header = json.loads(text)
-        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
-        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        ordered = header_in_order(text).ljust(size)
         if len(ordered) == size and ordered != text:
             file.seek(8)
             file.write(ordered)

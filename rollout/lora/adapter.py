@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import struct
 import tempfile
 import warnings
@@ -22,6 +21,7 @@ from rollout.lora.read import Lora, read_lora
 from shards.errors import UserError
 from shards.files import publish_replace
 from shards.records.opening import refuse_escape
+from shards.tensors import header_in_order
 
 ADAPTER = "policy"
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
@@ -183,10 +183,9 @@ def _misfit(state: dict[str, Tensor], own: dict[str, Tensor]) -> tuple[str, str]
 
 
 def ordered(data: bytes) -> list[bytes]:
-    """A safetensors file with its header in a fixed order; the library writes metadata in a random one."""
+    """A safetensors file with its header in order."""
     (length,) = struct.unpack_from("<Q", data)
-    header = json.loads(data[8 : 8 + length])
-    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    text = header_in_order(data[8 : 8 + length])
     text += b" " * (-len(text) % 8)  # tensors stay aligned
     return [struct.pack("<Q", len(text)), text, data[8 + length :]]
 

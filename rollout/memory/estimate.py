@@ -7,15 +7,7 @@ from math import prod
 
 from rollout.lora.start import start_size
 from rollout.plan import batch_size
-from rollout.policy.folder import (
-    DTYPES,
-    EXPERT_FOLDERS,
-    Layout,
-    find_folder,
-    read_config,
-    read_layout,
-    read_part,
-)
+from rollout.policy.folder import DTYPES, EXPERT_FOLDERS, Layout, find_folder, read_config, read_layout, read_part
 from rollout.policy.sizes import (
     ExpertSize,
     Pass,

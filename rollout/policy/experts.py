@@ -12,13 +12,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from rollout.lora.adapter import (
-    add_adapter,
-    has_adapter,
-    load_adapter,
-    remove_adapter,
-    save_adapter,
-)
+from rollout.lora.adapter import add_adapter, has_adapter, load_adapter, remove_adapter, save_adapter
 from rollout.lora.find import LoraFile, Start, hashes_of, policy_files
 from rollout.lora.merged import BaseLora
 from rollout.policy.folder import EXPERT_FOLDERS, Layout, fingerprint_folder, load_transformer

@@ -22,8 +22,6 @@ from shards.errors import UserError
 from shards.run import EXPERT_NAMES
 
 if TYPE_CHECKING:
-    from diffusers import WanTransformer3DModel
-
     from rollout.ranks.world import World
 
 EXACT = MixedPrecisionPolicy(cast_forward_inputs=False)  # compute in the dtypes that are there, as one process does

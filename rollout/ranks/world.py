@@ -199,7 +199,7 @@ def _join() -> None:
         )
         raise UserError(problem, "start them with torchrun, or unset WORLD_SIZE")
     gpu = None
-    with suppress(UserError):  # more ranks than GPUs: right on a CPU, and told by who looks for a device
+    with suppress(UserError):  # more ranks than GPUs: right on a CPU, and an error in find_device
         gpu = own_gpu(torch.cuda.device_count()) if torch.cuda.is_available() else None
     if gpu is not None:
         torch.cuda.set_device(gpu)

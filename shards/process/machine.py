@@ -18,9 +18,9 @@ class LocalPlace:
     """One of the processes of a machine."""
 
     index: int
-    """Its number there, from 0; of a worker that nobody else knows, its number among all workers."""
+    """Its number there, from 0; of a worker that no launcher started, its number among all workers."""
     count: int | None
-    """How many there are; None where nobody says."""
+    """How many there are; None where no launcher says."""
 
 
 _worker = [(0, 1, 1)]  # number of this worker, of how many, and the processes that each of them has

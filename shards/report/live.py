@@ -95,7 +95,7 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A browser may leave at any moment, which is no news; any other fault is one line."""
+        """Ignore a browser that disconnects; report any other fault in one line."""
         error = sys.exception()
         if not isinstance(error, ConnectionError | TimeoutError):
             print(f"rushes: the live report failed: {type(error).__name__}: {visible(str(error))}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Classes of one's own that settings name: `package.module:Class`, or by a file, `/path/file.py:Class`."""
+"""Classes of the user's that settings name: `package.module:Class`, or by a file, `/path/file.py:Class`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shards.errors import UserError, nearest
 
 
 def load_class(what: str, target: str) -> Any:
-    """The class behind `module:Class`. The current folder counts, since that is where one's own classes lie.
+    """The class behind `module:Class`. The current folder counts, since that is where users keep their classes.
 
     what: what it is meant to be, with the name that the user gave, for errors. Raises UserError for a module that is
     missing or cannot be imported, and for a class that it does not have.
@@ -29,7 +29,7 @@ def load_class(what: str, target: str) -> Any:
     except ImportError as error:
         hint = "install it, or give the command in the folder where it lies, or name its file: `path/file.py:Class`"
         raise UserError(f"{what}: cannot import {source}: {error}", hint) from error
-    except Exception as error:  # whatever stands in a file of the user's
+    except Exception as error:  # the file is the user's, and can raise anything
         problem = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{what}: cannot import {source}: {problem}", "--debug says where") from error
     if not hasattr(module, class_name):

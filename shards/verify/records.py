@@ -96,12 +96,12 @@ def unvouched(stage: Stage) -> Iterator[Problem]:
 
 
 def _unvouched_weights(stage: Stage) -> Iterator[Problem]:
-    """Weights beside a record that is damaged, which has their checksums; that it is damaged is told of elsewhere."""
+    """Weights whose checksums are in a damaged record; the record itself is reported elsewhere."""
     record = stage.policy_record_path
     if record.exists() and result(read_policy, record)[0] is None:
         weights = sorted(stage.policy_dir.rglob("*.safetensors"))
         for path in (one for one in weights if "trainer" not in one.relative_to(stage.policy_dir).parts):
-            problem = f"{path}: its checksum stands in {record}, which is damaged"
+            problem = f"{path}: its checksum is in {record}, which is damaged"
             yield Problem("unvouched", problem, "restore the record from a copy, then verify again")
 
 

@@ -102,7 +102,7 @@ def _faults(stage: Stage, shard: int) -> Iterator[Problem]:
             yield from attempt(_check_index, stage.index_path(shard), table, rows)
     keys = [row["key"] for row in rows] if rows is not None else table.column("key").to_pylist() if table else None
     if keys is None and manifest is None:
-        keys, _ = result(stage.keys, shard)  # what is left to go by
+        keys, _ = result(stage.keys, shard)  # all that is left
     if keys is not None:
         yield from table_problems(stage, shard, keys)
     if stage.work_path(shard).is_dir():
@@ -112,7 +112,7 @@ def _faults(stage: Stage, shard: int) -> Iterator[Problem]:
 def _without_manifest(stage: Stage, shard: int) -> Problem:
     """What a damaged manifest leaves without a checksum."""
     paths = f"{stage.shard_path(shard)} and {stage.index_path(shard)}"
-    problem = f"{paths}: their checksums stand in {stage.manifest_path(shard)}, which is damaged"
+    problem = f"{paths}: their checksums are in {stage.manifest_path(shard)}, which is damaged"
     return Problem("unvouched", problem, "restore the manifest from a copy, then verify again")
 
 

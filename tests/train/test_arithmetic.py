@@ -174,7 +174,7 @@ def test_attention_is_set_for_one_model_and_taken_back(tiny_t2v: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "words"), [
-    ("flash3", "is no attention backend"),
+    ("flash3", "is not an attention backend"),
     ("flash", "cannot be used here: Flash Attention backend 'flash' is not usable"),
     ("_native_cudnn", "cannot be used here"),
 ])  # fmt: skip

@@ -325,7 +325,7 @@ def test_equal_states_have_equal_bytes(tmp_path: Path) -> None:
         header = (b'{"__metadata__":' + metadata + b"," + tensors).ljust(96)
         path = tmp_path / f"{number}.safetensors"
         path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
-        checkpoint_files.put_metadata_in_order(path)
+        checkpoint_files.put_header_in_order(path)
         with safe_open(path, framework="pt") as file:
             assert file.metadata() == {"a": '{"x": 1}', "b": "2"}
             assert file.get_tensor("w").tolist() == [0.0]

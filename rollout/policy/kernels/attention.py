@@ -20,19 +20,19 @@ def check_name(name: str) -> None:
     """UserError unless diffusers knows a backend of that name."""
     known = [AUTO, *(one.value for one in AttentionBackendName)]
     if name not in known:
-        raise UserError(f"model.attention = {name!r} is no attention backend", f"one of {', '.join(known)}")
+        raise UserError(f"model.attention = {name!r} is not an attention backend", f"one of {', '.join(known)}")
 
 
 def check_attention(name: str, device: torch.device, dtype: torch.dtype, width: int) -> None:
     """UserError where `model.attention` cannot be used here: unknown, not installed, not for this device or dtype, or
-    without a gradient, which some have not and do not say.
+    without a gradient. Some backends return a result without one and raise nothing.
 
     It is tried on two heads of `width` numbers. Kernels on the Hugging Face hub are fetched by diffusers for that.
     """
     if name == AUTO:
         return
     check_name(name)
-    hint = f"auto or native would do; torch {torch.__version__}, {dtype} on {device.type}"
+    hint = f"set it to auto or native; torch {torch.__version__}, {dtype} on {device.type}"
     try:
         with quiet_libraries(), attention_backend(name):
             gradients = _gradients(device, dtype, width)
@@ -44,13 +44,13 @@ def check_attention(name: str, device: torch.device, dtype: torch.dtype, width: 
 
 
 def set_attention(module: nn.Module, name: str) -> None:
-    """Have the attention of a transformer computed by a backend that `check_attention` let pass."""
+    """Have the attention of a transformer computed by a backend that `check_attention` accepts."""
     transformer: Any = module
     with quiet_libraries():
         if name == AUTO:
             transformer.reset_attention_backend()
             return
-        with attention_backend(name):  # which takes back what diffusers sets for all models of the process
+        with attention_backend(name):  # restores what diffusers sets for all models of the process
             transformer.set_attention_backend(name)
 
 
