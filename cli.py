@@ -102,6 +102,7 @@ def init(
     sets: Sets = [],  # noqa: B006
 ) -> None:
     """Make a run directory with its run.toml, from a preset."""
+    from rollout.prompts.chosen import check_files
     from score.tables import select
     from shards.absolute_paths import in_full
     from shards.presets.evidence import EVIDENCE
@@ -118,6 +119,7 @@ def init(
         from rollout.policy.kernels.arithmetic import arithmetic_of
 
         arithmetic_of(config)
+    check_files(config)
     created = Run.create(run, config)
     said += [f"trusted: {file} (sha256 {trust(file)[:12]}…)" for file in own_files(named_by(sets))]
     done = f"written from preset {preset}" if created.is_new else "is there already, with the same values"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,13 +12,12 @@ from rollout.policy import Policy
 from rollout.policy.folder import DTYPES, Layout, find_folder, read_layout
 from rollout.policy.images import open_image
 from rollout.policy.kernels.arithmetic import arithmetic_of, check_arithmetic
-from rollout.prompts.checks import check_lengths, check_readable, reads
-from rollout.prompts.files import Column
-from rollout.prompts.load import Prompt, load_prompts, prompts_of_iteration, split
+from rollout.prompts.checks import check_lengths, check_readable
+from rollout.prompts.chosen import evaluation_prompts, training_prompts
+from rollout.prompts.load import Prompt, prompts_of_iteration
 from rollout.ranks.device import find_device
 from rollout.schedule import make_schedule, step_std
 from rollout.window import choose_window, trained_steps
-from rollout.words.paths import words_folder
 from shards.errors import UserError
 from shards.plan import SCHEMA, Arithmetic, Group, PolicyIdentity, RolloutPlan, Schedule, VideoShape, group_key
 from shards.run import Run, Stage
@@ -27,7 +25,7 @@ from shards.text.cleaning import clean
 
 if TYPE_CHECKING:
     from rollout.policy.experts import Identity
-    from shards.config import RolloutConfig, RunConfig
+    from shards.config import RolloutConfig
 
 
 def check_stage(run: Run, stage: Stage, policy: Policy | None = None) -> list[str]:
@@ -53,7 +51,7 @@ def check_prompts(run: Run, stage: Stage, layout: Layout) -> list[str]:
     OCR reward could never read whole.
     """
     taken = stage_prompts(run, stage)
-    every = taken if stage.kind == "eval" else _every_prompt(run.config)
+    every = taken if stage.kind == "eval" else training_prompts(run.config)
     check_readable(every, run.config.score)
     return check_lengths(every, taken, run.config, layout.folder)
 
@@ -135,47 +133,10 @@ def _group(run: Run, stage: Stage, schedule: Schedule, prompt: Prompt) -> Group:
 
 def stage_prompts(run: Run, stage: Stage) -> list[Prompt]:
     """The prompts of the stage: a share of a seeded pass, or the head of the evaluation prompts."""
-    config, rollout = run.config, run.config.rollout
-    if stage.kind == "rollout":
-        every = _every_prompt(config)
-        return prompts_of_iteration(every, rollout.prompts_per_iteration, rollout.seed, stage.iteration)
-    need_target = reads(config.score)
-    if config.eval.holdout:
-        return _split(config, need_target)[1][: config.eval.limit]
-    embedded = words_folder() / "prompts" / "eval.txt"
-    path = embedded if config.eval.prompts == "words" else Path(config.eval.prompts)
-    column = Column(config.eval.prompt_column, "eval.prompt_column")
-    return load_prompts(path, need_target, column)[: config.eval.limit]
-
-
-def _every_prompt(config: RunConfig) -> list[Prompt]:
-    """The prompts that the iterations of a run share among them."""
-    need_target, rollout = reads(config.score), config.rollout
-    if config.eval.holdout:
-        return _split(config, need_target)[0]
-    return load_prompts(rollout.prompts, need_target, Column(rollout.prompt_column))
-
-
-def _split(config: RunConfig, need_target: bool) -> tuple[list[Prompt], list[Prompt]]:
-    """What is trained on and what is evaluated of the one prompts file."""
-    share, column = config.eval.holdout, config.rollout.prompt_column
-    names, columns = (config.rollout.prompts, config.eval.prompts), (column, config.eval.prompt_column)
-    if names[0] != names[1] or names[0] == "words":
-        raise UserError(
-            f"eval.holdout = {share:g}, but rollout.prompts is {names[0]} and eval.prompts {names[1]}",
-            "it divides one file: give both that file, or leave eval.holdout at 0",
-        )
-    if columns[0] != columns[1]:
-        raise UserError(
-            f"eval.holdout = {share:g}, but rollout.prompt_column is {columns[0]} and eval.prompt_column {columns[1]}",
-            "it divides one file: give both the same name",
-        )
-    prompts = load_prompts(names[0], need_target, Column(column))
-    train, test = split(prompts, share)
-    if not train or not test:
-        side = "evaluation" if train else "training"
-        raise UserError(f"eval.holdout = {share:g} leaves no prompt of {len(prompts)} for {side}", "change that share")
-    return train, test
+    if stage.kind == "eval":
+        return evaluation_prompts(run.config)
+    every, rollout = training_prompts(run.config), run.config.rollout
+    return prompts_of_iteration(every, rollout.prompts_per_iteration, rollout.seed, stage.iteration)
 
 
 def _check_noise(schedule: Schedule, config: RolloutConfig) -> None:

@@ -427,7 +427,12 @@ def test_a_sample_is_made_again_from_its_seeds(small: Path, tmp_path: Path) -> N
     assert json.loads(same.stdout) == {"key": key, "differences": {}, "within": 0.0}
     assert f"{key}: the same, bit for bit" in same.stderr
     assert again.read_bytes() == open_shard(Run(small).iteration(0), 0).video(key)
-    # the same model in another precision makes other numbers
+    assert "hold no sample i000000-p000099-s00" in refused("regenerate", small, "i000000-p000099-s00")
+
+
+@pytest.mark.long
+def test_a_sample_in_another_precision_is_another_one(small: Path, tmp_path: Path) -> None:
+    key = json.loads(rushes("inspect", small, "--columns", "key", "--format", "json").stdout)[0]["key"]
     other = tmp_path / "other"
     shutil.copytree(small, other)
     toml = (other / "run.toml").read_text()
@@ -438,7 +443,6 @@ def test_a_sample_is_made_again_from_its_seeds(small: Path, tmp_path: Path) -> N
     assert 0 < differences["latents"] < 1
     assert differences["video"] is None
     assert f"rushes: {key}: differs in latents by" in differs.stderr
-    assert "hold no sample i000000-p000099-s00" in refused("regenerate", small, "i000000-p000099-s00")
 
 
 def test_a_mean_reward_is_followed_back_to_the_base_model(small: Path) -> None:
@@ -606,29 +610,33 @@ def test_an_unknown_reward_is_refused_before_anything_is_written(small: Path) ->
     ],
 )
 def test_bad_prompts_are_refused_before_sampling(tiny_t2v2: Path, tmp_path: Path, content: bytes, part: str) -> None:
+    """By `init`, and by `rollout` where the file became bad after that."""
     prompts = tmp_path / "prompts.txt"
-    prompts.write_bytes(content)
+    prompts.write_text('"FILM"\n"CAT"\n')
     run = tmp_path / "run"
     assert make(run, tiny_t2v2, prompts).returncode == 0
-    message = refused("rollout", run)
-    assert str(prompts) in message
-    assert part in message
+    prompts.write_bytes(content)
+    made = make(tmp_path / "other", tiny_t2v2, prompts)
+    assert made.returncode == 2
+    for message in (made.stderr, refused("rollout", run)):
+        assert str(prompts) in message
+        assert part in message
+    assert not (tmp_path / "other").exists()
     assert not (run / "iter-0000" / "rollout").exists()
 
 
 def test_prompts_without_quotes_are_refused_when_the_reward_reads(tiny_t2v2: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\n")
-    run = tmp_path / "run"
-    make(run, tiny_t2v2, prompts, "score.rewards={ocr=1.0}")
-    message = refused("rollout", run)
-    assert f"{prompts}" in message
-    assert "line 1" in message
+    made = make(tmp_path / "run", tiny_t2v2, prompts, "score.rewards={ocr=1.0}")
+    assert made.returncode == 2
+    assert f"{prompts}, line 1" in made.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_missing_or_foreign_model_is_refused(tiny_t2v2: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text('"FILM"\n')
+    prompts.write_text('"FILM"\n"CAT"\n')
     run = tmp_path / "run"
     make(run, tmp_path / "no-model", prompts)
     assert "no-model" in refused("rollout", run)

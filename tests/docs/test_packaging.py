@@ -74,7 +74,10 @@ Run = Callable[..., str]
 
 @pytest.fixture
 def installed(wheel: Path, tmp_path: Path) -> Run:
-    """A Python command where the wheel is installed: a folder in front of the packages that this environment has."""
+    """A Python command where the wheel is installed: a folder in front of the packages that this environment has.
+
+    What it writes to stderr goes to the file `said`.
+    """
     here = tmp_path / "here"
     pip = [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--quiet", "--no-compile"]
     subprocess.run([*pip, "--target", here, wheel], check=True, capture_output=True)
@@ -86,6 +89,7 @@ def installed(wheel: Path, tmp_path: Path) -> Run:
             arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
         )  # fmt: skip
         assert result.returncode == 0, result.stderr
+        (tmp_path / "said").write_text(result.stderr)
         return result.stdout
 
     assert run("-c", "import cli, shards; print(cli.__file__, shards.__file__)").split() == [
@@ -101,10 +105,19 @@ def test_the_wheel_runs_where_it_is_installed(installed: Run, tmp_path: Path) ->
     assert (tmp_path / "run" / "run.toml").is_file()
 
 
-def test_the_first_iteration_of_the_demo_runs_from_the_wheel(installed: Run, tmp_path: Path) -> None:
-    installed("rushes", "init", "run", "--preset", "words")
+@pytest.mark.slow
+def test_the_demo_runs_from_the_wheel(installed: Run, tmp_path: Path) -> None:
+    """Its first iteration with few videos, then an evaluation of the base, which must leave room to learn."""
+    settings = [
+        "rollout.prompts_per_iteration=2", "rollout.group_size=4", "rollout.batch_size=4", "rollout.workers=1",
+        "score.workers=1", "train.updates_per_rollout=2", "eval.videos_per_prompt=1", "eval.limit=12",
+    ]  # fmt: skip
+    installed("rushes", "init", "run", "--preset", "words", *(part for one in settings for part in ("--set", one)))
     installed("rushes", "loop", "run", "--iterations", "1")
-    assert (tmp_path / "run" / "iter-0000" / "policy" / "policy.json").is_file()
+    assert (tmp_path / "said").read_text().count("largest |log-ratio| of the replay 0;") == 1
+    rows = installed("rushes", "eval", "run", "--iteration", "0").splitlines()
+    base = next(float(row.split()[2]) for row in rows if row.split()[:1] == ["0"])
+    assert 0.25 <= base <= 0.75
 
 
 def test_the_dockerfile_installs_what_it_copies() -> None:

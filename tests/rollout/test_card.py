@@ -102,8 +102,8 @@ def executed(run: Run, code: str, folder: Path, monkeypatch: Any, **names: Any) 
 CASES = [
     ("t2v2", "euler", "shifted"),
     ("t2v2", "dpm-2m", "shifted"),
-    ("t2v2", "euler", "euler"),
-    ("t2v", "dpm-2m", "unipc"),
+    pytest.param("t2v2", "euler", "euler", marks=pytest.mark.long),
+    pytest.param("t2v", "dpm-2m", "unipc", marks=pytest.mark.long),
     ("i2v2", "euler", "unipc"),
     ("ti2v", "dpm-2m", "euler"),
 ]
@@ -157,7 +157,7 @@ def test_half_precision_keeps_the_vae_in_fp32(tiny_t2v: Path, tmp_path: Path, mo
     assert (pipe.vae.dtype, pipe.transformer.proj_out.weight.dtype) == (torch.float32, torch.bfloat16)
 
 
-@pytest.mark.parametrize("second", ["", "none"])
+@pytest.mark.parametrize("second", ["", pytest.param("none", marks=pytest.mark.long)])
 def test_a_lora_beneath_is_named_and_fused(second: str, tiny_t2v2: Path, tmp_path: Path, monkeypatch: Any) -> None:
     for seed, side in enumerate(("high", "low")):
         tensors = forms.native(tiny_transformer(1), seed, alpha=2.0)

@@ -30,7 +30,14 @@ def make(tmp_path: Path, model: Path, form: str, **settings: Any) -> Run:
     return training.make_run(tmp_path / "run", model, settings, model={"lora": str(tmp_path / "lora")})
 
 
-@pytest.mark.parametrize("form", ["native, biases", "diffusers, mixed ranks", "musubi", "native, ends"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        "native, biases",
+        "diffusers, mixed ranks",
+        *(pytest.param(form, marks=pytest.mark.long) for form in ("musubi", "native, ends")),
+    ],
+)
 def test_it_is_trained_whole_and_stored_whole(form: str, tiny_t2v2: Path, tmp_path: Path) -> None:
     run = make(tmp_path, tiny_t2v2, form)
     policy = Policy.of(run.config.model)

@@ -247,6 +247,7 @@ def planned(output: str) -> dict[str, tuple[float, float]]:
     return {row[:36].strip(): (float(row[36:47]), float(row[47:57])) for row in rows}
 
 
+@pytest.mark.long
 def test_plan_memory_of_a14b_from_configurations_alone(tmp_path: Path) -> None:
     model = write_configs(tmp_path / "model", "A14B", boundary_ratio=0.875)
     output = call("plan-memory", config_run(tmp_path / "run", "wan22-a14b", model))
@@ -431,6 +432,7 @@ def test_the_preview_refuses_what_the_rollout_would(tiny_t2v2: Path, tmp_path: P
         preview(Run.open(run.path, [f"model.path={tmp_path / 'foreign'}"]), run.iteration(0))
 
 
+@pytest.mark.long
 def test_a_lora_to_start_from_counts_with_its_own_rank(tmp_path: Path) -> None:
     """Its file is read; the LoRA beneath is merged into the weights and takes no memory."""
     folder = write_configs(tmp_path / "model", "1.3B")

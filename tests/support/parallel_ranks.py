@@ -108,6 +108,12 @@ def held_by(trainer: ExpertTrainer) -> dict[str, int]:
     return {name: sum(local(tensor.detach()).nbytes for tensor in tensors) for name, tensors in parts.items()}
 
 
+def odd_folder(case: Case, rank: int) -> dict[str, Any]:
+    """The ranks have run directories of their own; what is not there after half a second does not come."""
+    with changed(agreement, "PATIENCE", 0.5):
+        return train_case(case, rank)
+
+
 def odd_log_probs(case: Case, rank: int) -> dict[str, Any]:
     """The last rank replays other log-probs than the rollout's."""
     before = replay.log_probs
@@ -185,6 +191,7 @@ def recomputed(case: Case, rank: int) -> dict[str, Any]:
 
 ACTIONS: dict[str, Callable[[Case, int], dict[str, Any]]] = {
     "train": train_case,
+    "odd folder": odd_folder,
     "odd log-probs": odd_log_probs,
     "odd weights": odd_weights,
     "odd file": odd_file,

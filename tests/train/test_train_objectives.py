@@ -243,8 +243,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("full", [False, True])
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    ("name", "full"),
+    [
+        *((name, False) for name in VARIANTS),
+        *((name, True) for name in ("endpoint clipped", "with kl", "dpo best", "sft")),
+    ],
+)
 def test_every_objective_trains_both_experts_and_logs_what_decides(
     name: str, full: bool, rolled: Run, policy: Policy, tmp_path: Path
 ) -> None:

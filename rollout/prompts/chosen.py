@@ -1,0 +1,72 @@
+"""Which prompts of its files a run trains on, and which it evaluates on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rollout.prompts.checks import check_readable, reads
+from rollout.prompts.files import Column
+from rollout.prompts.load import Prompt, load_prompts, prompts_of_iteration, split
+from rollout.words.paths import words_folder
+from shards.errors import UserError
+from shards.store.urls import named_here
+
+if TYPE_CHECKING:
+    from shards.config import RunConfig
+
+
+def training_prompts(config: RunConfig) -> list[Prompt]:
+    """The prompts that the iterations of a run share among them. Raises UserError as `load_prompts` does."""
+    if config.eval.holdout:
+        return _held_out(config)[0]
+    return load_prompts(config.rollout.prompts, reads(config.score), Column(config.rollout.prompt_column))
+
+
+def evaluation_prompts(config: RunConfig) -> list[Prompt]:
+    """The prompts of every evaluation, at most `eval.limit`. Raises UserError as `load_prompts` does."""
+    if config.eval.holdout:
+        return _held_out(config)[1][: config.eval.limit]
+    embedded = words_folder() / "prompts" / "eval.txt"
+    path = embedded if config.eval.prompts == "words" else Path(config.eval.prompts)
+    column = Column(config.eval.prompt_column, "eval.prompt_column")
+    return load_prompts(path, reads(config.score), column)[: config.eval.limit]
+
+
+def check_files(config: RunConfig) -> None:
+    """Read the prompts files of a new run, those at URLs excepted.
+
+    Raises UserError for what can be told without the model: a file or a record that cannot be read, a prompt without a
+    target where one is needed, a target that the OCR reward could never read, fewer prompts than an iteration takes.
+    """
+    elsewhere = [named_here(path) is None for path in (config.rollout.prompts, config.eval.prompts)]
+    if config.eval.holdout and any(elsewhere):
+        return
+    if not elsewhere[0]:
+        prompts = training_prompts(config)
+        prompts_of_iteration(prompts, config.rollout.prompts_per_iteration, config.rollout.seed, 0)
+        check_readable(prompts, config.score)
+    if not elsewhere[1]:
+        check_readable(evaluation_prompts(config), config.score)
+
+
+def _held_out(config: RunConfig) -> tuple[list[Prompt], list[Prompt]]:
+    """What is trained on and what is evaluated of the one prompts file."""
+    share, column = config.eval.holdout, config.rollout.prompt_column
+    names, columns = (config.rollout.prompts, config.eval.prompts), (column, config.eval.prompt_column)
+    if names[0] != names[1] or names[0] == "words":
+        raise UserError(
+            f"eval.holdout = {share:g}, but rollout.prompts is {names[0]} and eval.prompts {names[1]}",
+            "it divides one file: give both that file, or leave eval.holdout at 0",
+        )
+    if columns[0] != columns[1]:
+        raise UserError(
+            f"eval.holdout = {share:g}, but rollout.prompt_column is {columns[0]} and eval.prompt_column {columns[1]}",
+            "it divides one file: give both the same name",
+        )
+    prompts = load_prompts(names[0], reads(config.score), Column(column))
+    train, test = split(prompts, share)
+    if not train or not test:
+        side = "evaluation" if train else "training"
+        raise UserError(f"eval.holdout = {share:g} leaves no prompt of {len(prompts)} for {side}", "change that share")
+    return train, test
