@@ -26,14 +26,15 @@ setup: .venv/.ready
 demo: setup
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bench/demo.sh $(DEMO)
 
+# Three processes for two cores: tests of killed and waiting workers wait themselves.
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadscope --no-loadscope-reorder
 
-# The same tests, a quarter slower. The last line is the share of cli.py and the packages that was run, in percent; below
+# The same tests, in nearly twice the time. The last line is the share of cli.py and the packages that was run, in percent; below
 # the floor of pyproject.toml it is an error. `.venv/bin/coverage html -d build/coverage/html` shows the lines.
 coverage: setup
 	rm -rf build/coverage && mkdir -p build/coverage
-	$(BIN)/python -m coverage run -m pytest -n 2 --dist loadscope --no-loadscope-reorder
+	$(BIN)/python -m coverage run -m pytest -n 3 --dist loadscope --no-loadscope-reorder
 	$(BIN)/python -m coverage combine --quiet
 	@$(BIN)/python -m coverage report --format=total
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
+from rollout.lora.find import only_high
 from rollout.policy import Policy
 from rollout.policy.folder import DTYPES, Layout, find_folder, read_layout
 from rollout.policy.images import open_image
@@ -25,15 +26,15 @@ from shards.text.cleaning import clean
 
 if TYPE_CHECKING:
     from rollout.policy.experts import Identity
-    from shards.config import RolloutConfig
+    from shards.config import ModelConfig, RolloutConfig
 
 
 def check_stage(run: Run, stage: Stage, policy: Policy | None = None) -> list[str]:
     """Refuse what a stage cannot be, from configurations and prompts alone: before a weight is read or a file written.
 
     `policy` is the model where it is loaded already. A stage that has its plan was checked when that was made. Returns
-    sentences for the user about prompts that are longer than the model reads. Raises UserError as `stage_plan`,
-    `check_prompts` and `Policy.load` do.
+    sentences for the user about prompts that are longer than the model reads, and about a LoRA that only one of two
+    experts gets. Raises UserError as `stage_plan`, `check_prompts`, `find_lora` and `Policy.load` do.
     """
     if stage.plan() is not None:
         return []
@@ -41,7 +42,13 @@ def check_stage(run: Run, stage: Stage, policy: Policy | None = None) -> list[st
     device = find_device(model.device, model.dtype) if policy is None else policy.device
     layout = policy.layout if policy is not None else read_layout(find_folder(model.path))
     check_arithmetic(stage_plan(run, stage, layout).arithmetic, layout, model.dtype, device)
-    return check_prompts(run, stage, layout)
+    said = [*_of_one_expert(model, layout)] if stage.iteration == 0 else []
+    return said + check_prompts(run, stage, layout)
+
+
+def _of_one_expert(model: ModelConfig, layout: Layout) -> Iterator[str]:
+    yield from only_high("model.lora", model.lora, model.lora_2, layout.expert_ids)
+    yield from only_high("model.base_lora", model.base_lora, model.base_lora_2, layout.expert_ids)
 
 
 def check_prompts(run: Run, stage: Stage, layout: Layout) -> list[str]:

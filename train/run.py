@@ -291,7 +291,7 @@ def _make_trainable(policy: Policy, config: RunConfig, start: Path | None) -> No
         raise UserError(f"train.full is off, but {source} holds all weights", "set train.full = true, as it was before")
     if settings.full:
         policy.experts.train_all()
-    elif not policy.experts.has_lora:
+    else:
         policy.experts.add_lora(settings.lora_rank, settings.lora_alpha, config.rollout.seed)
 
 

@@ -49,7 +49,7 @@ class Start:
     """What a policy starts from, where that is not the base model alone: `model.lora`."""
 
     files: Mapping[int, LoraFile] | None
-    """The LoRA of each expert; None for a folder of whole transformers."""
+    """The LoRA of each expert, where one of two may have none; None for a folder of whole transformers."""
     folder: Path | None
     """Where they were found together."""
 
@@ -57,8 +57,8 @@ class Start:
 def find_lora(setting: str, text: str, second: str, experts: Sequence[int]) -> dict[int, LoraFile]:
     """The LoRA of each expert that has one, as `setting` (model.lora) names it, and `setting`_2 for the second expert.
 
-    Raises UserError, naming files, where nothing is there, where it is not clear what is meant, and where a model of
-    two experts is given one file.
+    One file alone goes on the high-noise expert of two, as `WanPipeline.load_lora_weights` does it; see `only_high`.
+    Raises UserError, naming files, where nothing is there, and where it is not clear what is meant.
     """
     if not second:
         place = locate_lora(setting, text)
@@ -157,15 +157,14 @@ def _single(setting: str, place: Path, expert: int = 0) -> LoraFile:
 
 
 def _pair(setting: str, place: Path) -> dict[int, LoraFile]:
-    """The LoRA of each of two experts of a folder."""
+    """The LoRA of each of two experts of a folder; of the high-noise one where there is only one file."""
     ways = (
         f"name the folder of a pair (high_noise/ and low_noise/, or files whose names say high and low), or the "
         f"high-noise file in {setting} and the low-noise file in {setting}_2; the same file twice is the same LoRA on "
         "both"
     )
     if not place.is_dir():
-        _single(setting, place)
-        raise UserError(f"{setting}: {place} is the LoRA of one expert, but the model has two", ways)
+        return {0: _high(setting, _single(setting, place))}
     inner = [place / name for name in EXPERT_NAMES]
     if any(folder.is_dir() for folder in inner):
         for folder in inner:
@@ -173,15 +172,32 @@ def _pair(setting: str, place: Path) -> dict[int, LoraFile]:
                 raise UserError(f"{setting}: {folder}: no such folder, but the model has two experts", ways)
         return {expert: _of_expert(_single(setting, folder), expert) for expert, folder in enumerate(inner)}
     if (place / PEFT_CONFIG).is_file():
-        raise UserError(f"{setting}: {place} is the LoRA of one expert, but the model has two", ways)
+        return {0: _high(setting, _single(setting, place))}
     names = _names(setting, place)
     sides = told_apart(names)
     if sides is None and len(names) == 1:
-        problem = f"{setting}: {place} holds one file, {names[0]}, but the model has two experts"
-        raise UserError(problem, ways)
+        return {0: _high(setting, _single(setting, place))}
     if sides is None:
         raise UserError(f"{setting}: {place} holds {', '.join(names)}: which is of which expert?", ways)
     return {expert: LoraFile(place / name, f"{EXPERT_NAMES[expert]}/{name}") for expert, name in enumerate(sides)}
+
+
+def _high(setting: str, file: LoraFile) -> LoraFile:
+    """The one file given for two experts, for the first. UserError where its name says that it is the other's."""
+    if any({match.lastgroup for match in mark.finditer(_words(file.weights.name))} == {"low"} for mark in MARKS):
+        problem = f"{setting}: {file.weights.name} is of the low-noise expert, by its name"
+        raise UserError(problem, f"name it in {setting}_2, and the file of the high-noise expert in {setting}")
+    return _of_expert(file, 0)
+
+
+def only_high(setting: str, text: str, second: str, experts: Sequence[int]) -> list[str]:
+    """A sentence for the user where a setting names one file for the first of two experts. UserError as `find_lora`."""
+    if not text or second or len(experts) == 1 or find_lora(setting, text, second, experts).keys() != {0}:
+        return []
+    return [
+        f"{setting}: {text} is one LoRA; it goes on the high-noise expert, as in diffusers, and the low-noise expert "
+        f"starts without one (to use it on both, name it in {setting}_2 too)"
+    ]
 
 
 def told_apart(names: Sequence[str]) -> tuple[str, str] | None:
@@ -189,13 +205,18 @@ def told_apart(names: Sequence[str]) -> tuple[str, str] | None:
 
     They say so by high_noise and low_noise, by HIGH and LOW, or by the letters H and L, with signs or capitals around.
     """
-    words = {name: re.sub(r"(?<=[a-z])(?=[A-Z])", "_", Path(name).stem).lower() for name in names}
+    words = {name: _words(name) for name in names}
     for mark in MARKS:
         sides = {name: {match.lastgroup for match in mark.finditer(text)} for name, text in words.items()}
         for high, low in ((names[0], names[-1]), (names[-1], names[0])):
             if len(names) == 2 and (sides[high], sides[low]) == ({"high"}, {"low"}):
                 return high, low
     return None
+
+
+def _words(name: str) -> str:
+    """The name of a file in lower case, its words apart."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", Path(name).stem).lower()
 
 
 def _names(setting: str, folder: Path) -> list[str]:

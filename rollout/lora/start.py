@@ -24,7 +24,7 @@ LORA, BASE_LORA = "model.lora", "model.base_lora"
 
 
 def open_start(first: str, second: str, layout: Layout) -> Start | None:
-    """What `model.lora` and `model.lora_2` name: a folder of whole transformers, or a LoRA of every expert.
+    """What `model.lora` and `model.lora_2` name: a folder of whole transformers, or LoRAs of one expert or both.
 
     Raises UserError where they are not clear, cannot be read, do not fit the model, or cannot be trained.
     """
@@ -35,15 +35,12 @@ def open_start(first: str, second: str, layout: Layout) -> Start | None:
         return Start(None, place)
     _check_experts(LORA, place, layout)
     files = find_lora(LORA, first if place is None else str(place), second, layout.expert_ids)
-    for expert in layout.expert_ids:
-        if expert not in files:
-            raise UserError(
-                f"{LORA} names no LoRA of the {EXPERT_NAMES[expert]} expert, but both experts are trained",
-                "model.base_lora takes one of one expert, which then stays as it is",
-            )
-        lora = read_lora(files[expert])
+    if not files:
+        raise UserError(f"{LORA} = {first!r}, {LORA}_2 = {second!r} name no file", "leave both empty instead")
+    for expert, file in files.items():
+        lora = read_lora(file)
         if lora.is_dora:
-            problem = f"{files[expert].weights}: a DoRA ({_magnitude(lora)}), but only LoRA is trained"
+            problem = f"{file.weights}: a DoRA ({_magnitude(lora)}), but only LoRA is trained"
             raise UserError(problem, "name it in model.base_lora, which merges it into the model")
         check_fit(lora, layout, expert)
     return Start(files, place)

@@ -128,24 +128,30 @@ class ExpertWeights:
 
     @property
     def has_lora(self) -> bool:
-        """Whether the experts carry adapters."""
-        return all(has_adapter(module) for module in self._experts.values())
+        """Whether any expert carries an adapter."""
+        return any(has_adapter(module) for module in self._experts.values())
 
     def add_lora(self, rank: int, alpha: float, seed: int) -> None:
-        """Fresh adapters on every expert; the same `seed` gives the same weights. Until trained they change nothing."""
-        assert not self.has_lora, "adapters are added once"
+        """Fresh adapters on every expert without one; the same `seed` gives the same weights.
+
+        Until trained they change nothing.
+        """
         self.use(None)
         for expert, module in self._experts.items():
-            add_adapter(module, rank, alpha, seed + expert)
-            set_arithmetic(module, self.arithmetic)
+            if not has_adapter(module):
+                add_adapter(module, rank, alpha, seed + expert)
+                set_arithmetic(module, self.arithmetic)
 
     def load_lora(self, source: str | Path | Mapping[int, LoraFile]) -> None:
         """Put on the adapters of a policy folder, or of files. UserError when they are missing or of another model."""
         self.use(None)
         files = source if isinstance(source, Mapping) else policy_files(Path(source), self.expert_ids)
         for expert, module in self._experts.items():
-            load_adapter(module, files[expert])
-            set_arithmetic(module, self.arithmetic)
+            if expert in files:
+                load_adapter(module, files[expert])
+                set_arithmetic(module, self.arithmetic)
+            else:  # `model.lora` names one of the other expert alone
+                remove_adapter(module)
 
     def save_lora(self, folder: str | Path) -> None:
         """Write FOLDER/high_noise (and low_noise) as diffusers does."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rollout.lora.find import find_lora, hashes_of, told_apart
+from rollout.lora.find import find_lora, hashes_of, only_high, told_apart
 from shards.errors import UserError
 from tests.support import lora_forms as forms
 from tests.support.lora_forms import answers, load, same
@@ -95,13 +95,6 @@ def test_a_folder_of_two_experts(tmp_path: Path) -> None:
         "both)"
     )
     folder = touch(tmp_path / "two", "wan_style_lora.safetensors")
-    assert sentence("model.lora", folder, TWO) == (
-        f"model.lora: {folder} holds one file, wan_style_lora.safetensors, but the model has two experts {ways}"
-    )
-    file = folder / "wan_style_lora.safetensors"
-    assert sentence("model.lora", file, TWO) == (
-        f"model.lora: {file} is the LoRA of one expert, but the model has two {ways}"
-    )
     touch(folder, "b.safetensors")
     assert sentence("model.lora", folder, TWO) == (
         f"model.lora: {folder} holds b.safetensors, wan_style_lora.safetensors: which is of which expert? {ways}"
@@ -118,8 +111,26 @@ def test_a_folder_of_two_experts(tmp_path: Path) -> None:
     }
     touch(folder, "low_noise/more.safetensors")
     assert "low_noise holds any.safetensors, more.safetensors: which one?" in sentence("model.lora", folder, TWO)
+
+
+def test_one_file_goes_on_the_high_noise_expert_and_that_is_said(tmp_path: Path) -> None:
+    style = touch(tmp_path / "style", "wan_style_lora.safetensors")
     peft = touch(tmp_path / "peft", "adapter_config.json", "adapter_model.safetensors")
-    assert f"{peft} is the LoRA of one expert, but the model has two" in sentence("model.lora", peft, TWO)
+    for place in (style, style / "wan_style_lora.safetensors", peft, peft / "adapter_model.safetensors"):
+        (file,) = find_lora("model.lora", str(place), "", TWO).values()
+        assert file.name == f"high_noise/{file.weights.name}"
+        assert only_high("model.lora", str(place), "", TWO) == [
+            f"model.lora: {place} is one LoRA; it goes on the high-noise expert, as in diffusers, and the low-noise "
+            "expert starts without one (to use it on both, name it in model.lora_2 too)"
+        ]
+    assert only_high("model.lora", str(style), "", ONE) == []
+    assert only_high("model.lora", str(style), str(style), TWO) == []
+    assert only_high("model.lora", str(style), "none", TWO) == []
+    for name in ("wan_low_noise.safetensors", "wanLowNoise.safetensors", "wan-LOW.safetensors", "wan_L.safetensors"):
+        assert sentence("model.lora", touch(tmp_path / name[:-12], name), TWO) == (
+            f"model.lora: {name} is of the low-noise expert, by its name "
+            "(hint: name it in model.lora_2, and the file of the high-noise expert in model.lora)"
+        )
 
 
 def test_one_expert_may_go_without(tmp_path: Path) -> None:

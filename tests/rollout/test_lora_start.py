@@ -70,6 +70,24 @@ def test_it_is_trained_whole_and_stored_whole(form: str, tiny_t2v2: Path, tmp_pa
     assert train(run, 1, Policy.of(run.config.model)).replay == 0.0
 
 
+def test_one_file_starts_the_high_noise_expert_as_in_diffusers(tiny_t2v2: Path, tmp_path: Path) -> None:
+    """The other begins with a new adapter, as without `model.lora`; that is said once."""
+    file = forms.write(tmp_path / "style.safetensors", FORMS["native, biases"](tiny_transformer(1), 3))
+    run = training.make_run(tmp_path / "run", tiny_t2v2, model={"lora": str(file)})
+    policy, said = Policy.of(run.config.model), list[str]()
+    assert same(answers(policy), forms.plain(tiny_t2v2, file))
+    for number in (0, 1):
+        rollout(run, run.iteration(number), policy, tell=said.append)
+        training.advise(run.iteration(number))
+        assert train(run, number, Policy.of(run.config.model)).replay == 0.0
+    assert [sentence for sentence in said if "model.lora" in sentence] == [
+        f"model.lora: {file} is one LoRA; it goes on the high-noise expert, as in diffusers, and the low-noise expert "
+        "starts without one (to use it on both, name it in model.lora_2 too)"
+    ]
+    assert {name.split("/")[0] for name in training.weights(run, 1)} == {"high_noise", "low_noise"}
+    assert prove_iteration(run, 1, Policy.of(run.config.model)).largest == 0.0
+
+
 def test_the_configuration_is_stored_with_it(tiny_t2v2: Path, tmp_path: Path) -> None:
     """Without ranks and biases in the metadata nobody could load the file."""
     policy = load(tiny_t2v2, lora=make(tmp_path, tiny_t2v2, "diffusers, mixed ranks").config.model.lora)

@@ -90,6 +90,11 @@ def test_groups_below_the_limit_are_dropped_and_the_others_kept() -> None:
     assert list(result["advantage"]) == [0, 0, -1, 1, 0]
 
 
+def test_a_group_at_the_limit_is_kept() -> None:
+    assert list(one([[0.0, 1.0]], min_spread=0.5)["weight"]) == [1, 1]
+    assert list(one([[0.0, 1.0]], min_spread=0.5000001)["weight"]) == [0, 0]
+
+
 # By hand: [0, 0, 3, 3] has mean 1.5 and deviation 1.5; [1, 2, 3] mean 2 and deviation sqrt(2/3).
 TWO = [[0.0, 0.0, 3.0, 3.0], [1.0, 2.0, 3.0]]
 # All seven: mean 12/7, squares 0+0+9+9+1+4+9 = 32, variance 32/7 - 144/49 = 80/49.
@@ -128,6 +133,7 @@ def test_three_rewards_by_hand() -> None:
     a = np.array([-1, 0, 1]) / math.sqrt(2 / 3)
     b = np.array([-1, -1, 2]) / math.sqrt(2)  # mean 1, variance (1 + 1 + 4) / 3 = 2
     np.testing.assert_allclose(result["advantage"], 2 * a - b, atol=1e-12)  # c has no spread and says nothing
+    assert list(result["weight"]) == [1, 1, 1]  # the others have one
 
 
 def test_a_sample_needs_every_weighted_reward_but_no_other() -> None:

@@ -259,6 +259,15 @@ def test_the_clip_stops_the_pull_and_leaves_the_hold() -> None:
     hold = 2.0 * (v - old).detach() / v[0].numel()
     torch.testing.assert_close(gradient[:2], hold[:2])
     torch.testing.assert_close(gradient[2], hold[2] + (u - old)[2] / v[0].numel())
+    away = estimators.compare(2.0 * old - v.detach(), old, u, 1.0)
+    assert held_loss(away.pull, away.square, -advantage, 2.0, clip_range=1e-3).clipped.tolist() == [True, True, False]
+
+
+def test_the_ratio_of_a_held_loss_is_that_of_the_probabilities() -> None:
+    v, old, u = velocities(5)
+    compared = estimators.compare(v, old, u, 1.0)
+    held = held_loss(compared.pull, compared.square, torch.ones(3), 2.0, clip_range=1e-3)
+    torch.testing.assert_close(held.ratio, (compared.pull - compared.square / 2.0).exp())
 
 
 def test_without_a_hold_the_ratio_is_the_published_one() -> None:

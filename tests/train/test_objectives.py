@@ -23,6 +23,7 @@ from train.objectives.losses import (
     mean_shift,
     nft_loss,
     nft_optimality,
+    pair_loss,
     policy_loss,
     ratio_norm,
     step_weights,
@@ -256,3 +257,17 @@ def test_masked_losses_are_those_of_the_elements_kept() -> None:
     torch.testing.assert_close(ratio_norm(zero, a, b, 0.3, mask), ratio_norm(zero, kept[0], kept[1], 0.3))
     good = torch.tensor([0.2, 0.9])
     torch.testing.assert_close(nft_loss(a, b, c, d, 0.5, good, 0.4, mask), nft_loss(*kept, 0.5, good, 0.4))
+
+
+def test_what_a_pair_says_of_its_winner_and_its_loser() -> None:
+    """By hand, beta 2: samples 0 and 1 moved alike, 2 further than both; 3 has no pair."""
+    found = pair_loss(torch.tensor([0.0, 0.0, math.log(3.0), 9.0]), torch.tensor([0, 0]), torch.tensor([1, 2]), 2.0)
+    one, other = math.log(2.0), -math.log(3.0 / 4.0)  # -log sigmoid(0) and -log sigmoid(log 3)
+    expected = {
+        "loss": [(one + other) / 4.0, one / 2.0, other / 2.0, 0.0],
+        "push": [(1 / 2 + 1 / 4) / 2.0, -1 / 2, -1 / 4, 0.0],
+        "right": [(1 / 2 + 1) / 2.0, 1 / 2, 1.0, 0.0],
+        "wins": [1.0, 0.0, 0.0, 0.0],
+    }
+    for name, values in expected.items():
+        torch.testing.assert_close(getattr(found, name), torch.tensor(values), rtol=1e-5, atol=1e-7, msg=name)

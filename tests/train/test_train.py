@@ -21,7 +21,7 @@ import torch
 from rollout.plan import stage_plan
 from rollout.policy import Policy
 from rollout.sampler import Sampler
-from rollout.schedule import step_std
+from rollout.schedule import step_scale, step_std
 from rollout.transitions import noise, noise_seed
 from shards.errors import RunFailed, StillBusy, UserError
 from shards.files import Buffer, LocalFiles
@@ -337,11 +337,11 @@ def test_a_gradient_that_is_no_number_moves_nothing(rolled: Run, policy: Policy,
         assert trainer.state.updates == 0
 
 
-@pytest.mark.parametrize("objective", ["grpo", "nft"])
-def test_the_loss_is_the_sum_of_its_parts(objective: str, rolled: Run, policy: Policy, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("objective", "kl"), [("grpo", "velocity"), ("grpo", "transition"), ("nft", "transition")])
+def test_the_loss_is_the_sum_of_its_parts(objective: str, kl: str, rolled: Run, policy: Policy, tmp_path: Path) -> None:
     """After a move of the weights: clipped advantages, step weights, KL and the old policy, from the formulas."""
     run = training.fork(
-        rolled, tmp_path / "run", objective=objective, kl_beta=0.3, step_weight="std", advantage_clip=2.0
+        rolled, tmp_path / "run", objective=objective, kl=kl, kl_beta=0.3, step_weight="std", advantage_clip=2.0
     )
     training.advise(run.iteration(0), lambda key: (9.0 if key.endswith("s01") else training.advantage_of(key)[0], 1.0))
     inputs, base = freeze(run, run.iteration(0)), Policy.of(run.config.model)
@@ -376,7 +376,9 @@ def test_the_loss_is_the_sum_of_its_parts(objective: str, rolled: Run, policy: P
                     ratio = (log_probs(policy, inputs.rollouts, chunk) - chunk.log_prob).exp()
                     limited = ratio.clamp(1.0 - run.config.train.clip_range, 1.0 + run.config.train.clip_range)
                     part = torch.maximum(-advantage * ratio, -advantage * limited)
-                    expected = stds[unit.step] * len(stds) / sum(stds.values()) * part + 0.3 * moved
+                    # the mean is linear in the velocity
+                    far = moved if kl == "velocity" else moved * step_scale(schedule, unit.step) ** 2 / 2.0
+                    expected = stds[unit.step] * len(stds) / sum(stds.values()) * part + 0.3 * far
             assert (moved > 1e-4).all()
             torch.testing.assert_close(found["loss"], expected, rtol=1e-5, atol=1e-6)
 

@@ -115,8 +115,9 @@ class Independent:
             moved, asked = error * moved, error * asked
         pull, square = ((one * moved).flatten(1).mean(1) for one in (asked, moved))
         advantage = torch.tensor([self.inputs.advantages[key][0] for key in keys_of(unit)])
-        if config.proximal:
-            return -advantage * pull.clamp(-config.clip_range, config.clip_range) + config.proximal / 2 * square
+        hold = config.proximal_2 if unit.expert == 1 and config.proximal_2 is not None else config.proximal
+        if hold:
+            return -advantage * pull.clamp(-config.clip_range, config.clip_range) + hold / 2 * square
         ratio = (pull - square / 2).exp()
         limited = ratio.clamp(1 - config.clip_range, 1 + config.clip_range)
         return torch.maximum(-advantage * ratio, -advantage * limited)
@@ -162,6 +163,13 @@ GRADIENTS: dict[str, dict[str, Any]] = {
     "fresh adaptive": {"estimator": "fresh", "error_weight": "adaptive", "proximal": 1.0, "clip_range": 10.0},
     "fresh velocity": {"estimator": "fresh", "error_weight": "velocity", "proximal": 5.0, "clip_range": 10.0},
     "fresh derived": {"estimator": "fresh", "error_weight": "derived", "proximal": 1.0, "clip_range": 10.0},
+    "a hold each": {
+        "estimator": "fresh",
+        "error_weight": "velocity",
+        "proximal": 2.0,
+        "proximal_2": 0.3,
+        "clip_range": 10.0,
+    },
 }
 
 
@@ -320,6 +328,18 @@ def test_the_best_of_a_group() -> None:
     assert [weight for _, weight in equal.advantages.values()] == [1.0, 0.0, 1.0, 0.0, 1.0]
     merit = select_samples(advantages, TrainConfig(objective="sft", sft_best=3))
     assert [weight for _, weight in merit.advantages.values()] == [1.0, 0.0, 0.2, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"objective": "dpo", "pairs": "best-worst"}, {"objective": "sft", "sft_best": 2, "sft_weight": "equal"}],
+)
+def test_a_group_without_spread_gives_nothing(settings: dict[str, Any]) -> None:
+    level = {sample_key("i000000-p000001", number): (0.0, 1.0) for number in range(3)}
+    selected = select_samples({**table((1.0, 1.0), (-1.0, 1.0)), **level}, TrainConfig(**settings))
+    assert selected.pairs.keys() <= {GROUP}
+    assert all(selected.advantages[key][1] == 0.0 for key in level)
+    assert any(weight for _, weight in selected.advantages.values())
 
 
 def test_units_of_a_group_and_step_stay_in_one_minibatch_where_pairs_are_compared() -> None:
