@@ -215,7 +215,10 @@ def _lag(stage: Stage) -> int:
 
 
 def _places(run: Run, samples: pandas.DataFrame, updates: Sequence[Update]) -> dict[str, dict[int, float]]:
-    """What was spent before the policy after K iterations was there, by K."""
+    """What was spent before the policy after K iterations was there, by K.
+
+    No hours where the times of the files are not in the order of the iterations, as in a copy that has times of its own.
+    """
     videos = samples[samples["kind"] == "rollout"].groupby("iteration").size()
     found: dict[str, dict[int, float]] = {"videos": {0: 0.0}, "updates": {0: 0.0}, "hours": {0: 0.0}}
     began = _written(run.iteration(0).plan_path)
@@ -226,6 +229,8 @@ def _places(run: Run, samples: pandas.DataFrame, updates: Sequence[Update]) -> d
         ended = _written(run.iteration(k).policy_record_path)
         if began and ended and ended > began:
             found["hours"][k + 1] = (ended - began) / 3600
+    if [*found["hours"].values()] != sorted(found["hours"].values()):
+        found["hours"] = {}
     return found
 
 

@@ -77,7 +77,9 @@ def reward_panels(facts: Facts) -> str:
             Series("training", "train", at_places(report_facts.error_points(rollouts, "reward"), places)),
             Series("held out", "eval", at_places(held_out, places), bars=True),
         ]
-        if len({p.x for one in moved for p in one.points}) > 1:
+        if not places:
+            panels.append(panel(f"against {name}", "", note=OUT_OF_ORDER))
+        elif len({p.x for one in moved for p in one.points}) > 1:
             chart = lines(moved, label=f"Reward by {AXES[name]}", x_label=AXES[name], whole_x=name != "hours")
             panels.append(panel(f"against {name}", chart, moved, AXIS_NOTES[name]))
     return wide(series, "Reward by iteration") + (f'<div class="panels">{"".join(panels)}</div>' if panels else "")
@@ -86,8 +88,12 @@ def reward_panels(facts: Facts) -> str:
 AXIS_NOTES = {
     "videos": "Of all iterations before; those of evaluations do not count.",
     "updates": "Optimizer steps of all experts.",
-    "hours": "By the times of the files, pauses included; a copy of a run may have other times.",
+    "hours": "By the times of the files, pauses included.",
 }
+OUT_OF_ORDER = (
+    "The times of the files are not in the order of the iterations, as in a copy of a run. `cp -a` and `rsync -a` keep "
+    "them."
+)
 
 
 def at_places(points: Sequence[Point], places: Mapping[int, float]) -> list[Point]:

@@ -77,7 +77,6 @@ TRANSITIONS = mutations("rollout/transitions.py", LAW, [
     ("the mask the other way round", "keep = (mask != 0)", "keep = (mask == 0)"),
     ("the Euler step the other way", "return x.float() + (sigma_next - sigma) * velocity.float()",
      "return x.float() - (sigma_next - sigma) * velocity.float()"),
-    ("dpm-2m of second order at the end", "if previous is None or sigma_next == 0:", "if previous is None:"),
     ("dpm-2m with the noise of an sde",
      "_second_order(x.float(), velocity.float(), sigma, sigma_next, 0.0, previous)",
      "_second_order(x.float(), velocity.float(), sigma, sigma_next, 1.0, previous)"),

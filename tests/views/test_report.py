@@ -439,6 +439,17 @@ def test_rewards_lie_at_what_was_spent_before(run: Run) -> None:
     assert places["hours"] == {0: 0}  # no policy has been published
 
 
+def test_hours_are_left_out_of_a_copy_that_has_times_of_its_own(run: Run) -> None:
+    begin = run.iteration(0).plan_path.stat().st_mtime
+    for hours, shown in (((1, 2), {0: 0, 1: 1, 2: 2}), ((2, 1), {})):
+        for k in (0, 1):
+            record = run.iteration(k).policy_record_path
+            record.parent.mkdir(exist_ok=True)
+            record.write_text("{}", encoding="utf-8")
+            os.utime(record, (begin + 3600 * hours[k],) * 2)
+        assert report_facts.gather(run).places["hours"] == shown
+
+
 def test_evaluations_are_compared_prompt_by_prompt(tmp_path: Path) -> None:
     run = make_run(tmp_path / "signs")
     for k in (0, 1):
