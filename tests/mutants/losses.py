@@ -148,7 +148,7 @@ SELECTION = mutations("train/objectives/selection.py", OBJECTIVE, [
     ("each sample once whatever its pairs", "weights[key] = weights.get(key, 0.0) + 1.0", "weights[key] = 1.0",
      f"{OBJECTIVE}::test_pairs_of_a_group"),
     ("a group without spread trained on", "if advantages[keys[0]][0] > advantages[keys[-1]][0]}", "if keys}",
-     f"{OBJECTIVE}::test_pairs_of_a_group {OBJECTIVE}::test_the_best_of_a_group"),
+     f"{OBJECTIVE}::test_a_group_without_spread_gives_nothing"),
 ])  # fmt: skip
 
 FORWARDS = mutations("train/forwards.py", GRADIENTS, [
