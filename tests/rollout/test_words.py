@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import cli
 from rollout.words import pretrain
 from rollout.words.draw import INKS, PAPERS, WORDS, draw_clip, scenes, split
 
@@ -68,3 +69,20 @@ def test_pretraining_still_runs_from_drawn_clips_to_a_folder(tmp_path: Path, mon
         assert {k: v for k, v in ours.items() if k not in changing} == {
             k: v for k, v in theirs.items() if k not in changing
         }
+
+
+@pytest.mark.slow
+def test_the_base_draws_words_that_can_be_read_and_leaves_room_to_learn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ["rollout.workers=1", "score.workers=1", "eval.videos_per_prompt=1", "eval.limit=12"]
+    run = str(tmp_path / "run")
+    cli.app(
+        ["init", run, "--preset", "words", *(part for one in settings for part in ("--set", one))],
+        standalone_mode=False,
+    )
+    capsys.readouterr()
+    cli.app(["eval", run, "--iteration", "0"], standalone_mode=False)
+    rows = capsys.readouterr().out.splitlines()
+    base = next(float(row.split()[2]) for row in rows if row.split()[:1] == ["0"])
+    assert 0.25 <= base <= 0.75

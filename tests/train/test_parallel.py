@@ -60,8 +60,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "full-once dp ulysses": (4, {"ulysses": 2}),
     "nft dp ulysses": (4, {"ulysses": 2}),
 }
-# two ranks have all that these put together
-LONG = ("full-nft dp", *(name for name, (size, _) in LAYOUTS.items() if size == 4))
+# the others have all that these put together
+LONG = ("full-nft dp", "held dp", "full-sft dp", *(name for name, (size, _) in LAYOUTS.items() if size == 4))
 NAMES = [pytest.param(name, marks=[pytest.mark.long] * (name in LONG)) for name in LAYOUTS]
 Results = dict[str, list[dict[str, Any]]]
 Found = tuple[Path, Results]
