@@ -26,7 +26,7 @@ setup: .venv/.ready
 demo: setup
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bench/demo.sh $(DEMO)
 
-# Three processes for two cores: tests of killed and waiting workers wait themselves.
+# Three processes for two cores: tests that kill processes, or let them wait, spend much of their time waiting.
 test: setup
 	$(BIN)/python -m pytest -n 3 --dist loadscope --no-loadscope-reorder
 

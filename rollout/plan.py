@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from rollout.lora.find import only_high
+from rollout.lora.start import of_one_expert
 from rollout.policy import Policy
 from rollout.policy.folder import DTYPES, Layout, find_folder, read_layout
 from rollout.policy.images import open_image
@@ -26,7 +26,7 @@ from shards.text.cleaning import clean
 
 if TYPE_CHECKING:
     from rollout.policy.experts import Identity
-    from shards.config import ModelConfig, RolloutConfig
+    from shards.config import RolloutConfig
 
 
 def check_stage(run: Run, stage: Stage, policy: Policy | None = None) -> list[str]:
@@ -42,13 +42,8 @@ def check_stage(run: Run, stage: Stage, policy: Policy | None = None) -> list[st
     device = find_device(model.device, model.dtype) if policy is None else policy.device
     layout = policy.layout if policy is not None else read_layout(find_folder(model.path))
     check_arithmetic(stage_plan(run, stage, layout).arithmetic, layout, model.dtype, device)
-    said = [*_of_one_expert(model, layout)] if stage.iteration == 0 else []
+    said = of_one_expert(model, layout) if stage.iteration == 0 else []  # later policies have both
     return said + check_prompts(run, stage, layout)
-
-
-def _of_one_expert(model: ModelConfig, layout: Layout) -> Iterator[str]:
-    yield from only_high("model.lora", model.lora, model.lora_2, layout.expert_ids)
-    yield from only_high("model.base_lora", model.base_lora, model.base_lora_2, layout.expert_ids)
 
 
 def check_prompts(run: Run, stage: Stage, layout: Layout) -> list[str]:

@@ -35,8 +35,8 @@ class ModelConfig(Section):
         False, description="`blocks` compiles the transformer's blocks (torch.compile), once a run"
     )
     text_length: int = Field(512, ge=1, description="text tokens the model was trained with (Wan: 512)")
-    lora: str = Field("", description="LoRA to start from: a file, folder, URL or hub id (docs/lora.md: which forms)")
-    lora_2: str = Field("", description="that of the low-noise expert, where model.lora is a file of the other one")
+    lora: str = Field("", description="LoRA to start from: a file, folder, URL or hub id (docs/lora.md has the forms)")
+    lora_2: str = Field("", description="that of the low-noise expert, where model.lora is one file, or `none`")
     base_lora: str = Field("", description="LoRA merged into the model and kept as it is, such as a few-step one")
     base_lora_2: str = Field("", description="that of the low-noise expert, likewise, or `none`")
     base_lora_scale: float = Field(1.0, description="strength of model.base_lora")

@@ -283,7 +283,7 @@ def _make_trainable(policy: Policy, config: RunConfig, start: Path | None) -> No
     """Adapters, fresh ones where the start has none, or all weights; the kind cannot change within a run."""
     settings = config.train
     if settings.full and policy.experts.has_lora:
-        source = f"{start} holds a LoRA" if start else f"model.lora = {config.model.lora}"
+        source = f"{start} holds a LoRA" if start else "model.lora or model.lora_2 names a LoRA"
         hint = "begin a new run" if start else "name it in model.base_lora instead, which merges it into the model"
         raise UserError(f"train.full trains all weights, but {source}", hint)
     if not settings.full and policy.experts.is_full:

@@ -57,7 +57,7 @@ class Start:
 def find_lora(setting: str, text: str, second: str, experts: Sequence[int]) -> dict[int, LoraFile]:
     """The LoRA of each expert that has one, as `setting` (model.lora) names it, and `setting`_2 for the second expert.
 
-    One file alone goes on the high-noise expert of two, as `WanPipeline.load_lora_weights` does it; see `only_high`.
+    One file alone goes on the high-noise expert of two, as `WanPipeline.load_lora_weights` does it.
     Raises UserError, naming files, where nothing is there, and where it is not clear what is meant.
     """
     if not second:
@@ -183,21 +183,19 @@ def _pair(setting: str, place: Path) -> dict[int, LoraFile]:
 
 
 def _high(setting: str, file: LoraFile) -> LoraFile:
-    """The one file given for two experts, for the first. UserError where its name says that it is the other's."""
-    if any({match.lastgroup for match in mark.finditer(_words(file.weights.name))} == {"low"} for mark in MARKS):
-        problem = f"{setting}: {file.weights.name} is of the low-noise expert, by its name"
-        raise UserError(problem, f"name it in {setting}_2, and the file of the high-noise expert in {setting}")
+    """The one file given for two experts, for the first. UserError where its name says that it is the other's.
+
+    A name without a word of its own, as training and peft give it, is that of its folder.
+    """
+    path = file.weights
+    named = path.parent.name if path.name in (WEIGHTS, PEFT_WEIGHTS) else path.stem
+    words = _words(named)
+    if {match.lastgroup for match in MARKS[0].finditer(words)} == {"low"} or re.search(r"(?<![a-z])low$", words):
+        raise UserError(
+            f"{setting}: {path} is of the low-noise expert, by its name",
+            f"name it in {setting}_2 instead; if it is of the high-noise expert, set {setting}_2 = {NONE}",
+        )
     return _of_expert(file, 0)
-
-
-def only_high(setting: str, text: str, second: str, experts: Sequence[int]) -> list[str]:
-    """A sentence for the user where a setting names one file for the first of two experts. UserError as `find_lora`."""
-    if not text or second or len(experts) == 1 or find_lora(setting, text, second, experts).keys() != {0}:
-        return []
-    return [
-        f"{setting}: {text} is one LoRA; it goes on the high-noise expert, as in diffusers, and the low-noise expert "
-        f"starts without one (to use it on both, name it in {setting}_2 too)"
-    ]
 
 
 def told_apart(names: Sequence[str]) -> tuple[str, str] | None:
@@ -205,7 +203,7 @@ def told_apart(names: Sequence[str]) -> tuple[str, str] | None:
 
     They say so by high_noise and low_noise, by HIGH and LOW, or by the letters H and L, with signs or capitals around.
     """
-    words = {name: _words(name) for name in names}
+    words = {name: _words(Path(name).stem) for name in names}
     for mark in MARKS:
         sides = {name: {match.lastgroup for match in mark.finditer(text)} for name, text in words.items()}
         for high, low in ((names[0], names[-1]), (names[-1], names[0])):
@@ -215,8 +213,8 @@ def told_apart(names: Sequence[str]) -> tuple[str, str] | None:
 
 
 def _words(name: str) -> str:
-    """The name of a file in lower case, its words apart."""
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", Path(name).stem).lower()
+    """A name in lower case, its words apart."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
 
 
 def _names(setting: str, folder: Path) -> list[str]:

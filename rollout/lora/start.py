@@ -19,6 +19,7 @@ from shards.run import EXPERT_NAMES
 
 if TYPE_CHECKING:
     from rollout.policy.experts import ExpertWeights
+    from shards.config import ModelConfig
 
 LORA, BASE_LORA = "model.lora", "model.base_lora"
 
@@ -44,6 +45,30 @@ def open_start(first: str, second: str, layout: Layout) -> Start | None:
             raise UserError(problem, "name it in model.base_lora, which merges it into the model")
         check_fit(lora, layout, expert)
     return Start(files, place)
+
+
+def of_one_expert(model: ModelConfig, layout: Layout) -> list[str]:
+    """A sentence for the user about each LoRA that only one of two experts gets, unless `none` says so.
+
+    Raises UserError as `find_lora`.
+    """
+    if len(layout.expert_ids) == 1:
+        return []
+    said = []
+    for setting, first, second, without in (
+        (LORA, model.lora, model.lora_2, "starts without one"),
+        (BASE_LORA, model.base_lora, model.base_lora_2, "stays without one"),
+    ):
+        if second and not first:
+            said.append(f"{setting}_2: {second} goes on the low-noise expert, and the high-noise expert {without}")
+        elif first and not second:
+            place = locate_lora(setting, first)
+            if not is_full(place) and find_lora(setting, str(place), "", layout.expert_ids).keys() == {0}:
+                said.append(
+                    f"{setting}: {first} is one LoRA; it goes on the high-noise expert, as in diffusers, and the "
+                    f"low-noise expert {without} (to use it on both, name it in {setting}_2 too)"
+                )
+    return said
 
 
 def open_base(first: str, second: str, scale: float, layout: Layout) -> BaseLora | None:
@@ -116,14 +141,18 @@ def _magnitude(lora: Lora) -> str:
     return next(name for name in lora.state if ".lora_magnitude_vector" in name)
 
 
-def start_size(first: str, second: str, layout: Layout) -> tuple[int, int] | None:
-    """(numbers of the largest LoRA, largest rank) that `model.lora` and `model.lora_2` bring, for `plan-memory`.
+def start_sizes(first: str, second: str, layout: Layout) -> list[tuple[int, int]]:
+    """(numbers, largest rank) of each LoRA that `model.lora` and `model.lora_2` bring, for `plan-memory`.
 
-    None where they name nothing, or whole transformers. Raises UserError as `open_start`; weights need not be there.
+    None of them where they name nothing, or whole transformers. Raises UserError as `open_start`; weights of the model
+    need not be there.
     """
     start = open_start(first, second, layout)
     states = [read_lora(file).state for file in (start.files if start and start.files else {}).values()]
-    if not states:
-        return None
-    ranks = [len(value) for state in states for name, value in state.items() if name.endswith(".lora_A.weight")]
-    return max(sum(value.numel() for value in state.values()) for state in states), max(ranks)
+    return [
+        (
+            sum(value.numel() for value in state.values()),
+            max(len(value) for name, value in state.items() if name.endswith(".lora_A.weight")),
+        )
+        for state in states
+    ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import prod
 
-from rollout.lora.start import start_size
+from rollout.lora.start import start_sizes
 from rollout.plan import batch_size
 from rollout.policy.folder import DTYPES, EXPERT_FOLDERS, Layout, find_folder, read_config, read_layout, read_part
 from rollout.policy.sizes import (
@@ -30,7 +30,7 @@ class Model:
     vae_config: VaeConfig
     size: ExpertSize
     rank: int
-    """Of the adapter: `train.lora_rank`, or that of `model.lora`, whose size then counts too."""
+    """Of the largest adapter: `train.lora_rank`, or that of `model.lora`, whose size then counts too."""
     weights: int
     """Of one expert."""
     text: int
@@ -116,8 +116,10 @@ def read_model(config: RunConfig) -> Model:
     text = read_config(layout.folder / "text_encoder" / "config.json", hint)
     vae = read_part(VaeConfig, layout.folder / "vae", hint)
     size, rank = expert_size(transformer, config.train.lora_rank), config.train.lora_rank
-    if start := start_size(config.model.lora, config.model.lora_2, layout):
-        size, rank = replace(size, lora=start[0]), start[1]
+    if started := start_sizes(config.model.lora, config.model.lora_2, layout):
+        # an expert without a LoRA to start from gets a new one
+        sizes = started if len(started) == len(layout.expert_ids) else [*started, (size.lora, rank)]
+        size, rank = replace(size, lora=max(numbers for numbers, _ in sizes)), max(one for _, one in sizes)
     return Model(
         config=config,
         layout=layout,

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from shards.config import RunConfig
 
 
+OWN_NETWORK = {"recog_network", "model_storage_directory", "user_network_directory"}
+"""Options of the OCR reward that name files, which may be on the machine that scores and not on this one."""
+
+
 def training_prompts(config: RunConfig) -> list[Prompt]:
     """The prompts that the iterations of a run share among them. Raises UserError as `load_prompts` does."""
     if config.eval.holdout:
@@ -34,24 +38,25 @@ def evaluation_prompts(config: RunConfig) -> list[Prompt]:
 
 
 def check_files(config: RunConfig) -> None:
-    """Read the prompts files of a new run, those at URLs excepted.
+    """Read the prompts files of a new run, but not those at URLs, nor networks of the user's for the OCR reward.
 
     Raises UserError for what can be told without the model: a file or a record that cannot be read, a prompt without a
     target where one is needed, a target that the OCR reward could never read, fewer prompts than an iteration takes.
     """
-    elsewhere = [named_here(path) is None for path in (config.rollout.prompts, config.eval.prompts)]
-    if config.eval.holdout and any(elsewhere):
-        return
-    if not elsewhere[0]:
-        prompts = training_prompts(config)
-        prompts_of_iteration(prompts, config.rollout.prompts_per_iteration, config.rollout.seed, 0)
-        check_readable(prompts, config.score)
-    if not elsewhere[1]:
-        check_readable(evaluation_prompts(config), config.score)
+    if config.eval.holdout:
+        _check_held_out(config)
+    found: list[Prompt] = []
+    if named_here(config.rollout.prompts):
+        found += training_prompts(config)
+        prompts_of_iteration(found, config.rollout.prompts_per_iteration, config.rollout.seed, 0)
+    if named_here(config.eval.prompts):
+        found += evaluation_prompts(config)
+    if not OWN_NETWORK & config.score.options.get("ocr", {}).keys():
+        check_readable(found, config.score)
 
 
-def _held_out(config: RunConfig) -> tuple[list[Prompt], list[Prompt]]:
-    """What is trained on and what is evaluated of the one prompts file."""
+def _check_held_out(config: RunConfig) -> None:
+    """UserError where training and evaluation do not name one file of the user's, and one column, to be divided."""
     share, column = config.eval.holdout, config.rollout.prompt_column
     names, columns = (config.rollout.prompts, config.eval.prompts), (column, config.eval.prompt_column)
     if names[0] != names[1] or names[0] == "words":
@@ -64,7 +69,13 @@ def _held_out(config: RunConfig) -> tuple[list[Prompt], list[Prompt]]:
             f"eval.holdout = {share:g}, but rollout.prompt_column is {columns[0]} and eval.prompt_column {columns[1]}",
             "it divides one file: give both the same name",
         )
-    prompts = load_prompts(names[0], reads(config.score), Column(column))
+
+
+def _held_out(config: RunConfig) -> tuple[list[Prompt], list[Prompt]]:
+    """What is trained on and what is evaluated of the one prompts file."""
+    _check_held_out(config)
+    share, column = config.eval.holdout, config.rollout.prompt_column
+    prompts = load_prompts(config.rollout.prompts, reads(config.score), Column(column))
     train, test = split(prompts, share)
     if not train or not test:
         side = "evaluation" if train else "training"

@@ -69,7 +69,7 @@ def quoted_target(text: str, where: str, needed: bool) -> str | None:
             return None
         raise UserError(f"{where}: {error}", "close it, or give the text to be read in a `target` field") from None
     if needed and not target:
-        hint = f'write it in quotation marks: a sign that says "OPEN" ({COUNTED}); or choose other rewards than ocr'
+        hint = f'write it in quotation marks: a sign that says "OPEN" ({COUNTED}); or use a reward other than ocr'
         raise UserError(f"{where}: no quoted text to be read", hint)
     return target or None
 

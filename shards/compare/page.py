@@ -11,7 +11,7 @@ from shards.process.progress import counted
 from shards.report import facts as report_facts
 from shards.report.clips import Row, Shelf
 from shards.report.facts import Facts
-from shards.report.panels import AXES, at_places, panel, wide
+from shards.report.panels import AXES, OUT_OF_ORDER, at_places, panel, wide
 from shards.report.shell import escape, shell
 from shards.report.svg import Series, lines
 from shards.report.tables import table
@@ -67,7 +67,9 @@ def _rewards(found: Comparison, facts: list[Facts], kind: str) -> str:
             Series(side.letter, _style(side), at_places(curves[side.letter], one.places[axis]), bars=True)
             for side, one in zip(found.sides, facts, strict=True)
         ]
-        if len({p.x for one in moved for p in one.points}) > 1:
+        if not all(one.places[axis] for one in facts):
+            panels.append(panel(f"against {axis}", "", note=OUT_OF_ORDER))
+        elif len({p.x for one in moved for p in one.points}) > 1:
             chart = lines(moved, label=f"{name} by {label}", x_label=label, whole_x=axis != "hours")
             panels.append(panel(f"against {axis}", chart, moved))
     return wide(series, f"{name} by iteration") + (f'<div class="panels">{"".join(panels)}</div>' if panels else "")

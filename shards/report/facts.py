@@ -217,7 +217,7 @@ def _lag(stage: Stage) -> int:
 def _places(run: Run, samples: pandas.DataFrame, updates: Sequence[Update]) -> dict[str, dict[int, float]]:
     """What was spent before the policy after K iterations was there, by K.
 
-    No hours where the times of the files are not in the order of the iterations, as in a copy that has times of its own.
+    No hours where the times of the files are not in the order of the iterations, as in a copy of a run.
     """
     videos = samples[samples["kind"] == "rollout"].groupby("iteration").size()
     found: dict[str, dict[int, float]] = {"videos": {0: 0.0}, "updates": {0: 0.0}, "hours": {0: 0.0}}
@@ -227,7 +227,7 @@ def _places(run: Run, samples: pandas.DataFrame, updates: Sequence[Update]) -> d
         mine = sum(record["iteration"] == k for record in updates)
         found["updates"][k + 1] = found["updates"].get(k, 0.0) + mine
         ended = _written(run.iteration(k).policy_record_path)
-        if began and ended and ended > began:
+        if began and ended:
             found["hours"][k + 1] = (ended - began) / 3600
     if [*found["hours"].values()] != sorted(found["hours"].values()):
         found["hours"] = {}

@@ -88,11 +88,11 @@ def reward_panels(facts: Facts) -> str:
 AXIS_NOTES = {
     "videos": "Of all iterations before; those of evaluations do not count.",
     "updates": "Optimizer steps of all experts.",
-    "hours": "By the times of the files, pauses included.",
+    "hours": "By the times of the files, pauses included; a copy of a run may have other times.",
 }
 OUT_OF_ORDER = (
     "The times of the files are not in the order of the iterations, as in a copy of a run. `cp -a` and `rsync -a` keep "
-    "them."
+    "the times."
 )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rollout.lora.find import find_lora, hashes_of, only_high, told_apart
+from rollout.lora.find import find_lora, hashes_of, told_apart
 from shards.errors import UserError
 from tests.support import lora_forms as forms
 from tests.support.lora_forms import answers, load, same
@@ -113,24 +113,30 @@ def test_a_folder_of_two_experts(tmp_path: Path) -> None:
     assert "low_noise holds any.safetensors, more.safetensors: which one?" in sentence("model.lora", folder, TWO)
 
 
-def test_one_file_goes_on_the_high_noise_expert_and_that_is_said(tmp_path: Path) -> None:
+def test_one_file_goes_on_the_high_noise_expert(tmp_path: Path) -> None:
     style = touch(tmp_path / "style", "wan_style_lora.safetensors")
     peft = touch(tmp_path / "peft", "adapter_config.json", "adapter_model.safetensors")
-    for place in (style, style / "wan_style_lora.safetensors", peft, peft / "adapter_model.safetensors"):
+    names = ("wan_high_noise_L.safetensors", "low_poly.safetensors", "wan21_low_rank32.safetensors")
+    others = [touch(tmp_path / name[:-12], name) / name for name in names]
+    files = (style / "wan_style_lora.safetensors", peft / "adapter_model.safetensors")
+    for place in (style, peft, *files, *others):
         (file,) = find_lora("model.lora", str(place), "", TWO).values()
         assert file.name == f"high_noise/{file.weights.name}"
-        assert only_high("model.lora", str(place), "", TWO) == [
-            f"model.lora: {place} is one LoRA; it goes on the high-noise expert, as in diffusers, and the low-noise "
-            "expert starts without one (to use it on both, name it in model.lora_2 too)"
-        ]
-    assert only_high("model.lora", str(style), "", ONE) == []
-    assert only_high("model.lora", str(style), str(style), TWO) == []
-    assert only_high("model.lora", str(style), "none", TWO) == []
-    for name in ("wan_low_noise.safetensors", "wanLowNoise.safetensors", "wan-LOW.safetensors", "wan_L.safetensors"):
-        assert sentence("model.lora", touch(tmp_path / name[:-12], name), TWO) == (
-            f"model.lora: {name} is of the low-noise expert, by its name "
-            "(hint: name it in model.lora_2, and the file of the high-noise expert in model.lora)"
+
+
+@pytest.mark.parametrize("name", [
+    "wan_low_noise.safetensors", "wanLowNoise.safetensors", "wan-LOW.safetensors", "lora_low.safetensors",
+    "low_noise/pytorch_lora_weights.safetensors", "my_low_noise/adapter_model.safetensors",
+])  # fmt: skip
+def test_one_file_of_the_low_noise_expert_is_refused_by_its_name(name: str, tmp_path: Path) -> None:
+    path = touch(tmp_path, name) / name
+    for place in (path, path.parent) if "/" in name else (path,):
+        assert sentence("model.lora", place, TWO) == (
+            f"model.lora: {path} is of the low-noise expert, by its name "
+            "(hint: name it in model.lora_2 instead; if it is of the high-noise expert, set model.lora_2 = none)"
         )
+    assert find_lora("model.lora", str(path), "none", TWO).keys() == {0}
+    assert find_lora("model.lora", "", str(path), TWO).keys() == {1}
 
 
 def test_one_expert_may_go_without(tmp_path: Path) -> None:

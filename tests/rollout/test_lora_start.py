@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors import safe_open
 
+from rollout.lora.start import of_one_expert
+from rollout.plan import check_stage
 from rollout.policy import Policy
+from rollout.policy.folder import read_layout
 from rollout.policy.plain import open_plain, probe, wear
 from rollout.run import rollout
+from shards.config import ModelConfig
 from shards.errors import UserError
 from shards.run import Run
 from tests.rollout.test_lora_forms import FORMS
@@ -86,6 +91,38 @@ def test_one_file_starts_the_high_noise_expert_as_in_diffusers(tiny_t2v2: Path, 
     ]
     assert {name.split("/")[0] for name in training.weights(run, 1)} == {"high_noise", "low_noise"}
     assert prove_iteration(run, 1, Policy.of(run.config.model)).largest == 0.0
+
+
+def test_a_lora_of_one_expert_is_said_unless_none_says_it(tiny_t2v: Path, tiny_t2v2: Path, tmp_path: Path) -> None:
+    file = str(forms.write(tmp_path / "style.safetensors", FORMS["native"](tiny_transformer(1), 3)))
+
+    def said(model: Path = tiny_t2v2, **settings: str) -> list[str]:
+        return of_one_expert(ModelConfig(path=str(model), **settings), read_layout(model))
+
+    high = "is one LoRA; it goes on the high-noise expert, as in diffusers, and the low-noise expert"
+    assert said(lora=file, base_lora=file) == [
+        f"model.lora: {file} {high} starts without one (to use it on both, name it in model.lora_2 too)",
+        f"model.base_lora: {file} {high} stays without one (to use it on both, name it in model.base_lora_2 too)",
+    ]
+    low = f"model.lora_2: {file} goes on the low-noise expert, and the high-noise expert starts without one"
+    assert said(lora_2=file) == [low]
+    assert said(lora=file, lora_2="none") == said(lora=file, lora_2=file) == said(tiny_t2v, lora=file) == said() == []
+
+
+def test_a_start_of_whole_transformers_in_several_files_is_no_lora(tiny_t2v2: Path, tmp_path: Path) -> None:
+    policy = Policy.load(tiny_t2v2, device="cpu")
+    policy.experts.train_all()
+    for expert, side in enumerate(("high_noise", "low_noise")):
+        policy.experts.save(tmp_path / "full", expert)
+        policy.experts.module(expert).save_pretrained(tmp_path / "full" / side, max_shard_size="20KB")
+        (tmp_path / "full" / side / "diffusion_pytorch_model.safetensors").unlink(missing_ok=True)
+        shutil.copy(tiny_t2v2 / ("transformer", "transformer_2")[expert] / "config.json", tmp_path / "full" / side)
+        assert len([*(tmp_path / "full" / side).glob("*.safetensors")]) > 1
+    run = training.make_run(
+        tmp_path / "run", tiny_t2v2, {"full": True, "learning_rate": 1e-4}, model={"lora": str(tmp_path / "full")}
+    )
+    assert check_stage(run, run.iteration(0)) == []
+    training.roll(run, 0, Policy.of(run.config.model))
 
 
 def test_the_configuration_is_stored_with_it(tiny_t2v2: Path, tmp_path: Path) -> None:

@@ -453,3 +453,15 @@ def test_a_lora_to_start_from_counts_with_its_own_rank(tmp_path: Path) -> None:
     assert needs["started"].parts["LoRA"] == 4 * numbers < needs["fresh"].parts["LoRA"]
     assert needs["started"].parts["working"] == needs["fresh"].parts["working"]  # activations go by the rank
     assert needs["started"].parts["AdamW"] == 8 * numbers
+
+
+def test_a_new_adapter_beside_a_lora_to_start_from_counts_where_it_is_larger(tiny_t2v2: Path, tmp_path: Path) -> None:
+    """One file starts the high-noise expert; the low-noise expert gets an adapter of `train.lora_rank`."""
+    file = lora_forms.write(tmp_path / "a.safetensors", lora_forms.native(tiny_transformer(1), 1))
+    one, both = {"lora": str(file)}, {"lora": str(file), "lora_2": str(file)}
+
+    def size(rank: int, model: dict[str, str]) -> int:
+        run = make_run(tmp_path / f"{rank}-{len(model)}", tiny_t2v2, {"lora_rank": rank}, model=model)
+        return memory_needs.train_need(run).parts["LoRA"]
+
+    assert size(1, one) == size(1, both) < size(16, one) == size(16, {})
