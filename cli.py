@@ -131,6 +131,7 @@ def init(
 
 
 @app.command(epilog="Example:  rushes rollout runs/signs --iteration 0")
+@stoppable()
 def rollout(
     run: RunPath,
     iteration: Iteration = None,
@@ -161,6 +162,7 @@ def rollout(
 
 
 @app.command(epilog="Example:  rushes score runs/signs --iteration 0 --reward ocr=1.0")
+@stoppable()
 def score(
     run: RunPath,
     iteration: Iteration = None,
@@ -183,6 +185,7 @@ def score(
 
 
 @app.command(epilog="Example:  rushes train runs/signs --iteration 0")
+@stoppable()
 def train(
     run: RunPath,
     iteration: Iteration = None,

@@ -6,14 +6,17 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import cli
 from shards import sidecar
 from shards.inspect import table
 from shards.reader import open_shard
@@ -443,6 +446,21 @@ def test_a_sample_in_another_precision_is_another_one(small: Path, tmp_path: Pat
     assert 0 < differences["latents"] < 1
     assert differences["video"] is None
     assert f"rushes: {key}: differs in latents by" in differs.stderr
+
+
+@pytest.mark.parametrize("stage", ["rollout", "score", "train"])
+def test_a_signal_counts_from_the_first_moment(stage: str, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while the command still reads the run, so that a batch system queues the job again by its exit code."""
+    opened = cli.open_run
+
+    def signalled(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return opened(*arguments)
+
+    monkeypatch.setattr(cli, "open_run", signalled)
+    result = rushes(stage, small, "--iteration", "0")
+    assert result.returncode == 75, result.stderr
+    assert f"rushes: stopped by SIGTERM before iter-0000 {stage}" in result.stderr
 
 
 def test_a_mean_reward_is_followed_back_to_the_base_model(small: Path) -> None:
