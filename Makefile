@@ -52,7 +52,7 @@ SECONDS ?= 60
 fuzz: setup
 	$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install --quiet $(PIP_FLAGS) \
 		--constraint constraints.txt --only-binary atheris atheris
-	$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) --jobs 2
 
 # Changes of sign, of sigma, of a window and the like in a copy of the source: the tests must notice each (an hour).
 mutants: setup
