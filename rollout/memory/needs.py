@@ -61,14 +61,16 @@ def train_need(run: Run, ranks: int = 0) -> Need:
 
 
 def render(run: Run, needs: list[Need], ranks: int = 0) -> str:
-    """The table for the command line; the setting that run.toml has is marked."""
+    """The table for the command line, in GiB, or in MiB below one; the setting that run.toml has is marked."""
     train, world = run.config.train, _world(run, ranks)
     chosen = _train_name(train.full, train.gradient_checkpointing)
-    lines = [f"  {'stage':<36}{'device GiB':>11}{'host GiB':>10}{'reserved':>10}  on the device"]
+    largest = max(value for need in needs for value in (need.device, need.host, need.reserved))
+    unit, name = (GIB, "GiB") if largest >= GIB else (GIB / 1024, "MiB")
+    lines = [f"  {'stage':<36}{f'device {name}':>11}{f'host {name}':>10}{'reserved':>10}  on the device"]
     for need in needs:
-        parts = ", ".join(f"{name} {value / GIB:.2f}" for name, value in need.parts.items() if value)
+        parts = ", ".join(f"{part} {value / unit:.2f}" for part, value in need.parts.items() if value)
         mark = "*" if need.stage == chosen else " "
-        numbers = f"{need.device / GIB:>11.2f}{need.host / GIB:>10.2f}{need.reserved / GIB:>10.2f}"
+        numbers = f"{need.device / unit:>11.2f}{need.host / unit:>10.2f}{need.reserved / unit:>10.2f}"
         lines.append(f"{mark} {need.stage:<36}{numbers}  {parts}")
     video = run.config.rollout
     shape = f"{video.height}x{video.width}, {video.frames} frames, batch {batch_of(run.config)}"

@@ -335,7 +335,9 @@ def test_ti2v_counts_a_timestep_for_every_token(tmp_path: Path) -> None:
 def test_the_embedded_model_is_planned_and_previewed(tmp_path: Path) -> None:
     run = tmp_path / "run"
     call("init", run, "--preset", "words")
-    assert len(planned(call("plan-memory", run))) == 7
+    output = call("plan-memory", run)
+    assert len(planned(output)) == 7
+    assert "device MiB" in output  # it is small
     output = call("rollout", run, "--dry-run")
     assert "videos: 128 (8 prompts, 16 each)" in output.splitlines()
     assert sorted(path.name for path in run.iterdir()) == ["run.toml"]
