@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rollout.lora.start import of_one_expert
 from rollout.policy import Policy
 from rollout.policy.folder import DTYPES, Layout, find_folder, read_layout
 from rollout.policy.images import open_image
@@ -42,7 +41,7 @@ def check_stage(run: Run, stage: Stage, policy: Policy | None = None) -> list[st
     device = find_device(model.device, model.dtype) if policy is None else policy.device
     layout = policy.layout if policy is not None else read_layout(find_folder(model.path))
     check_arithmetic(stage_plan(run, stage, layout).arithmetic, layout, model.dtype, device)
-    said = of_one_expert(model, layout) if stage.iteration == 0 else []  # later policies have both
+    said = Policy.check_loras(model, layout) if stage.iteration == 0 else []  # later policies have both
     return said + check_prompts(run, stage, layout)
 
 

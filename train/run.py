@@ -283,7 +283,9 @@ def _make_trainable(policy: Policy, config: RunConfig, start: Path | None) -> No
     """Adapters, fresh ones where the start has none, or all weights; the kind cannot change within a run."""
     settings = config.train
     if settings.full and policy.experts.has_lora:
-        source = f"{start} holds a LoRA" if start else "model.lora or model.lora_2 names a LoRA"
+        model = config.model
+        named = f"model.lora_2 = {model.lora_2}" if model.lora in ("", "none") else f"model.lora = {model.lora}"
+        source = f"{start} holds a LoRA" if start else named
         hint = "begin a new run" if start else "name it in model.base_lora instead, which merges it into the model"
         raise UserError(f"train.full trains all weights, but {source}", hint)
     if not settings.full and policy.experts.is_full:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rollout.lora.start import check_model, check_records, open_base, open_start
+from rollout.lora.start import check_model, check_records, of_one_expert, open_base, open_start
 from rollout.policy.experts import ExpertWeights
 from rollout.policy.folder import DTYPES, Layout, find_folder, read_layout
 from rollout.policy.media import TextEncoder, Vae
@@ -83,6 +83,11 @@ class Policy:
         if start is not None:
             policy.experts.become(None)
         return policy
+
+    @staticmethod
+    def check_loras(model: ModelConfig, layout: Layout) -> list[str]:
+        """A sentence for the user about each LoRA that only one of two experts gets. Raises UserError as `load`."""
+        return of_one_expert(model, layout)
 
     def check_model(self, path: Path) -> None:
         """UserError where base model and `model.base_lora` are not those in model.json of a run, if that is there."""
