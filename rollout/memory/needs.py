@@ -64,7 +64,7 @@ def render(run: Run, needs: list[Need], ranks: int = 0) -> str:
     """The table for the command line, in GiB, or in MiB below one; the setting that run.toml has is marked."""
     train, world = run.config.train, _world(run, ranks)
     chosen = _train_name(train.full, train.gradient_checkpointing)
-    largest = max(value for need in needs for value in (need.device, need.host, need.reserved))
+    largest = max((value for need in needs for value in (need.device, need.host, need.reserved)), default=0)
     unit, name = (GIB, "GiB") if largest >= GIB else (GIB / 1024, "MiB")
     lines = [f"  {'stage':<36}{f'device {name}':>11}{f'host {name}':>10}{'reserved':>10}  on the device"]
     for need in needs:
