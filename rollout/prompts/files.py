@@ -19,7 +19,7 @@ from shards.errors import UserError
 from shards.pointers import refuse_pointer
 from shards.process.progress import counted
 from shards.records.opening import read_plain
-from shards.records.parquet_footer import read_footer
+from shards.records.parquet_footer import check_pages, read_footer
 from shards.run_toml import set_option
 from shards.text.visible import one_line
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 MOST_BYTES = 256 * 2**20  # of a prompts file, and of its columns when they are unpacked
+MOST_VALUES = 2**26  # of all columns of a Parquet file; a run of equal ones takes a few bytes there, and memory here
 SPLIT = "split it into several files"
 FIELDS = ("target", "image", "negative", "tags", "tag")  # beside the column of the prompts
 
@@ -185,8 +186,13 @@ def _read_parquet(file: Path, column: Column) -> Iterator[Row]:
 
     data = read_plain(file, MOST_BYTES, SPLIT)
     try:
-        if sum(one.unpacked for one in read_footer(data).columns) > MOST_BYTES:
+        footer, room = read_footer(data), MOST_BYTES
+        if sum(one.unpacked for one in footer.columns) > MOST_BYTES:
             raise UserError(f"{file}: its columns have more than {MOST_BYTES} bytes", SPLIT)
+        if sum(one.values for one in footer.columns) > MOST_VALUES:
+            raise UserError(f"{file}: its columns have more than {MOST_VALUES} values", SPLIT)
+        for one in footer.columns:  # Arrow takes as much memory as a page asks for
+            room -= check_pages(data, one, room) if one.values else 0
         with parquet.ParquetFile(
             pyarrow.BufferReader(data)
         ) as opened:  # read_table would look at names of folders, too
@@ -226,10 +232,15 @@ def _check_type(file: Path, name: str, kind: pyarrow.DataType, prompts: bool) ->
 
 
 def _value(scalar: pyarrow.Scalar, name: str, where: str) -> object:
+    import pyarrow
+
     try:
         return scalar.as_py()
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: {name} is not UTF-8 at byte {error.start}", "write it again as UTF-8") from None
+    except pyarrow.ArrowException as error:  # an index beyond the texts of a column
+        line = " ".join(str(error).split())
+        raise UserError(f"{where}: {name} is not readable as Parquet: {line}", "write it again") from None
 
 
 # --- All of them -----------------------------------------------------------------------------------------------------

@@ -46,7 +46,11 @@ class Footer:
 
 
 def read_footer(data: bytes) -> Footer:
-    """The sizes in the footer of a Parquet file. Raises ValueError for bytes that have none."""
+    """The sizes in the footer of a Parquet file.
+
+    Raises ValueError for bytes that have none, and for groups of rows that have others than the file, or than their
+    columns have values: Arrow takes memory for as many rows as a group claims.
+    """
     if len(data) < 12 or data[:4] != MAGIC or data[-4:] != MAGIC:
         raise ValueError("it does not begin and end as a Parquet file")
     length = int.from_bytes(data[-8:-4], "little")
@@ -56,9 +60,15 @@ def read_footer(data: bytes) -> Footer:
         content = _Thrift(data[len(data) - 8 - length : -8]).struct()
         groups = content.get(4, [])
         columns = tuple(_column(one[3], group[3]) for group in groups for one in group[1])
-        return Footer(_count(content[3]), columns)
+        rows, inside = _count(content[3]), sum(_count(group[3]) for group in groups)
     except (KeyError, TypeError, IndexError, AttributeError, UnicodeDecodeError) as error:
         raise ValueError(f"its footer is damaged: {error!r}") from error
+    if rows != inside:
+        raise ValueError(f"it has {rows} rows, and {inside} in its groups")
+    for column in columns:
+        if column.values < column.rows:
+            raise ValueError(f"{column.path} has {column.values} values in {column.rows} rows")
+    return Footer(rows, columns)
 
 
 def check_pages(data: bytes, column: ColumnSize, most: int) -> int:

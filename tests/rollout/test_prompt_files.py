@@ -264,3 +264,25 @@ def test_a_file_that_changes_is_read_anew(tmp_path: Path) -> None:
     assert texts(path) == ["one"]
     write(tmp_path, "p.txt", "two\n")
     assert texts(path) == ["two"]
+
+
+@pytest.mark.parametrize("compression", ["none", "snappy", "gzip", "zstd", "brotli", "lz4"])
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+def test_a_parquet_of_any_kind_of_pages_is_read(compression: str, version: str, tmp_path: Path) -> None:
+    """Several groups of rows and pages, texts repeated and not, a column of lists and one of nothing."""
+    prompts = [f'a sign "{number % 7} {number if number % 3 else ""}"' for number in range(2000)]
+    columns = {"prompt": prompts, "tags": [["a", "b"][: n % 3] for n in range(2000)], "negative": [None] * 2000}
+    path = tmp_path / "prompts.parquet"
+    parquet.write_table(
+        pyarrow.table(columns), path, compression=compression, data_page_version=version, row_group_size=700,
+        data_page_size=512,
+    )  # fmt: skip
+    assert [prompt.text for prompt in load_prompts(path, need_target=True)] == prompts
+
+
+@pytest.mark.parametrize("name", ["rows_of_groups", "index_beyond_texts"])
+def test_a_parquet_that_claims_more_than_it_has_is_refused_before_memory_is_taken(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.parquet"
+    path.write_bytes((Path(__file__).parents[1] / "fuzz" / "corpus" / "parquet" / name).read_bytes())
+    with pytest.raises(UserError, match="not readable as Parquet"):
+        load_prompts(path, need_target=False)
