@@ -9,8 +9,9 @@ import pytest
 from tests.faults import soak as harness
 from tests.faults.disturbing import KINDS, Call, how
 
+pytestmark = pytest.mark.long
 
-@pytest.mark.slow
+
 def test_a_try_of_every_fault_loses_nothing(tiny_t2v2: Path, tmp_path: Path) -> None:
     kinds = harness.possible(list(KINDS), tmp_path)
     assert {*KINDS} - {*kinds} <= {"readonly"}
