@@ -52,7 +52,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What is imported by now stays: the garbage collector need not walk it, and forks need not copy it, ever again."""
+    """Make this process one that can be forked cheaply, and whose children can train.
+
+    What is imported by now stays: the garbage collector need not walk it, and forks need not copy it, ever again.
+    The first backward pass of a process starts a thread for every device, and then no child of it can compute one.
+    Fake tensors make devices appear, so the first one is here, before them.
+    """
+    if torch := sys.modules.get("torch"):
+        torch.ones(1, requires_grad=True).sum().backward()
     gc.collect()
     gc.freeze()
 

@@ -14,6 +14,7 @@ from bench.gpu.fakes import onto
 from rollout.memory import needs
 from rollout.memory.estimate import read_model, state_bytes
 from rollout.memory.needs import Need
+from tests.support import forks
 from tests.support.training import make_run
 
 
@@ -34,6 +35,14 @@ def test_fake_weights_have_a_device_and_stay_shared() -> None:
         assert {value.device.type for value in module.parameters()} == {"cuda"}
         assert module(torch.zeros(2, 3, device="cuda")).shape == (2, 3)
     assert module[0].weight is module[1].weight
+
+
+def test_a_child_can_train_after_devices_that_are_not_there(tmp_path: Path) -> None:
+    """Other tests of this process kill children in the midst of an update."""
+    with FakeTensorMode():
+        torch.zeros(2, device="cuda")
+    torch.ones(1, requires_grad=True).sum().backward()
+    forks.finish(forks.Fork(tmp_path / "child", lambda: torch.ones(1, requires_grad=True).sum().backward()))
 
 
 def test_the_page_gets_every_row_as_it_comes(tmp_path: Path, monkeypatch) -> None:
