@@ -9,9 +9,8 @@ import pytest
 from tests.faults import soak as harness
 from tests.faults.disturbing import KINDS, Call, how
 
-pytestmark = pytest.mark.long
 
-
+@pytest.mark.slow
 def test_a_try_of_every_fault_loses_nothing(tiny_t2v2: Path, tmp_path: Path) -> None:
     kinds = harness.possible(list(KINDS), tmp_path)
     assert {*KINDS} - {*kinds} <= {"readonly"}
@@ -19,7 +18,9 @@ def test_a_try_of_every_fault_loses_nothing(tiny_t2v2: Path, tmp_path: Path) -> 
     assert {kind: (row.tries, row.faults) for kind, row in rows.items()} == dict.fromkeys(kinds, (1, []))
 
 
-def test_damage_that_nobody_repairs_is_told(tiny_t2v2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damage_that_is_never_repaired_is_reported(
+    tiny_t2v2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def damage(call: Call) -> str:
         ended = how(call.start())
         (shard,) = Path(call.run).glob("iter-0000/rollout/shard-000000.tar")
