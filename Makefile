@@ -30,8 +30,8 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -n 3 --dist loadscope --no-loadscope-reorder
 
-# The same tests, in nearly twice the time. The last line is the share of cli.py and the packages that was run, in percent; below
-# the floor of pyproject.toml it is an error. `.venv/bin/coverage html -d build/coverage/html` shows the lines.
+# The same tests, in nearly twice the time. The last line is the share of cli.py and the packages that was run, in
+# percent; below the floor of pyproject.toml it is an error. `.venv/bin/coverage html -d build/coverage/html` shows the lines.
 coverage: setup
 	rm -rf build/coverage && mkdir -p build/coverage
 	$(BIN)/python -m coverage run -m pytest -n 3 --dist loadscope --no-loadscope-reorder

@@ -19,8 +19,8 @@ COLUMNS = ("step", "sigma", "t", "expert", "guidance", "law", "std", "trained", 
 def preview(run: Run, stage: Stage) -> str:
     """The plan of a stage for its first group, and how much the stage will write. Loads no weights, writes nothing.
 
-    Raises UserError for everything that `rollout` would refuse before it samples, but for
-    weights and LoRAs, which it does not look for.
+    Raises UserError for everything that `rollout` would refuse before it samples, but for weights and LoRAs, which it
+    does not look for.
     """
     layout = read_layout(find_folder(run.config.model.path, weights=False), weights=False)
     plan, model = stage_plan(run, stage, layout), run.config.model

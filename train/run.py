@@ -13,6 +13,7 @@ from rollout.policy.folder import find_folder, read_layout
 from rollout.ranks.agreement import agree_on_run
 from rollout.ranks.device import share_cores
 from rollout.ranks.world import World
+from shards.absolute_paths import NONE
 from shards.diagnosis import note_replay
 from shards.errors import UserError
 from shards.process.machine import take_place
@@ -284,7 +285,7 @@ def _make_trainable(policy: Policy, config: RunConfig, start: Path | None) -> No
     settings = config.train
     if settings.full and policy.experts.has_lora:
         model = config.model
-        named = f"model.lora_2 = {model.lora_2}" if model.lora in ("", "none") else f"model.lora = {model.lora}"
+        named = f"model.lora_2 = {model.lora_2}" if model.lora in ("", NONE) else f"model.lora = {model.lora}"
         source = f"{start} holds a LoRA" if start else named
         hint = "begin a new run" if start else "name it in model.base_lora instead, which merges it into the model"
         raise UserError(f"train.full trains all weights, but {source}", hint)

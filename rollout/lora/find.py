@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from shards.absolute_paths import NONE
 from shards.errors import UserError
 from shards.files import sha256_file
 from shards.run import EXPERT_NAMES
@@ -15,8 +16,6 @@ from shards.store.files import of_policy
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-NONE = "none"
-"""What `lora_2` or `base_lora_2` says of an expert that gets no LoRA."""
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 # how the names of published pairs tell the two apart, the clearest way first; in lower case, words parted by signs
 MARKS = (
@@ -57,8 +56,8 @@ class Start:
 def find_lora(setting: str, text: str, second: str, experts: Sequence[int]) -> dict[int, LoraFile]:
     """The LoRA of each expert that has one, as `setting` (model.lora) names it, and `setting`_2 for the second expert.
 
-    One file alone goes on the high-noise expert of two, as `WanPipeline.load_lora_weights` does it.
-    Raises UserError, naming files, where nothing is there, and where it is not clear what is meant.
+    One file alone is for the high-noise expert of two, as in `WanPipeline.load_lora_weights`. Raises UserError, naming
+    files, where nothing is there, and where it is not clear what is meant.
     """
     if not second:
         place = locate_lora(setting, text)
@@ -174,9 +173,9 @@ def _pair(setting: str, place: Path) -> dict[int, LoraFile]:
     if (place / PEFT_CONFIG).is_file():
         return {0: _high(setting, _single(setting, place))}
     names = _names(setting, place)
-    sides = told_apart(names)
-    if sides is None and len(names) == 1:
+    if len(names) == 1:
         return {0: _high(setting, _single(setting, place))}
+    sides = told_apart(names)
     if sides is None:
         raise UserError(f"{setting}: {place} holds {', '.join(names)}: which is of which expert?", ways)
     return {expert: LoraFile(place / name, f"{EXPERT_NAMES[expert]}/{name}") for expert, name in enumerate(sides)}

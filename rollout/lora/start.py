@@ -60,13 +60,15 @@ def of_one_expert(model: ModelConfig, layout: Layout) -> list[str]:
         (BASE_LORA, model.base_lora, model.base_lora_2, "stays without one"),
     ):
         if second and not first:
-            said.append(f"{setting}_2: {second} goes on the low-noise expert, and the high-noise expert {without}")
+            said.append(
+                f"{setting}_2: {second} is loaded into the low-noise expert, and the high-noise expert {without}"
+            )
         elif first and not second:
             place = locate_lora(setting, first)
             if not is_full(place) and find_lora(setting, str(place), "", layout.expert_ids).keys() == {0}:
                 said.append(
-                    f"{setting}: {first} is one LoRA; it goes on the high-noise expert, as in diffusers, and the "
-                    f"low-noise expert {without} (to use it on both, name it in {setting}_2 too)"
+                    f"{setting}: {first} is one LoRA; it is loaded into the high-noise expert, as in diffusers, and "
+                    f"the low-noise expert {without} (to use it on both, name it in {setting}_2 too)"
                 )
     return said
 

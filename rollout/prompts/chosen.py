@@ -11,13 +11,10 @@ from rollout.prompts.load import Prompt, load_prompts, prompts_of_iteration, spl
 from rollout.words.paths import words_folder
 from shards.errors import UserError
 from shards.store.urls import named_here
+from shards.text.recognisers import FOLDERS, NETWORK
 
 if TYPE_CHECKING:
     from shards.config import RunConfig
-
-
-OWN_NETWORK = {"recog_network", "model_storage_directory", "user_network_directory"}
-"""Options of the OCR reward that name files, which may be on the machine that scores and not on this one."""
 
 
 def training_prompts(config: RunConfig) -> list[Prompt]:
@@ -51,7 +48,7 @@ def check_files(config: RunConfig) -> None:
         prompts_of_iteration(found, config.rollout.prompts_per_iteration, config.rollout.seed, 0)
     if named_here(config.eval.prompts):
         found += evaluation_prompts(config)
-    if not OWN_NETWORK & config.score.options.get("ocr", {}).keys():
+    if not {NETWORK, *FOLDERS} & config.score.options.get("ocr", {}).keys():  # files of the machine that scores
         check_readable(found, config.score)
 
 

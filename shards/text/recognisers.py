@@ -25,6 +25,8 @@ ENGLISH = ("en",)
 STANDARD = "standard"  # EasyOCR's word for: the model that belongs to the languages
 HEIGHT = 64  # pixels of a line of text
 SETTING = "score.options.ocr"
+NETWORK, FOLDERS = "recog_network", ("model_storage_directory", "user_network_directory")
+"""Options of the OCR reward that name files: a network, and the folders of weights and of networks."""
 SOLE = {  # languages that have a model of their own, in the order in which EasyOCR looks for them
     "th": "thai_g1", "ch_tra": "zh_tra_g1", "ch_sim": "zh_sim_g2", "ja": "japanese_g2", "ko": "korean_g2",
     "ta": "tamil_g1", "te": "telugu_g2", "kn": "kannada_g2",
@@ -92,8 +94,8 @@ def recogniser_of(options: Mapping[str, object]) -> Recogniser:
     whose YAML file is missing or incomplete. The weights need not be there.
     """
     languages = language_list(options.get("languages", ENGLISH))
-    network = options.get("recog_network", STANDARD)
-    folders = [options.get(name) or "" for name in ("model_storage_directory", "user_network_directory")]
+    network = options.get(NETWORK, STANDARD)
+    folders = [options.get(name) or "" for name in FOLDERS]
     for value in (network, *folders):
         if not isinstance(value, str):
             raise UserError(f"{SETTING}: {value!r} is not a name", "give the name of a network or a folder as text")

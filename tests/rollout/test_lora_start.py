@@ -76,7 +76,7 @@ def test_it_is_trained_whole_and_stored_whole(form: str, tiny_t2v2: Path, tmp_pa
 
 
 def test_one_file_starts_the_high_noise_expert_as_in_diffusers(tiny_t2v2: Path, tmp_path: Path) -> None:
-    """The other begins with a new adapter, as without `model.lora`; that is said once."""
+    """The other begins with a new adapter, as without `model.lora`; one sentence says so."""
     file = forms.write(tmp_path / "style.safetensors", FORMS["native, biases"](tiny_transformer(1), 3))
     run = training.make_run(tmp_path / "run", tiny_t2v2, model={"lora": str(file)})
     policy, said = Policy.of(run.config.model), list[str]()
@@ -86,30 +86,32 @@ def test_one_file_starts_the_high_noise_expert_as_in_diffusers(tiny_t2v2: Path, 
         training.advise(run.iteration(number))
         assert train(run, number, Policy.of(run.config.model)).replay == 0.0
     assert [sentence for sentence in said if "model.lora" in sentence] == [
-        f"model.lora: {file} is one LoRA; it goes on the high-noise expert, as in diffusers, and the low-noise expert "
-        "starts without one (to use it on both, name it in model.lora_2 too)"
+        f"model.lora: {file} is one LoRA; it is loaded into the high-noise expert, as in diffusers, and the "
+        "low-noise expert starts without one (to use it on both, name it in model.lora_2 too)"
     ]
     assert {name.split("/")[0] for name in training.weights(run, 1)} == {"high_noise", "low_noise"}
     assert prove_iteration(run, 1, Policy.of(run.config.model)).largest == 0.0
 
 
-def test_a_lora_of_one_expert_is_said_unless_none_says_it(tiny_t2v: Path, tiny_t2v2: Path, tmp_path: Path) -> None:
+def test_a_lora_of_one_expert_is_reported_unless_the_other_is_none(
+    tiny_t2v: Path, tiny_t2v2: Path, tmp_path: Path
+) -> None:
     file = str(forms.write(tmp_path / "style.safetensors", FORMS["native"](tiny_transformer(1), 3)))
 
     def said(model: Path = tiny_t2v2, **settings: str) -> list[str]:
         return of_one_expert(ModelConfig(path=str(model), **settings), read_layout(model))
 
-    high = "is one LoRA; it goes on the high-noise expert, as in diffusers, and the low-noise expert"
+    high = "is one LoRA; it is loaded into the high-noise expert, as in diffusers, and the low-noise expert"
     assert said(lora=file, base_lora=file) == [
         f"model.lora: {file} {high} starts without one (to use it on both, name it in model.lora_2 too)",
         f"model.base_lora: {file} {high} stays without one (to use it on both, name it in model.base_lora_2 too)",
     ]
-    low = f"model.lora_2: {file} goes on the low-noise expert, and the high-noise expert starts without one"
+    low = f"model.lora_2: {file} is loaded into the low-noise expert, and the high-noise expert starts without one"
     assert said(lora_2=file) == [low]
     assert said(lora=file, lora_2="none") == said(lora=file, lora_2=file) == said(tiny_t2v, lora=file) == said() == []
 
 
-def test_a_start_of_whole_transformers_in_several_files_is_no_lora(tiny_t2v2: Path, tmp_path: Path) -> None:
+def test_a_start_of_whole_transformers_in_several_files_is_not_a_lora(tiny_t2v2: Path, tmp_path: Path) -> None:
     policy = Policy.load(tiny_t2v2, device="cpu")
     policy.experts.train_all()
     for expert, side in enumerate(("high_noise", "low_noise")):
