@@ -148,3 +148,8 @@ def test_all_weights_are_not_trained_with_a_lora_on_them(tiny_t2v2: Path, tmp_pa
         train(run, 0)
     assert caught.value.problem == f"train.full trains all weights, but model.lora = {tmp_path}/lora"
     assert caught.value.hint == "name it in model.base_lora instead, which merges it into the model"
+    file = f"{tmp_path}/lora/low_noise.safetensors"
+    low = training.make_run(tmp_path / "low", tiny_t2v2, {"full": True}, model={"lora": "none", "lora_2": file})
+    training.advise(training.roll(low, 0, Policy.of(low.config.model)))
+    with pytest.raises(UserError, match=rf"^train.full trains all weights, but model.lora_2 = {file} \("):
+        train(low, 0)

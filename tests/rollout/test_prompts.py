@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rollout import plan as rollout_plan
+from rollout.prompts.chosen import check_files
 from rollout.prompts.load import Prompt, load_prompts, prompts_of_iteration, split
 from shards.errors import UserError
 from shards.process.progress import counted
@@ -166,3 +167,24 @@ def test_one_prompts_file_is_divided(tmp_path: Path) -> None:
         prompts(names[1], 0.3)
     with pytest.raises(UserError, match=r"^eval.holdout = 1e-06 leaves no prompt of 12 for evaluation"):
         prompts(names[0], 1e-6)
+
+
+def test_a_new_run_reads_the_files_that_are_here(tmp_path: Path) -> None:
+    """And no others: files at URLs, and a network of the user's for the OCR reward, may be on another machine."""
+    plain, chinese = write(tmp_path, "p.txt", '"A"\n"B"\n'), write(tmp_path, "zh.txt", '"营业中"\n"B"\n')
+
+    def check(prompts: str | Path, evaluation: str | Path = "words", *sets: str) -> None:
+        names = [f"rollout.prompts={prompts}", f"eval.prompts={evaluation}", "rollout.prompts_per_iteration=2"]
+        check_files(parse_config(apply_sets(read_preset("words"), [*names, *sets]), "here"))
+
+    url = "s3://nowhere/p.txt"
+    for prompts, evaluation in (("words", "words"), (plain, plain), (url, plain), (plain, url), (url, url)):
+        check(prompts, evaluation)
+    for prompts, evaluation in ((chinese, plain), (plain, chinese), (url, chinese)):
+        with pytest.raises(UserError, match=rf"^{chinese}, line 1: the text to be read, '营业中', has characters"):
+            check(prompts, evaluation)
+    check(chinese, plain, "score.options.ocr.recog_network=mine")
+    with pytest.raises(UserError, match=r"^rollout.prompts_per_iteration = 3, more than the 2 prompts to take"):
+        check(plain, "words", "rollout.prompts_per_iteration=3")
+    with pytest.raises(UserError, match=r"^eval.holdout = 0.5, but rollout.prompts is .*p.txt and eval.prompts s3://"):
+        check(plain, url, "eval.holdout=0.5")

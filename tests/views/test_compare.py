@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from shards.compare.page import page_of
 from shards.compare.runs import compare_runs
 from shards.compare.terminal import text_of
 from shards.errors import UserError
+from shards.report.panels import OUT_OF_ORDER
 from shards.run import Run, Stage
 from tests.support.shard_fixtures import advantage_frame, committed_stage
 
@@ -74,6 +76,20 @@ def test_the_command_and_its_page(runs: list[Path], tmp_path: Path, capsys: pyte
     assert text.count("<video") == 2 * 2 * 3  # runs, prompts and seeds of the last evaluation
     assert "B less A after 1 iteration" in text
     assert "<video" not in page_of(compare_runs(runs), 0)
+
+
+def test_hours_are_compared_where_both_runs_have_them(tmp_path: Path) -> None:
+    """A copy whose files have times of their own leaves a sentence in place of a curve."""
+    both = [make_run(tmp_path / name, "", 0.0) for name in ("one", "copy")]
+    for path in both:
+        record = Run(path).iteration(0).policy_record_path
+        record.parent.mkdir(exist_ok=True)
+        record.write_text("{}", encoding="utf-8")
+        began = Run(path).iteration(0).plan_path.stat().st_mtime
+        os.utime(record, (began + 3600,) * 2)
+    assert OUT_OF_ORDER not in page_of(compare_runs(both), 0)
+    os.utime(record, (began - 3600,) * 2)
+    assert OUT_OF_ORDER in page_of(compare_runs(both), 0)
 
 
 def test_what_was_measured_otherwise_is_not_paired(runs: list[Path], tmp_path: Path) -> None:
