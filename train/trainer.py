@@ -120,7 +120,7 @@ class ExpertTrainer:
         advantage = losses.clip_advantage(row([pair[0] for pair in pairs], batch.log_prob), self.config.advantage_clip)
         rows = self.losses.rows(batch, advantage, measure=measure, moved=self.moved)
         loss = (rows.loss * (weight / total)).sum()
-        (loss * self.world.size if self.world.size > 1 else loss).backward()
+        self.policy.experts.backward(loss * self.world.size if self.world.size > 1 else loss)
         if measure and self.config.is_published and not self.config.ratio_norm and self.world.data_rank > 0:
             rows.shift = None  # all ranks measured it, to stay in step; the first batch of the minibatch tells it
         kept = [index for index, pair in enumerate(pairs) if counts and pair[1] > 0]

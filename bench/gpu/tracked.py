@@ -92,10 +92,10 @@ class _FakeExperts(ExpertWeights):
         return {0: module}
 
 
-def extrapolated(model: Model, function: Callable[[int], int]) -> int:
-    """The peak with all blocks, from those with one and with two: blocks are equal."""
-    one, two = function(1), function(2)
-    return one + (model.size.layers - 1) * (two - one)
+def extrapolated(model: Model, function: Callable[[int], int], blocks: int = 2) -> int:
+    """The peak with all blocks, from those with `blocks` and one more: blocks are equal."""
+    fewer, more = function(blocks), function(blocks + 1)
+    return fewer + (model.size.layers - blocks) * (more - fewer)
 
 
 def sampling(model: Model) -> int:
@@ -177,7 +177,8 @@ def updating(model: Model, mesh: DeviceMesh | None = None) -> int:
                 trainer.losses.ahead.close()
             return tracker.peak("cpu")
 
-    return extrapolated(model, tracked)
+    # FSDP gathers the next block while one computes and a third one is freed
+    return extrapolated(model, tracked, blocks=2 if mesh is None else 3)
 
 
 def _trainer(model: Model, policy: Policy) -> ExpertTrainer:

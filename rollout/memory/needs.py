@@ -160,7 +160,7 @@ def _train(model: Model, full: bool, checkpointing: bool, world: World = ALONE) 
     # in full training the reference speaks before, with the base model's weights in the place of the trained ones
     reference = settings.kl_beta > 0 and not full
     run = replace(model.forward(), train=True, checkpointing=checkpointing, reference=reference)
-    run = replace(run, rank=0 if full else model.rank)
+    run = replace(run, rank=0 if full else model.rank, apart=world.size > 1)
     peak = working(model.transformer, run)
     needed = peak.alive // world.ulysses
     parts = state | {"gathered layers": _gathered(model, full) if world.size > 1 else 0}
@@ -188,12 +188,14 @@ def _state(model: Model, full: bool, world: World) -> dict[str, int]:
 def _gathered(model: Model, full: bool) -> int:
     """What FSDP has whole for a moment: the ends of the model, a block and the next one, and gradients of a block.
 
-    In full training those are there in the dtype of the model and, on their way to the other ranks, in fp32.
+    Adapters and their gradients are fp32. In full training a block's gradients are there in the dtype of the model and,
+    on their way to the other ranks, in fp32.
     """
     size, dtype = model.size, model.config.model.dtype
     block = weight_bytes(size.block, dtype, size.block_kept)
     ends = model.weights - size.layers * block
-    return ends + 2 * block + (block + 4 * size.block if full else 0)
+    adapter = 0 if full else 4 * size.lora // size.layers
+    return ends + 2 * (block + adapter) + (block + 4 * size.block if full else adapter)
 
 
 def _lora_host(model: Model, world: World) -> int:

@@ -19,7 +19,8 @@ from rollout.policy.folder import EXPERT_FOLDERS, Layout, fingerprint_folder, lo
 from rollout.policy.full import full_hashes, is_full, load_full, save_full
 from rollout.policy.kernels.arithmetic import adapters_of, check_arithmetic, set_arithmetic
 from rollout.policy.offload import Offload
-from rollout.policy.sharding import Experts, check_ulysses, distribute
+from rollout.policy.sharding import Experts, backwards, check_ulysses, distribute
+from rollout.ranks.backwards import Backwards
 from rollout.ranks.world import World, full
 from shards.files import canonical_sha256
 from shards.plan import Arithmetic
@@ -50,6 +51,7 @@ class ExpertWeights:
         self._active: int | None = None
         self._sharded: Experts | None = None  # the experts as one module of FSDP, once they are distributed
         self._sharded_bases: Experts | None = None
+        self._backwards: Backwards | None = None  # of the sharded experts
         self._dtypes: dict[int, dict[str, torch.dtype]] = {}
         self._world = World()
 
@@ -95,6 +97,7 @@ class ExpertWeights:
         self._dtypes = {expert: self.dtypes(expert) for expert in self.expert_ids}
         self._sharded = distribute(self._experts, world)
         self._sharded_bases = distribute(self._bases, world) if self._bases else None
+        self._backwards = backwards(self._sharded)
         for module in (*self._experts.values(), *self._bases.values()):
             self._offload.leave(module)
 
@@ -118,11 +121,17 @@ class ExpertWeights:
 
     def forward(self, expert: int, *inputs: Tensor) -> Tensor:
         """The transformer's answer to latents, timesteps and embeddings."""
-        if self._sharded is not None:
-            out: Tensor = self._sharded(expert, *inputs)
-            return out
-        out = self._experts[expert](*inputs, return_dict=False)[0]
+        if self._sharded is not None and self._backwards is not None:
+            return self._backwards.cut(self._sharded(expert, *inputs))
+        out: Tensor = self._experts[expert](*inputs, return_dict=False)[0]
         return out
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a scalar loss of forwards; sharded weights are given theirs forward by forward."""
+        if self._backwards is None:
+            loss.backward()  # type: ignore[no-untyped-call]
+        else:
+            self._backwards.run(loss)
 
     # --- Adapters and identity ---------------------------------------------------------------------------------------
 
@@ -219,7 +228,7 @@ class ExpertWeights:
 
     def _undo_distribute(self) -> None:
         """The base model's experts, plain, from its folder: a rank alone has only its shards of them."""
-        self._sharded = self._sharded_bases = None
+        self._sharded = self._sharded_bases = self._backwards = None
         self._dtypes, self._bases, self._world = {}, {}, World()
         self._experts = self._load_base()
 

@@ -14,10 +14,11 @@ from diffusers import ContextParallelConfig, WanTransformer3DModel
 from diffusers.utils.logging import get_logger
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from rollout.policy.folder import tokens
+from rollout.ranks.backwards import Backwards
 from shards.errors import UserError
 from shards.run import EXPERT_NAMES
 
@@ -61,6 +62,12 @@ def distribute(members: dict[int, WanTransformer3DModel], world: World) -> Exper
     experts = Experts(members)
     fully_shard(experts, mesh=world.fsdp_mesh, mp_policy=EXACT)
     return experts
+
+
+def backwards(experts: Experts) -> Backwards:
+    """Backward passes through distributed experts; FSDP keeps what it prefetches by until the last of them."""
+    assert isinstance(experts, FSDPModule)
+    return Backwards(experts.set_is_last_backward)
 
 
 def check_ulysses(

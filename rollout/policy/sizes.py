@@ -20,6 +20,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 from rollout.lora.adapter import add_adapter
 from rollout.policy.folder import DTYPES
 from rollout.ranks.allocator import Allocator, Block
+from rollout.ranks.backwards import Backwards
 
 if TYPE_CHECKING:
     from torch import UntypedStorage
@@ -92,6 +93,8 @@ class Pass:
     """The reference policy is asked while the activations of the trained one wait (the KL term of LoRA)."""
     batch_guidance: bool = False
     """Both forwards of guidance in one batch."""
+    apart: bool = False
+    """Every forward has a backward pass of its own, as `ExpertWeights.backward` has it on ranks."""
 
 
 def expert_size(config: TransformerConfig, rank: int) -> ExpertSize:
@@ -107,15 +110,15 @@ def expert_size(config: TransformerConfig, rank: int) -> ExpertSize:
         add_adapter(module, rank, rank, 0)
         counts.append((everything, kept, sum(p.numel() for p in module.parameters()) - everything))
     layers = int(config["num_layers"])
-    parameters, kept, lora = (extrapolate(one, two, layers) for one, two in zip(*counts, strict=True))
+    parameters, kept, lora = (extrapolate(one, two, layers - 1) for one, two in zip(*counts, strict=True))
     width = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
     block, block_kept, _ = (two - one for one, two in zip(*counts, strict=True))
     return ExpertSize(parameters, kept, lora, layers, width, block, block_kept)
 
 
-def extrapolate(one: int, two: int, layers: int) -> int:
-    """What `layers` blocks have, when one has `one` and two have `two`."""
-    return one + (layers - 1) * (two - one)
+def extrapolate(fewer: int, more: int, blocks: int) -> int:
+    """What a model has that has `blocks` more than the one with `fewer`, when one block more has `more`."""
+    return fewer + blocks * (more - fewer)
 
 
 def vae_parameters(config: VaeConfig) -> int:
@@ -138,11 +141,12 @@ def working_bytes(config: TransformerConfig, run: Pass) -> int:
 def working(config: TransformerConfig, run: Pass) -> Peak:
     """What one forward (and backward) of an expert needs beside weights and gradients.
 
-    Run on meta tensors with one and two blocks and extrapolated. Attention counts as one fused kernel, which saves its
-    inputs, its output and one number a query. Scratch space inside kernels is not seen.
+    Run on meta tensors with two and three blocks and extrapolated: the peak grows by the same with every block after
+    the second, and by more with the second, which is the first to compute while another waits. Attention counts as one
+    fused kernel, which saves its inputs, its output and one number a query. Scratch space inside kernels is not seen.
     """
-    peaks = []
-    for layers in (1, 2):
+    peaks, fewer = [], min(2, int(config["num_layers"]))
+    for layers in (fewer, fewer + 1):
         module = _cast(meta_expert(config, layers), run.dtype)
         module.requires_grad_(run.train and run.rank == 0)
         if run.rank:
@@ -151,9 +155,9 @@ def working(config: TransformerConfig, run: Pass) -> Peak:
             module.enable_gradient_checkpointing()
         with fused_attention():
             peaks.append(pass_peak(module, config, run))
-    layers = int(config["num_layers"])
+    blocks = int(config["num_layers"]) - fewer
     alive, reserved = (
-        extrapolate(getattr(peaks[0], name), getattr(peaks[1], name), layers) for name in ("alive", "reserved")
+        extrapolate(getattr(peaks[0], name), getattr(peaks[1], name), blocks) for name in ("alive", "reserved")
     )
     return Peak(alive, max(alive, reserved))
 
@@ -277,25 +281,31 @@ def _pass(module: WanTransformer3DModel, config: TransformerConfig, run: Pass) -
     if run.per_token:
         _, high, wide = config["patch_size"]
         t = t[:, None].expand(-1, frames * (rows // high) * (columns // wide))
+    backwards = Backwards() if run.apart else None
+
+    def forward(*inputs: Tensor) -> Tensor:
+        out: Tensor = module(*inputs, return_dict=False)[0]
+        return (out if backwards is None else backwards.cut(out)).float()
+
     with contextlib.nullcontext() if run.train else torch.no_grad():
-        velocity = _velocity(module, (x, t, text), run)
+        velocity = _velocity(forward, (x, t, text), run)
         if run.reference:
             with torch.no_grad():
-                other = _velocity(module, (x, t, text), run)
+                other = _velocity(forward, (x, t, text), run)
             velocity = velocity - other
         if run.train:
-            velocity.square().mean().backward()
+            loss = velocity.square().mean()
+            loss.backward() if backwards is None else backwards.run(loss)
 
 
-def _velocity(module: WanTransformer3DModel, inputs: tuple[Tensor, Tensor, Tensor], run: Pass) -> Tensor:
+def _velocity(forward: Callable[..., Tensor], inputs: tuple[Tensor, Tensor, Tensor], run: Pass) -> Tensor:
     """One forward, or two, perhaps in one batch, and what guidance makes of them: [B,C,F,H,W] fp32."""
-    velocity: Tensor
     if run.guided and run.batch_guidance:
-        velocity, other = module(*(torch.cat([one, one]) for one in inputs), return_dict=False)[0].float().chunk(2)
+        velocity, other = forward(*(torch.cat([one, one]) for one in inputs)).chunk(2)
         return other + 2.0 * (velocity - other)
-    velocity = module(*inputs, return_dict=False)[0].float()
+    velocity = forward(*inputs)
     if run.guided:
-        other = module(*inputs, return_dict=False)[0].float()
+        other = forward(*inputs)
         velocity = other + 2.0 * (velocity - other)
     return velocity
 

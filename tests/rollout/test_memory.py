@@ -137,18 +137,19 @@ def test_encoder_and_decoder_sizes() -> None:
         {"train": True, "rank": 2, "checkpointing": True, "reference": True},
         {"train": True, "checkpointing": True},
         {"train": True, "rank": 2, "checkpointing": True, "per_token": True},
+        {"train": True, "checkpointing": True, "apart": True},
     ],
-    ids=["rollout", "LoRA", "LoRA, checkpointing, KL", "all weights", "a timestep per token"],
+    ids=["rollout", "LoRA", "LoRA, checkpointing, KL", "all weights", "a timestep per token", "all weights on ranks"],
 )
 def test_the_prediction_is_what_a_real_pass_holds(settings: dict[str, Any]) -> None:
-    config = {**dict(tiny_transformer(1).config), "num_layers": 4}
+    config = {**dict(tiny_transformer(1).config), "num_layers": 9}
     run = Pass((16, 3, 8, 8), 2, 24, "float32", guided=True, **settings)
     module: Any = WanTransformer3DModel.from_config(config).requires_grad_(run.train and not run.rank)
     if run.rank:
         add_adapter(module, run.rank, run.rank, 0)
     if run.checkpointing:
         module.enable_gradient_checkpointing()
-    assert working_bytes(config, run) == pytest.approx(pass_bytes(module, config, run), rel=0.1)
+    assert working_bytes(config, run) == pytest.approx(pass_bytes(module, config, run), rel=0.01)
 
 
 @pytest.mark.long
