@@ -232,6 +232,8 @@ def rounds_of(model: str, objective: str, small: bool, count: int, out: Path) ->
         found = one_round(Run.create(path, config), policy)
         policy.experts.become(None)
         shutil.rmtree(path)
+        ratios = ", ".join(f"{name} {value:.3f}" for name, value in found.ratios.items())
+        print(f"{model}, {objective}, round {number} of {count}: {ratios}", file=sys.stderr, flush=True)
         if number:
             yield found
 
@@ -243,7 +245,7 @@ def section(command: str, rows: Mapping[tuple[str, str], list[Round]]) -> str:
     """The section of the page: a row for each model and objective, medians with the range in brackets."""
     load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    count = len(next(iter(rows.values())))
+    count = min(len(rounds) for rounds in rows.values())
     names = ("rollout", "updates", "train stage", "gate")
     lines = [
         f"`{command}` on {cores} cores ({device}), {torch.get_num_threads()} thread, torch {torch.__version__}, load "
@@ -269,20 +271,21 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--small", action="store_true", help="tiny shapes and models: does it run?")
     parser.add_argument("--model", action="append", choices=("words", "53M"), help="only this one; both if absent")
-    parser.add_argument("--page", type=Path, help="write the section into this page")
+    parser.add_argument("--page", type=Path, help="write the section into this page after every row")
     arguments = parser.parse_args(words)
-    rows = {}
+    more = ["--small"] if arguments.small else []
+    more += [f"--rounds {arguments.rounds}"] if arguments.rounds != 5 else []
+    more += [f"--model {model}" for model in arguments.model or ()]
+    rows, text = {}, ""
     with tempfile.TemporaryDirectory(prefix="rushes-overhead-") as out:
         for model in arguments.model or ("words", "53M"):
             for objective in OBJECTIVES:
                 kind = arguments.small, arguments.rounds, Path(out)
                 rows[model, objective] = list(rounds_of(model, objective, *kind))
-    more = ["--small"] if arguments.small else []
-    more += [f"--rounds {arguments.rounds}"] if arguments.rounds != 5 else []
-    text = section(" ".join(["python bench/overhead.py", *more]), rows)
+                text = section(" ".join(["python bench/overhead.py", *more]), rows)
+                if arguments.page:
+                    replace_section(arguments.page, "overhead", text)
     print(text)
-    if arguments.page:
-        replace_section(arguments.page, "overhead", text)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from rollout.ranks.world import World
     from shards.config import TrainConfig
 
+MEASURED = 4
+"""One sample in so many of a batch tells how far the mean has moved, where that asks for a forward of its own."""
+
 
 @dataclass
 class Rows:
@@ -37,7 +40,10 @@ class Rows:
     clipped: Tensor
     kl: Tensor
     shift: Tensor | None = None
-    """Root mean square shift of the mean since the rollout, in standard deviations; None when not measured."""
+    """Root mean square shift of the mean since the rollout, in standard deviations, of all samples or the first ones.
+
+    None when not measured.
+    """
     more: dict[str, Tensor] = field(default_factory=dict)
     """Measurements of the objective at hand, detached: see docs/metrics.md."""
 
@@ -110,7 +116,8 @@ class Losses:
     def rows(self, batch: Batch, advantage: Tensor, *, measure: bool, moved: bool) -> Rows:
         """The losses of a batch with advantages [B], with gradient.
 
-        `measure` asks for the shift of the mean, if the expert has `moved`.
+        `measure` asks for the shift of the mean, if the expert has `moved`; where nothing else needs the old mean, of
+        the first samples alone.
         """
         if self.config.is_published:
             return self._published(batch, advantage, measure, moved)
@@ -131,7 +138,8 @@ class Losses:
         """The clipped ratio of a step's log-prob, by the stored transition."""
         config, step = self.config, batch.unit.step
         mask = self.forwards.free(batch, batch.x)
-        old_mean = self.forwards.old_mean(batch) if config.ratio_norm or (measure and moved) else None
+        count = batch.unit.size if config.ratio_norm else -(-batch.unit.size // MEASURED)
+        old_mean = self.forwards.old_mean(batch.first(count)) if config.ratio_norm or (measure and moved) else None
         scored = self.forwards.score(batch)
         old_log_prob = self.old_log_probs[batch.unit] if config.recompute_log_probs else batch.log_prob
         log_ratio = scored.log_prob - old_log_prob
@@ -144,7 +152,7 @@ class Losses:
         loss = self.step_weights[step] * policy_loss.loss + config.kl_beta * kl
         shift = None
         if old_mean is not None:
-            shift = losses.mean_shift(scored.mean.detach(), old_mean, scored.std, mask)
+            shift = losses.mean_shift(scored.mean[:count].detach(), old_mean, scored.std, mask)
         if measure and not moved:
             shift = torch.zeros_like(kl)
         return Rows(loss, policy_loss.ratio, policy_loss.clipped, kl, shift)

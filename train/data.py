@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -171,6 +171,21 @@ class Batch:
     def inputs(self, x: Tensor) -> StepInputs:
         """What the step of the unit starts from at a state [B, C, F, H, W]: the stored one, or another."""
         return StepInputs(x, self.prompt, self.negative, self.condition, self.x0_prev)
+
+    def first(self, count: int) -> Batch:
+        """The first samples alone."""
+        states = {name: value[:count] for name, value in self.states.items()}
+        return replace(
+            self,
+            unit=self.unit._replace(samples=self.unit.samples[:count]),
+            keys=self.keys[:count],
+            states=states,
+            log_prob=self.log_prob[:count],
+            prompt=self.prompt[:count],
+            negative=self.negative[:count],
+            condition=None if self.condition is None else self.condition[:count],
+            x0_prev=None if self.x0_prev is None else self.x0_prev[:count],
+        )
 
     @property
     def x(self) -> Tensor:

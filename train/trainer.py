@@ -256,7 +256,10 @@ def _detached(rows: Rows, advantage: Tensor, weight: Tensor, kept: list[int] | N
     if rows.shift is not None:
         found["shift"] = rows.shift
     everything = {name: value.detach().float() for name, value in found.items()}
-    return everything if kept is None else {name: value[kept] for name, value in everything.items()}
+    if kept is None:
+        return everything
+    chosen = {name: value[[index for index in kept if index < len(value)]] for name, value in everything.items()}
+    return {name: value for name, value in chosen.items() if name != "shift" or len(value)}
 
 
 def _on_host(collected: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:

@@ -304,6 +304,36 @@ def test_the_gradient_is_the_mean_over_rows_that_count(rolled: Run, policy: Poli
             parameter.grad = None
 
 
+def test_a_quarter_of_the_batch_tells_how_far_the_mean_has_moved(rolled: Run, policy: Policy, tmp_path: Path) -> None:
+    """RatioNorm needs the old mean of every row; without it one row of two is measured, and says the same."""
+
+    def all_but_the_first(key: str) -> tuple[float, float]:
+        return 1.0, float(not key.endswith("s00"))
+
+    def measured(counts: bool, **settings: Any) -> dict[str, torch.Tensor]:
+        run = training.fork(rolled, tmp_path / f"run-{counts}-{len(settings)}", **settings)
+        training.advise(run.iteration(0), (lambda key: (1.0, 1.0)) if counts else all_but_the_first)
+        inputs = freeze(run, run.iteration(0))
+        policy.experts.become(None)
+        policy.experts.add_lora(2, 4.0, 0)
+        trainer = ExpertTrainer(policy, inputs, run.config.train, 0)
+        with torch.no_grad():
+            for parameter in trainer.state.parameters.values():
+                parameter += 0.05
+        trainer.moved = True
+        unit = next(unit for unit in inputs.units() if unit.samples == (0, 1))
+        rows = trainer.backward(unit, 1.0, measure=True)
+        trainer.close()
+        return rows
+
+    one, all_rows = measured(True), measured(True, ratio_norm=True)
+    assert (len(one["shift"]), len(all_rows["shift"]), len(one["weight"])) == (1, 2, 2)
+    assert one["shift"] > 0
+    torch.testing.assert_close(one["shift"], all_rows["shift"][:1], rtol=1e-4, atol=0)
+    assert "shift" not in measured(False)  # its row does not count
+    assert len(measured(False, ratio_norm=True)["shift"]) == 1
+
+
 def test_the_gradient_is_cut_to_its_norm_over_all_weights(rolled: Run, policy: Policy, tmp_path: Path) -> None:
     run = training.fork(rolled, tmp_path / "run", max_grad_norm=1e-3)
     inputs = freeze(run, run.iteration(0))
