@@ -27,8 +27,14 @@ demo: setup
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bench/demo.sh $(DEMO)
 
 # Three processes for two cores: tests that kill processes, or let them wait, spend much of their time waiting.
+# COVER=1 also prints the share of lines that the shorter test modules run in their own process, and fails below LIGHT_FLOOR.
+LIGHT_FLOOR := 60
+LIGHT := build/coverage/light
 test: setup
-	$(BIN)/python -m pytest -n 3 --dist loadscope --no-loadscope-reorder
+	$(if $(filter 1,$(COVER)),rm -rf $(LIGHT) && mkdir -p $(LIGHT))
+	$(BIN)/python -m pytest -n 3 --dist loadscope --no-loadscope-reorder $(if $(filter 1,$(COVER)),--cover)
+	$(if $(filter 1,$(COVER)),$(BIN)/python -m coverage combine --quiet --data-file $(LIGHT)/all $(LIGHT)/data.*)
+	$(if $(filter 1,$(COVER)),@$(BIN)/python -m coverage report --data-file $(LIGHT)/all --fail-under $(LIGHT_FLOOR) --format=total)
 
 # The same tests, in nearly twice the time. The last line is the share of cli.py and the packages that was run, in
 # percent; below the floor of pyproject.toml it is an error. `.venv/bin/coverage html -d build/coverage/html` shows the lines.

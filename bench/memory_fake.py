@@ -7,9 +7,9 @@ The models are those of the presets, at their shapes. What runs is the product's
 `Policy.decode`, `Policy.encode`, `ExpertTrainer.update`. Fake tensors on `cuda` stand for those of a device. Updates
 run on fake tensors of the CPU with the kernels of a GPU, as autograd of fake CUDA tensors asks for a CUDA context.
 Steps and updates are tracked with two and with three blocks, three and four on ranks, and the difference stands for
-each of the others: the first blocks cost more, as nothing waits while the very first computes. Decoding
-has its whole expert, the text encoder all its layers. On 8 ranks FSDP2 shards the expert over a process group that
-sends nothing. What kernels and cuDNN take for scratch space is in neither column.
+each of the others (`rollout.policy.sizes.working` says why not with one and two). Decoding has its whole expert, the
+text encoder all its layers. On 8 ranks FSDP2 shards the expert over a process group that sends nothing. What kernels
+and cuDNN take for scratch space is in neither column.
 """
 
 from __future__ import annotations

@@ -39,10 +39,60 @@ LONGEST = (
     "test_ocr", "test_score_run",
 )  # fmt: skip
 
+# Modules that `--cover` leaves out: they take long, and most of the lines they run are also
+# run by other modules, or run in child processes.
+UNCOVERED = (
+    *LONGEST, "test_store_hub", "test_train", "test_export", "test_train_objectives", "test_experts", "test_card",
+    "test_base_lora", "test_memory", "test_signals", "test_processes", "test_lora_forms", "test_lora_start",
+    "test_live_report", "test_docs", "test_recognisers", "test_full_disk", "test_bit_flips", "test_marginals",
+    "test_broken_samples", "test_memory_fake", "test_memory_sums",
+)  # fmt: skip
+
 # A busy machine is no failure, and the same code has the same result: `--hypothesis-profile search` looks elsewhere.
 settings.register_profile("search", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("patient", settings.get_profile("search"), derandomize=True, max_examples=30)
 settings.load_profile("patient")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--cover`: the lines that the shorter test modules run, for `make test COVER=1`."""
+    parser.addoption("--cover", action="store_true", help="measure the coverage of the shorter test modules")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start to measure before anything is imported: the lines of a module's body run with its import."""
+    runs_tests = hasattr(config, "workerinput") or not config.getoption("numprocesses", None)
+    if config.getoption("--cover") and runs_tests:
+        config.pluginmanager.register(Covered())
+
+
+class Covered:
+    """The coverage of imports, collection and the modules that are not in `UNCOVERED`, in this process alone."""
+
+    def __init__(self) -> None:
+        from coverage import Coverage
+
+        self._measured = Coverage(
+            config_file=False, source=["rollout", "score", "shards", "train"], source_pkgs=["cli"], omit=["*/here/*"],
+            data_file="build/coverage/light/data", data_suffix=True,
+        )  # fmt: skip
+        self._measured.start()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        """Measure one test, or leave it out."""
+        if item.path.stem not in UNCOVERED:
+            return (yield)
+        self._measured.stop()
+        try:
+            return (yield)
+        finally:
+            self._measured.start()
+
+    def pytest_sessionfinish(self) -> None:
+        """Write what was measured."""
+        self._measured.stop()
+        self._measured.save()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -40,9 +40,9 @@ class Rows:
     clipped: Tensor
     kl: Tensor
     shift: Tensor | None = None
-    """Root mean square shift of the mean since the rollout, in standard deviations, of all samples or the first ones.
+    """Root mean square shift of the mean since the rollout, in standard deviations; None when not measured.
 
-    None when not measured.
+    Of all samples, or of some that count.
     """
     more: dict[str, Tensor] = field(default_factory=dict)
     """Measurements of the objective at hand, detached: see docs/metrics.md."""
@@ -116,8 +116,7 @@ class Losses:
     def rows(self, batch: Batch, advantage: Tensor, *, measure: bool, moved: bool) -> Rows:
         """The losses of a batch with advantages [B], with gradient.
 
-        `measure` asks for the shift of the mean, if the expert has `moved`; where nothing else needs the old mean, of
-        the first samples alone.
+        `measure` asks for the shift of the mean, if the expert has `moved`.
         """
         if self.config.is_published:
             return self._published(batch, advantage, measure, moved)
@@ -138,8 +137,9 @@ class Losses:
         """The clipped ratio of a step's log-prob, by the stored transition."""
         config, step = self.config, batch.unit.step
         mask = self.forwards.free(batch, batch.x)
-        count = batch.unit.size if config.ratio_norm else -(-batch.unit.size // MEASURED)
-        old_mean = self.forwards.old_mean(batch.first(count)) if config.ratio_norm or (measure and moved) else None
+        asks = config.ratio_norm or (measure and moved)
+        rows = self._measured(batch) if asks and not config.ratio_norm else None
+        old_mean = self.forwards.old_mean(batch if rows is None else batch.take(rows)) if asks else None
         scored = self.forwards.score(batch)
         old_log_prob = self.old_log_probs[batch.unit] if config.recompute_log_probs else batch.log_prob
         log_ratio = scored.log_prob - old_log_prob
@@ -152,10 +152,23 @@ class Losses:
         loss = self.step_weights[step] * policy_loss.loss + config.kl_beta * kl
         shift = None
         if old_mean is not None:
-            shift = losses.mean_shift(scored.mean[:count].detach(), old_mean, scored.std, mask)
+            mean = scored.mean.detach()
+            shift = losses.mean_shift(mean if rows is None else mean[rows], old_mean, scored.std, mask)
         if measure and not moved:
             shift = torch.zeros_like(kl)
         return Rows(loss, policy_loss.ratio, policy_loss.clipped, kl, shift)
+
+    def _measured(self, batch: Batch) -> list[int] | None:
+        """Rows that tell how far the mean has moved, where only that asks for a forward; None stands for all.
+
+        A quarter of them, of those that count. In half precision other shapes round otherwise, by as much as a small
+        shift, and compiled blocks are compiled for each shape: there it is all.
+        """
+        policy = self.forwards.policy
+        if policy.dtype != "float32" or policy.experts.arithmetic.compile:
+            return None
+        count = -(-batch.unit.size // MEASURED)
+        return [row for row, key in enumerate(batch.keys) if self.inputs.advantages[key][1] > 0][:count] or [0]
 
     def _matched(self, batch: Batch, advantage: Tensor, moved: bool) -> Rows:
         """Losses in the velocity of the policy, that of the policy that sampled, and a target, at one state.

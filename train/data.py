@@ -164,7 +164,7 @@ class Batch:
     negative: Tensor
     """[B, text_length, D] padded embeddings of the negative prompt."""
     condition: Tensor | None = None
-    """Of image-to-video."""
+    """Of image-to-video; one for all samples."""
     x0_prev: Tensor | None = None
     """[B, C, F, H, W] of the 2M law."""
 
@@ -172,19 +172,18 @@ class Batch:
         """What the step of the unit starts from at a state [B, C, F, H, W]: the stored one, or another."""
         return StepInputs(x, self.prompt, self.negative, self.condition, self.x0_prev)
 
-    def first(self, count: int) -> Batch:
-        """The first samples alone."""
-        states = {name: value[:count] for name, value in self.states.items()}
+    def take(self, rows: list[int]) -> Batch:
+        """These samples alone, by their positions in the batch."""
+        states = {name: value[rows] for name, value in self.states.items()}
         return replace(
             self,
-            unit=self.unit._replace(samples=self.unit.samples[:count]),
-            keys=self.keys[:count],
+            unit=self.unit._replace(samples=tuple(self.unit.samples[row] for row in rows)),
+            keys=[self.keys[row] for row in rows],
             states=states,
-            log_prob=self.log_prob[:count],
-            prompt=self.prompt[:count],
-            negative=self.negative[:count],
-            condition=None if self.condition is None else self.condition[:count],
-            x0_prev=None if self.x0_prev is None else self.x0_prev[:count],
+            log_prob=self.log_prob[rows],
+            prompt=self.prompt[rows],
+            negative=self.negative[rows],
+            x0_prev=None if self.x0_prev is None else self.x0_prev[rows],
         )
 
     @property

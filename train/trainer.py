@@ -73,8 +73,9 @@ class ExpertTrainer:
     def update(self, units: Sequence[Unit], slots: Sequence[Slot], following: Unit | None = None) -> dict[str, float]:
         """One optimizer step on a minibatch, of which this rank does its slots; returns the metrics of the whole.
 
-        Gradients add up batch by batch, each with its own backward pass, and every row is divided by the weight of the
-        whole minibatch, so that the result does not depend on how the rows are cut into chunks or dealt to ranks.
+        Gradients add up batch by batch, each with its own backward pass (on ranks, one per forward). Every row is
+        divided by the weight of the whole minibatch, so that the result does not depend on how the rows are cut into
+        chunks or dealt to ranks.
         `following` is the first unit of the next update, to be read in the meantime.
         """
         started = time.monotonic()
@@ -258,8 +259,11 @@ def _detached(rows: Rows, advantage: Tensor, weight: Tensor, kept: list[int] | N
     everything = {name: value.detach().float() for name, value in found.items()}
     if kept is None:
         return everything
-    chosen = {name: value[[index for index in kept if index < len(value)]] for name, value in everything.items()}
-    return {name: value for name, value in chosen.items() if name != "shift" or len(value)}
+    shift = everything.pop("shift", None)
+    chosen = {name: value[kept] for name, value in everything.items()}
+    if shift is not None and kept:
+        chosen["shift"] = shift[kept] if len(shift) == len(weight) else shift
+    return chosen
 
 
 def _on_host(collected: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:

@@ -177,7 +177,7 @@ def updating(model: Model, mesh: DeviceMesh | None = None) -> int:
                 trainer.losses.ahead.close()
             return tracker.peak("cpu")
 
-    # FSDP gathers the next block while one computes and a third one is freed
+    # on ranks the next block is gathered while one computes, and the peak is linear from three blocks on
     return extrapolated(model, tracked, blocks=2 if mesh is None else 3)
 
 

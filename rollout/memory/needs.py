@@ -189,7 +189,7 @@ def _gathered(model: Model, full: bool) -> int:
     """What FSDP has whole for a moment: the ends of the model, a block and the next one, and gradients of a block.
 
     Adapters and their gradients are fp32. In full training a block's gradients are there in the dtype of the model and,
-    on their way to the other ranks, in fp32.
+    on their way to the other ranks, in fp32. Those of an adapter are counted once: the pass has them too.
     """
     size, dtype = model.size, model.config.model.dtype
     block = weight_bytes(size.block, dtype, size.block_kept)

@@ -121,13 +121,14 @@ class ExpertWeights:
 
     def forward(self, expert: int, *inputs: Tensor) -> Tensor:
         """The transformer's answer to latents, timesteps and embeddings."""
-        if self._sharded is not None and self._backwards is not None:
+        if self._sharded is not None:
+            assert self._backwards is not None
             return self._backwards.cut(self._sharded(expert, *inputs))
         out: Tensor = self._experts[expert](*inputs, return_dict=False)[0]
         return out
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a scalar loss of forwards; sharded weights are given theirs forward by forward."""
+        """Add the gradients of a scalar loss of forwards: with sharded weights in one backward pass per forward."""
         if self._backwards is None:
             loss.backward()  # type: ignore[no-untyped-call]
         else:

@@ -65,7 +65,7 @@ def distribute(members: dict[int, WanTransformer3DModel], world: World) -> Exper
 
 
 def backwards(experts: Experts) -> Backwards:
-    """Backward passes through distributed experts; FSDP keeps what it prefetches by until the last of them."""
+    """Backward passes through distributed experts. FSDP keeps its record of forwards until the last, to prefetch by."""
     assert isinstance(experts, FSDPModule)
     return Backwards(experts.set_is_last_backward)
 

@@ -8,10 +8,11 @@ from torch import Tensor
 
 
 class Backwards:
-    """Forwards that are cut from the graph of a loss, and gone through one by one.
+    """Cuts forwards out of the graph of a loss, and runs their backward passes one at a time, the last forward first.
 
     Guidance needs two forwards. In one backward pass autograd adds up both gradients of a weight before it hands them
-    on, so that between one forward and the other the gradients of all blocks wait, whole, on every rank.
+    on, so that between one forward and the other the gradients of all blocks wait, whole, on every rank. The price: the
+    gradients of a block are scattered once per forward.
     """
 
     def __init__(self, announce: Callable[[bool], None] = lambda last: None) -> None:
