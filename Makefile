@@ -28,7 +28,7 @@ demo: setup
 
 # Three processes for two cores: tests that kill processes, or let them wait, spend much of their time waiting.
 # COVER=1 also prints the share of lines that the shorter test modules run in their own process, and fails below LIGHT_FLOOR.
-LIGHT_FLOOR := 60
+LIGHT_FLOOR := 81
 LIGHT := build/coverage/light
 test: setup
 	$(if $(filter 1,$(COVER)),rm -rf $(LIGHT) && mkdir -p $(LIGHT))
