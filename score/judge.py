@@ -96,7 +96,7 @@ def _records(
 
 
 def _target(prompt: str, given: str) -> str | None:
-    """What a reward is told to look for: as in a run, the quoted text of the prompt where nothing else is given."""
+    """What a reward looks for: as in a run, the quoted text of the prompt where nothing else is given."""
     try:
         return target_of(prompt, given)
     except NoTarget:

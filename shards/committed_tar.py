@@ -210,7 +210,7 @@ def map_plain(path: Path) -> memoryview:
 
 
 def _open_tar_file(path: Path) -> int:
-    """A tar is no link, not even to another file of the run: it would be one shard under two names."""
+    """A tar must not be a link, even to another file of the run: it would be one shard under two names."""
     if path.is_symlink():
         raise Damaged(f"{path}: cannot be opened as a plain file: it is a link", REPAIR)
     try:

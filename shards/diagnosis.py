@@ -25,7 +25,7 @@ RATIO_SHARE = 0.1  # of train.clip_range: how far from 1 the ratio of the first 
 CLIP_HIGH = 0.4  # clip fraction above which updates are wasted
 CLIP_LOW = 0.05  # clip fraction below which the policy hardly moves
 CLIP_RUN = 5  # updates in a row before the clip fraction is worth a word
-FALL = 0.2  # share of its first value that a measurement may lose before it is told
+FALL = 0.2  # share of its first value that a measurement may lose before it is reported
 WATCHED = ("saturation", "edges", "entropy", "motion", "diversity")
 """Measurements of the reward `guards` that go down when a reward is hacked; `luma` and shares may move either way."""
 

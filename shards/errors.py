@@ -49,7 +49,7 @@ class NothingLeft(UserError):
 
 
 class Stopped(UserError):
-    """A signal asked for the end; what was in work is finished and kept, and the same command goes on from there."""
+    """A signal asked for the end; what was in work is finished and kept, and the same command continues from there."""
 
     exit_code = 75
 

@@ -122,7 +122,7 @@ def parse_meta(payload: memoryview, key: str, where: str) -> SampleValues:
 
 
 def keys_sha256(keys: Sequence[str]) -> str:
-    """sha256 of the sample keys of a shard, one a line, as the manifest records it."""
+    """sha256 of the sample keys of a shard, one per line, as the manifest records it."""
     return hashlib.sha256("\n".join(keys).encode()).hexdigest()
 
 

@@ -228,7 +228,7 @@ class RolloutPlan:
 
         try:
             plan = reader(cls).validate_json(data)
-            parse_object(data, most=LARGEST)  # a name that is given twice; fields of other types are told of above
+            parse_object(data, most=LARGEST)  # a name that is given twice; fields of other types are reported above
         except ValidationError as error:
             raise first_fault(error, where) from error
         except UserError as error:  # of the schedule, which knows no file

@@ -123,7 +123,7 @@ def decode_mp4(data: bytes, where: str = "video", shape: VideoShape | None = Non
 def load_video(path: str | Path, limits: VideoLimits = LIMITS) -> tuple[Frames, float]:
     """All frames [T,H,W,3] uint8 RGB of a video file, and the frames per second its container states.
 
-    Raises UserError for a file that is missing, is no plain file, holds no video, is beyond the `limits`, cannot be
+    Raises UserError for a file that is missing, is not a plain file, holds no video, is beyond the `limits`, cannot be
     decoded or states no frame rate. Playlists that name other files are not followed.
     """
     import av

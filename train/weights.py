@@ -37,7 +37,7 @@ class Masters:
 
     @torch.no_grad()
     def take(self, tensors: Mapping[str, Tensor], where: object) -> None:
-        """Go on from stored masters, which must round to the weights of the module. UserError when they do not."""
+        """Continue from stored masters, which must round to the weights of the module. UserError when they do not."""
         for name, weight in self.weights.items():
             stored = local(tensors[name]).to(weight.device, self.dtypes[name])
             if not torch.equal(stored, local(weight).to(self.dtypes[name])):

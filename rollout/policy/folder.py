@@ -258,7 +258,7 @@ def _load(kind: Any, folder: Path, **options: object) -> Any:
 
 
 def read_config(path: Path, hint: str) -> dict[str, Any]:
-    """One configuration file; UserError when it is missing, a Git LFS pointer or no JSON object."""
+    """One configuration file; UserError when it is missing, a Git LFS pointer or not a JSON object."""
     refuse_pointer(path)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

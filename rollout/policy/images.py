@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def open_image(image: str | Path | Image.Image) -> Image.Image:
-    """A PIL image in RGB; paths and URLs are opened. UserError when the file is missing or no image."""
+    """A PIL image in RGB; paths and URLs are opened. UserError when the file is missing or not an image."""
     from PIL import Image
 
     if not isinstance(image, str | Path):

@@ -80,7 +80,7 @@ def not_a_pipeline(folder: Path) -> UserError:
 def check_names(folder: Path) -> None:
     """UserError unless a part of a model has weights under the name that diffusers and transformers load.
 
-    Files of a variant (`….fp16.safetensors`), pickled ones and those of other names are told apart.
+    Files of a variant (`….fp16.safetensors`), pickled ones and those of other names are distinguished.
     """
     stem = STEMS.get(folder.name, STEM)
     wanted = f"{stem}.safetensors"

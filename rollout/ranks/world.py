@@ -1,7 +1,7 @@
 """The ranks of a run: who is who on the device mesh, what all of them must agree on, and how they speak with one voice.
 
-The mesh has four dimensions, (replicate, dp, ring, ulysses); a rank's data is told by the first two, its part of the
-token sequence by the last. FSDP shards over all but `replicate`.
+The mesh has four dimensions, (replicate, dp, ring, ulysses). The first two determine a rank's data, the last its part
+of the token sequence. FSDP shards over all but `replicate`.
 """
 
 from __future__ import annotations

@@ -190,7 +190,7 @@ def to_text(found: Described) -> str:
 def read_texts(value: object) -> list[object]:
     """What a reward has read, as its column `text` keeps it: a list with one item per frame looked at.
 
-    A text that is no such list is shown as it stands; what is no text is nothing that was read.
+    A text that is not such a list is shown as it stands; a value that is not text counts as nothing read.
     """
     try:
         found = parse_value(value, nan=True) if isinstance(value, str) else []

@@ -21,7 +21,7 @@ def open_file(path: str | Path, hint: str = COPY, root: Path | None = None) -> i
     """Descriptor of a plain file, to be read. Nothing of another kind is opened: a device might act, a pipe wait.
 
     A link is followed only within `root`, the run, which is found by the path where it is not given. Raises
-    FileNotFoundError when there is no file, and Damaged with `hint` when it is no plain file or cannot be opened.
+    FileNotFoundError when there is no file, and Damaged with `hint` when it is not a plain file or cannot be opened.
     """
     refuse_escape(path, hint, root)
     try:

@@ -37,7 +37,7 @@ def read_record(kind: type[T], path: Path, hint: str = COPY, root: Path | None =
 def parse_record(kind: type[T], data: bytes, where: object, hint: str = COPY) -> T:
     """The record of one kind in JSON, which errors say is in `where`.
 
-    Raises Damaged with `hint` for what is no JSON or no record of that kind (a field that is missing, unknown or of
+    Raises Damaged with `hint` for what is not JSON or not a record of that kind (a field that is missing, unknown or of
     another type, values that do not fit together), and for a record that is not the one its checksum was taken of.
     A record written before there were checksums has none, and is not held against one.
     """

@@ -64,7 +64,7 @@ def _number(text: str) -> float:
 
 
 def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _depth(value: object) -> int:
@@ -84,4 +84,4 @@ def _refuse_surrogates(value: object) -> None:
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise ValueError("a text holds a lone surrogate, which is no character") from None
+        raise ValueError("a text holds a lone surrogate, which is not a character") from None

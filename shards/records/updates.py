@@ -31,7 +31,7 @@ def read_updates(path: Path, iteration: int | None = None) -> list[Update]:
     """The updates in a metrics.jsonl, without their checksums; none when there is no file.
 
     A last line cut off by a kill is left out. So is all that follows a damaged line, which `rushes verify` names, or a
-    line of another iteration than the one that is asked for. Raises Damaged for what is no plain file, or too large.
+    line of another iteration than the one that is asked for. Raises Damaged for a file that is not plain, or too large.
     """
     found = []
     for line in _lines(path):
@@ -81,9 +81,9 @@ def parse_update(line: bytes) -> Update:
     for name, value in record.items():
         if name == "expert":
             if not isinstance(value, str):
-                raise ValueError("its expert is no text")
+                raise ValueError("its expert is not a text")
         elif isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"{name[:80]} is no number")
+            raise ValueError(f"{name[:80]} is not a number")
     for name in COUNTS:
         if not isinstance(record.get(name), int) or not 0 <= record[name] < 2**53:
             raise ValueError(f"it has no {name}")

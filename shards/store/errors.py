@@ -89,7 +89,7 @@ def plain(url: str, error: Exception) -> Exception:
     if "NoSuchBucket" in names or "bucket does not exist" in text:
         return UserError(f"{bucket}: no such bucket", "make it, or correct the URL")
     if OFFLINE in names:
-        return UserError(f"{url}: the client of the hub is told to stay offline", "unset HF_HUB_OFFLINE")
+        return UserError(f"{url}: the client of the hub is set to stay offline", "unset HF_HUB_OFFLINE")
     if names & {"RepositoryNotFoundError", "RevisionNotFoundError"} and "GatedRepoError" not in names:
         what = "repository" if "RepositoryNotFoundError" in names else "branch, tag or commit"
         hint = f"correct the URL, make it with `hf repos create`, or log in: {HINTS['hf']}"

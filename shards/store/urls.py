@@ -153,7 +153,7 @@ def last_name(path: str) -> str | None:
 
 
 def _folder(store: str) -> str:
-    """One folder a store; servers of one's own are told apart, for their buckets may have the same names."""
+    """One folder a store; servers of one's own are distinguished, because their buckets may have the same names."""
     found = [os.environ[name] for name in ENDPOINTS.get(store, ()) if os.environ.get(name)]
     if not found:
         return store

@@ -37,7 +37,7 @@ def _log_faults(stage: Stage, log: Path) -> Iterator[Damaged]:
 
 def _log_gaps(stage: Stage) -> Iterator[Damaged]:
     """Updates that a checkpoint covers and that the log does not have."""
-    with suppress(Damaged):  # a log that cannot be read is told of as such
+    with suppress(Damaged):  # a log that cannot be read is reported as such
         known = {(one["expert"], one["update"]) for one in read_metrics(stage)}
         for folder in sorted(stage.policy_dir.glob("trainer/*/update-*")):
             expert, update = folder.parent.name, folder.name.removeprefix("update-")
@@ -99,7 +99,7 @@ def _contradictions(record: PolicyRecord, stage: Stage) -> Iterator[str]:
     for what, one in (("fingerprint", record), ("average.fingerprint", record.average)):
         if one and one.fingerprint != canonical_sha256({"base": record.base, "adapters": one.adapters}):
             yield f"{what} is not that of its base and its adapters"
-    with suppress(UserError):  # a damaged plan is told of elsewhere
+    with suppress(UserError):  # a damaged plan is reported elsewhere
         plan = stage.plan()
         if plan is not None and plan.policy.base != record.base:
             yield f"its base is not that of {stage.plan_path}"

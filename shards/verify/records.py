@@ -71,7 +71,7 @@ def links_out(folder: Path) -> Iterator[Problem]:
 
 
 def unvouched(stage: Stage) -> Iterator[Problem]:
-    """Files that were written before each had a checksum of its own; damaged ones are told of elsewhere."""
+    """Files that were written before each had a checksum of its own; damaged ones are reported elsewhere."""
     found: list[Path] = []
     readers = {
         read_policy: [stage.policy_record_path], read_train_plan: [stage.train_plan_path],

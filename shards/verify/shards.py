@@ -153,7 +153,7 @@ def _check_rows(stage: Stage, shard: int, manifest: Manifest | None, rows: list[
 
 
 def _sample_problems(stage: Stage, shard: int, rows: list[index.Row]) -> Iterator[Problem]:
-    plan, _ = result(stage.plan)  # a damaged one is told of as such
+    plan, _ = result(stage.plan)  # a damaged one is reported as such
     if plan is not None:
         path = stage.shard_path(shard)
         for fault in sample_faults(map_plain(path), rows, plan, stage.plan_sha256(), str(path)):

@@ -53,7 +53,7 @@ def _check_source(stage: Stage, scorer: str, committed: list[int]) -> None:
 
 
 def _strays(folder: Path, committed: list[int]) -> Iterator[Problem]:
-    """Tables of shards that do not exist, and files that are no tables and would break a reader of the folder."""
+    """Tables of shards that do not exist, and files that are not tables and would break a reader of the folder."""
     known = {f"shard-{shard:06d}.parquet" for shard in committed}
     for name in sorted(os.listdir(folder)):
         if name not in known and not name.startswith((".", "_")):
@@ -61,7 +61,7 @@ def _strays(folder: Path, committed: list[int]) -> Iterator[Problem]:
 
 
 def _check_summary(stage: Stage, name: str) -> None:
-    """The summary of advantages tells of the tables beside it, whose own faults are told elsewhere."""
+    """The summary of advantages describes the tables beside it, whose own faults are reported elsewhere."""
     path = stage.summary_path(name)
     summary = read_summary(path) if os.path.lexists(path) else None
     read = [result(sidecar.read_table, stage.advantage_path(name, shard))[0] for shard in stage.shards()]

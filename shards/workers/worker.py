@@ -96,7 +96,7 @@ class Tally:
         self.sizes.update(sizes)
 
     def take(self, shard: int) -> None:
-        """From now on what is finished of this shard is what `count` is told of it."""
+        """From now on `count` receives what is finished of this shard."""
         self.mine.add(shard)
 
     def count(self, new: int, note: str = "") -> None:

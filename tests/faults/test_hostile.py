@@ -137,7 +137,7 @@ def test_a_record_whose_checksum_is_not_its_own(stage: Stage) -> None:
     assert str(path) in told(stage)
 
 
-# --- What is no plain file -------------------------------------------------------------------------------------------
+# --- What is not a plain file -----------------------------------------------------------------------------------------
 
 
 def pipe(path: Path) -> None:

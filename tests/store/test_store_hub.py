@@ -486,7 +486,7 @@ def test_a_repository_that_ignores_our_files(hub: Hub) -> None:
 
 def test_a_client_that_is_told_to_stay_offline(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"told to stay offline \(hint: unset HF_HUB_OFFLINE\)"):
+    with pytest.raises(UserError, match=r"set to stay offline \(hint: unset HF_HUB_OFFLINE\)"):
         Run.open(URL)
 
 
