@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from rollout.ranks.world import World
     from shards.config import TrainConfig
 
-MEASURED = 4
-"""One sample in so many of a batch tells how far the mean has moved, where that asks for a forward of its own."""
-
 
 @dataclass
 class Rows:
@@ -40,10 +37,7 @@ class Rows:
     clipped: Tensor
     kl: Tensor
     shift: Tensor | None = None
-    """Root mean square shift of the mean since the rollout, in standard deviations; None when not measured.
-
-    Of all samples, or of some that count.
-    """
+    """Root mean square shift of the mean since the rollout, in standard deviations; None when not measured."""
     more: dict[str, Tensor] = field(default_factory=dict)
     """Measurements of the objective at hand, detached: see docs/metrics.md."""
 
@@ -137,38 +131,33 @@ class Losses:
         """The clipped ratio of a step's log-prob, by the stored transition."""
         config, step = self.config, batch.unit.step
         mask = self.forwards.free(batch, batch.x)
-        asks = config.ratio_norm or (measure and moved)
-        rows = self._measured(batch) if asks and not config.ratio_norm else None
-        old_mean = self.forwards.old_mean(batch if rows is None else batch.take(rows)) if asks else None
+        old_mean = self._old_mean(batch) if config.ratio_norm or (measure and moved) else None
         scored = self.forwards.score(batch)
         old_log_prob = self.old_log_probs[batch.unit] if config.recompute_log_probs else batch.log_prob
         log_ratio = scored.log_prob - old_log_prob
         if config.ratio_norm and old_mean is not None:
-            log_ratio = losses.ratio_norm(
-                log_ratio, scored.mean, old_mean, scored.std, self.forwards.free(batch, batch.x)
-            )
+            log_ratio = losses.ratio_norm(log_ratio, scored.mean, old_mean, scored.std, mask)
         policy_loss = losses.policy_loss(log_ratio, advantage, config.clip_range)
         kl = self._kl(batch, batch.x, scored.velocity, scored.mean)
         loss = self.step_weights[step] * policy_loss.loss + config.kl_beta * kl
         shift = None
         if old_mean is not None:
-            mean = scored.mean.detach()
-            shift = losses.mean_shift(mean if rows is None else mean[rows], old_mean, scored.std, mask)
+            shift = losses.mean_shift(scored.mean.detach(), old_mean, scored.std, mask)
         if measure and not moved:
             shift = torch.zeros_like(kl)
         return Rows(loss, policy_loss.ratio, policy_loss.clipped, kl, shift)
 
-    def _measured(self, batch: Batch) -> list[int] | None:
-        """Rows that tell how far the mean has moved, where only that asks for a forward; None stands for all.
+    def _old_mean(self, batch: Batch) -> Tensor:
+        """Mean [B, C, F, H, W] of the stored transition when it was sampled.
 
-        A quarter of them, of those that count. In half precision other shapes round otherwise, by as much as a small
-        shift, and compiled blocks are compiled for each shape: there it is all.
+        The noise of the step gives it back without a forward, within the rounding of the stored states. That is small
+        beside any shift in fp32, not in half precision; and what enters the loss is 0 to the bit before the first
+        update only from a forward.
         """
-        policy = self.forwards.policy
-        if policy.dtype != "float32" or policy.experts.arithmetic.compile:
-            return None
-        count = -(-batch.unit.size // MEASURED)
-        return [row for row, key in enumerate(batch.keys) if self.inputs.advantages[key][1] > 0][:count] or [0]
+        whole = self.inputs.rollouts.plan.storage_dtype == "float32"
+        if whole and not self.config.ratio_norm:
+            return self.forwards.sampled_mean(batch)
+        return self.forwards.old_mean(batch)
 
     def _matched(self, batch: Batch, advantage: Tensor, moved: bool) -> Rows:
         """Losses in the velocity of the policy, that of the policy that sampled, and a target, at one state.

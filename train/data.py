@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -171,20 +171,6 @@ class Batch:
     def inputs(self, x: Tensor) -> StepInputs:
         """What the step of the unit starts from at a state [B, C, F, H, W]: the stored one, or another."""
         return StepInputs(x, self.prompt, self.negative, self.condition, self.x0_prev)
-
-    def take(self, rows: list[int]) -> Batch:
-        """These samples alone, by their positions in the batch."""
-        states = {name: value[rows] for name, value in self.states.items()}
-        return replace(
-            self,
-            unit=self.unit._replace(samples=tuple(self.unit.samples[row] for row in rows)),
-            keys=[self.keys[row] for row in rows],
-            states=states,
-            log_prob=self.log_prob[rows],
-            prompt=self.prompt[rows],
-            negative=self.negative[rows],
-            x0_prev=None if self.x0_prev is None else self.x0_prev[rows],
-        )
 
     @property
     def x(self) -> Tensor:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from rollout.schedule import step_slope
+from rollout.schedule import step_slope, step_std
 from rollout.step import StepScore, step_log_prob, step_mean, step_velocity
 from rollout.transitions import noise, noise_seed
 from train.data import Batch, Inputs
@@ -37,7 +38,7 @@ class Forwards:
         if not noised_afresh(self.config):
             return batch.x
         sigma = self.inputs.rollouts.schedule.sigmas[batch.unit.step]
-        return (1.0 - sigma) * batch.x0 + sigma * self.fresh_noise(batch).to(batch.x0.device)
+        return (1.0 - sigma) * batch.x0 + sigma * self.fresh_noise(batch)
 
     def target(self, batch: Batch, x: Tensor, old: Tensor) -> Tensor:
         """u of `train.objectives.estimators`: the velocity [B, C, F, H, W] that the samples pull towards at x."""
@@ -66,11 +67,15 @@ class Forwards:
 
     def fresh_noise(self, batch: Batch) -> Tensor:
         """Noise [B, C, F, H, W] that no rollout has seen; of pairs, the same for all samples of a group."""
+        samples = [0] * batch.unit.size if self.inputs.pairs else batch.unit.samples
+        return self._noise(batch, FRESH_NOISE + batch.unit.step, samples)
+
+    def _noise(self, batch: Batch, step: int, samples: Sequence[int]) -> Tensor:
+        """Noise [B, C, F, H, W] of these samples of the batch's group at a step, on the policy's device."""
         plan, group = self.inputs.rollouts.plan, self.inputs.rollouts.groups[batch.unit.group]
-        step = FRESH_NOISE + batch.unit.step
-        samples = [0 if self.inputs.pairs else sample for sample in batch.unit.samples]
         seeds = [noise_seed(plan.seed, plan.iteration, group.prompt_id, sample, step) for sample in samples]
-        return torch.stack([noise(batch.x0.shape[1:], seed=seed) for seed in seeds])
+        like = next(iter(batch.states.values()))
+        return torch.stack([noise(like.shape[1:], seed=seed) for seed in seeds]).to(like.device)
 
     def free(self, batch: Batch, x: Tensor) -> Tensor | None:
         """Mask of the latents x [B, C, F, H, W] that are the policy's to choose; None when all are."""
@@ -85,6 +90,14 @@ class Forwards:
         """Mean [B, C, F, H, W] of the stored transition under the policy that sampled, without gradient."""
         with self.rolled_out.in_place():
             return self.score(batch).mean
+
+    def sampled_mean(self, batch: Batch) -> Tensor:
+        """The same without a forward: x' - std z, with the noise z of the rollout drawn again from its seeds.
+
+        It differs from `old_mean` by the rounding of the stored x'.
+        """
+        std = step_std(self.inputs.rollouts.schedule, batch.unit.step)
+        return batch.x_next - std * self._noise(batch, batch.unit.step, batch.unit.samples)
 
     def old_velocity(self, batch: Batch, x: Tensor) -> Tensor:
         """Velocity [B, C, F, H, W] at x of the policy that sampled, without gradient."""

@@ -259,11 +259,7 @@ def _detached(rows: Rows, advantage: Tensor, weight: Tensor, kept: list[int] | N
     everything = {name: value.detach().float() for name, value in found.items()}
     if kept is None:
         return everything
-    shift = everything.pop("shift", None)
-    chosen = {name: value[kept] for name, value in everything.items()}
-    if shift is not None and kept:
-        chosen["shift"] = shift[kept] if len(shift) == len(weight) else shift
-    return chosen
+    return {name: value[kept] for name, value in everything.items()}
 
 
 def _on_host(collected: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:

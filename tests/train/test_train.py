@@ -304,36 +304,66 @@ def test_the_gradient_is_the_mean_over_rows_that_count(rolled: Run, policy: Poli
             parameter.grad = None
 
 
-def test_a_quarter_of_the_batch_tells_how_far_the_mean_has_moved(rolled: Run, policy: Policy, tmp_path: Path) -> None:
-    """RatioNorm needs the old mean of every row; without it one row of two is measured, and says the same."""
-
-    def all_but_the_first(key: str) -> tuple[float, float]:
-        return 1.0, float(not key.endswith("s00"))
-
-    def measured(counts: bool, **settings: Any) -> dict[str, torch.Tensor]:
-        run = training.fork(rolled, tmp_path / f"run-{counts}-{len(settings)}", **settings)
-        training.advise(run.iteration(0), (lambda key: (1.0, 1.0)) if counts else all_but_the_first)
-        inputs = freeze(run, run.iteration(0))
-        policy.experts.become(None)
-        policy.experts.add_lora(2, 4.0, 0)
-        trainer = ExpertTrainer(policy, inputs, run.config.train, 0)
-        with torch.no_grad():
-            for parameter in trainer.state.parameters.values():
-                parameter += 0.05
-        trainer.moved = True
-        unit = next(unit for unit in inputs.units() if unit.samples == (0, 1))
-        rows = trainer.backward(unit, 1.0, measure=True)
+def test_the_noise_of_a_step_gives_back_the_mean_it_was_sampled_by(rolled: Run, policy: Policy, tmp_path: Path) -> None:
+    """For every unit of both experts: what a forward of the weights that sampled says, up to the rounding of x'."""
+    run = training.fork(rolled, tmp_path / "run")
+    inputs = freeze(run, run.iteration(0))
+    policy.experts.become(None)
+    policy.experts.add_lora(2, 4.0, 0)
+    for expert in (0, 1):
+        trainer = ExpertTrainer(policy, inputs, run.config.train, expert)
+        for unit in (unit for unit in inputs.units() if unit.expert == expert):
+            batch, forwards = read_batch(inputs.rollouts, policy, unit), trainer.losses.forwards
+            torch.testing.assert_close(forwards.sampled_mean(batch), forwards.old_mean(batch), rtol=0, atol=1e-6)
         trainer.close()
-        return rows
 
-    one, all_rows = measured(True), measured(True, ratio_norm=True)
-    assert (len(one["shift"]), len(all_rows["shift"]), len(one["weight"])) == (1, 2, 2)
-    assert one["shift"] > 0
-    torch.testing.assert_close(one["shift"], all_rows["shift"][:1], rtol=1e-4, atol=0)
-    second = measured(False)["shift"]  # the first row does not count
-    torch.testing.assert_close(second, all_rows["shift"][1:], rtol=1e-4, atol=0)
-    assert not torch.isclose(second, one["shift"], rtol=1e-4, atol=0)
-    assert torch.equal(measured(False, ratio_norm=True)["shift"], all_rows["shift"][1:])
+
+def moved_rows(run: Run, policy: Policy) -> tuple[dict[str, torch.Tensor], int]:
+    """Rows of the first batch of two after the weights have moved, and the forwards that they took."""
+    inputs, calls = freeze(run, run.iteration(0)), []
+    policy.experts.become(None)
+    policy.experts.add_lora(2, 4.0, 0)
+    trainer = ExpertTrainer(policy, inputs, run.config.train, 0)
+    with torch.no_grad():
+        for parameter in trainer.state.parameters.values():
+            parameter += 0.05
+    trainer.moved = True
+    unit = next(unit for unit in inputs.units() if unit.samples == (0, 1))
+    counting = policy.experts.module(0).register_forward_hook(lambda *_: calls.append(1))
+    rows = trainer.backward(unit, 1.0, measure=True)
+    counting.remove()
+    trainer.close()
+    return rows, len(calls)
+
+
+def test_how_far_the_mean_has_moved_is_measured_without_a_forward(rolled: Run, policy: Policy, tmp_path: Path) -> None:
+    """RatioNorm, which asks the weights that sampled, finds the same, in twice as many forwards."""
+    plain, forwards = moved_rows(training.fork(rolled, tmp_path / "plain", kl_beta=0.0), policy)
+    asked, more = moved_rows(training.fork(rolled, tmp_path / "asked", kl_beta=0.0, ratio_norm=True), policy)
+    assert more == 2 * forwards
+    assert len(plain["shift"]) == 2
+    assert (plain["shift"] > 0).all()
+    torch.testing.assert_close(plain["shift"], asked["shift"], rtol=1e-4, atol=0)
+
+
+def test_the_shift_is_that_of_the_rows_that_count(rolled: Run, policy: Policy, tmp_path: Path) -> None:
+    everything, _ = moved_rows(training.fork(rolled, tmp_path / "all"), policy)
+    run = training.fork(rolled, tmp_path / "second")
+    training.advise(run.iteration(0), lambda key: (1.0, float(not key.endswith("s00"))))
+    second, _ = moved_rows(run, policy)
+    assert torch.equal(second["shift"], everything["shift"][1:])
+
+
+def test_states_in_half_precision_are_too_coarse_to_tell_the_shift(
+    tiny_t2v2: Path, policy: Policy, tmp_path: Path
+) -> None:
+    run = training.make_run(tmp_path / "run", tiny_t2v2, storage_dtype="float16")
+    policy.experts.become(None)
+    training.advise(training.roll(run, 0, policy))
+    plain, forwards = moved_rows(training.fork(run, tmp_path / "plain"), policy)
+    asked, same = moved_rows(training.fork(run, tmp_path / "asked", ratio_norm=True), policy)
+    assert forwards == same
+    assert torch.equal(plain["shift"], asked["shift"])
 
 
 def test_the_gradient_is_cut_to_its_norm_over_all_weights(rolled: Run, policy: Policy, tmp_path: Path) -> None:
