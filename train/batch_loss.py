@@ -277,9 +277,9 @@ class Losses:
 
 
 def _reader(config: TrainConfig) -> Callable[[Rollouts, Unit], Stored]:
-    """The function that reads what the objective needs of a unit."""
+    """The function that reads what the objective needs of a unit, and draws its noise."""
     if noised_afresh(config):
-        return read_final
+        return partial(read_final, shared=config.objective == "dpo")
     return read_step if config.estimator == "noise" else read_end
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rollout.step import StepInputs
+from rollout.transitions import noise, noise_seed
 from shards.errors import UserError
 from shards.plan import Group, RolloutPlan, Schedule, sample_key
 from shards.reader import Shard, open_shard
@@ -19,6 +20,11 @@ from train.order import Unit
 
 if TYPE_CHECKING:
     from rollout.policy import Policy
+
+
+FRESH_NOISE = 1_000_000
+"""Added to a step's number for the seed of fresh noise. No schedule is that long, so no noise of a rollout is repeated.
+"""
 
 
 @dataclass(frozen=True)
@@ -140,7 +146,10 @@ class Stored:
 
     unit: Unit
     states: dict[str, Tensor]
-    """[B, C, F, H, W] each, as stored, those that were read: `x` before the step, `x_next` after it, `x0` the last."""
+    """[B, C, F, H, W] each, as stored, those that were read: `x` before the step, `x_next` after it, `x0` the last.
+
+    With `x0` alone also `noise`, to be added to it.
+    """
     log_prob: list[float]
     """B numbers, taken during the rollout; 0 where they were not read."""
     text: dict[str, Tensor]
@@ -213,10 +222,22 @@ def read_end(rollouts: Rollouts, unit: Unit) -> Stored:
     return Stored(unit, states, [0.0] * unit.size, rollouts.shards[unit.shard].group(unit.group))
 
 
-def read_final(rollouts: Rollouts, unit: Unit) -> Stored:
-    """The same for objectives that need no state of the trajectory but the final latents."""
+def read_final(rollouts: Rollouts, unit: Unit, *, shared: bool = False) -> Stored:
+    """The same for objectives that need no state of the trajectory but the final latents, and `noise` beside them.
+
+    No rollout has seen that noise. With `shared` all samples of a group have the same, as pairs need it.
+    """
     states = _states(rollouts, unit, {"x0": rollouts.schedule.steps})
+    samples = [0] * unit.size if shared else unit.samples
+    states["noise"] = noise_of(rollouts, unit, FRESH_NOISE + unit.step, samples, states["x0"].shape[1:])
     return Stored(unit, states, [0.0] * unit.size, rollouts.shards[unit.shard].group(unit.group))
+
+
+def noise_of(rollouts: Rollouts, unit: Unit, step: int, samples: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """Noise [B, *shape] fp32 of these samples of the unit's group at a step, on the host. Safe in any thread."""
+    plan, prompt = rollouts.plan, rollouts.groups[unit.group].prompt_id
+    seeds = [noise_seed(plan.seed, plan.iteration, prompt, sample, step) for sample in samples]
+    return torch.stack([noise(shape, seed=seed) for seed in seeds])
 
 
 def _states(rollouts: Rollouts, unit: Unit, wanted: dict[str, int]) -> dict[str, Tensor]:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from rollout.schedule import step_slope, step_std
 from rollout.step import StepScore, step_log_prob, step_mean, step_velocity
-from rollout.transitions import noise, noise_seed
-from train.data import Batch, Inputs
+from train.data import Batch, Inputs, noise_of
 from train.objectives import estimators, losses
 from train.objectives.settings import noised_afresh
 from train.order import Unit
@@ -20,10 +17,6 @@ from train.weights import RolledOut
 if TYPE_CHECKING:
     from rollout.policy import Policy
     from shards.config import TrainConfig
-
-FRESH_NOISE = 1_000_000
-"""Added to a step's number for the seed of fresh noise. No schedule is that long, so no noise of a rollout is repeated.
-"""
 
 
 class Forwards:
@@ -38,7 +31,7 @@ class Forwards:
         if not noised_afresh(self.config):
             return batch.x
         sigma = self.inputs.rollouts.schedule.sigmas[batch.unit.step]
-        return (1.0 - sigma) * batch.x0 + sigma * self.fresh_noise(batch)
+        return (1.0 - sigma) * batch.x0 + sigma * batch.states["noise"]
 
     def target(self, batch: Batch, x: Tensor, old: Tensor) -> Tensor:
         """u of `train.objectives.estimators`: the velocity [B, C, F, H, W] that the samples pull towards at x."""
@@ -65,18 +58,6 @@ class Forwards:
         """Whether the rollout took this step with noise."""
         return bool(self.inputs.rollouts.groups[unit.group].window)
 
-    def fresh_noise(self, batch: Batch) -> Tensor:
-        """Noise [B, C, F, H, W] that no rollout has seen; of pairs, the same for all samples of a group."""
-        samples = [0] * batch.unit.size if self.inputs.pairs else batch.unit.samples
-        return self._noise(batch, FRESH_NOISE + batch.unit.step, samples)
-
-    def _noise(self, batch: Batch, step: int, samples: Sequence[int]) -> Tensor:
-        """Noise [B, C, F, H, W] of these samples of the batch's group at a step, on the policy's device."""
-        plan, group = self.inputs.rollouts.plan, self.inputs.rollouts.groups[batch.unit.group]
-        seeds = [noise_seed(plan.seed, plan.iteration, group.prompt_id, sample, step) for sample in samples]
-        like = next(iter(batch.states.values()))
-        return torch.stack([noise(like.shape[1:], seed=seed) for seed in seeds]).to(like.device)
-
     def free(self, batch: Batch, x: Tensor) -> Tensor | None:
         """Mask of the latents x [B, C, F, H, W] that are the policy's to choose; None when all are."""
         return self.policy.free_mask(x, batch.condition)
@@ -96,8 +77,9 @@ class Forwards:
 
         It differs from `old_mean` by the rounding of the stored x'.
         """
-        std = step_std(self.inputs.rollouts.schedule, batch.unit.step)
-        return batch.x_next - std * self._noise(batch, batch.unit.step, batch.unit.samples)
+        rollouts, unit = self.inputs.rollouts, batch.unit
+        drawn = noise_of(rollouts, unit, unit.step, unit.samples, batch.x_next.shape[1:])
+        return batch.x_next - step_std(rollouts.schedule, unit.step) * drawn.to(batch.x_next.device)
 
     def old_velocity(self, batch: Batch, x: Tensor) -> Tensor:
         """Velocity [B, C, F, H, W] at x of the policy that sampled, without gradient."""

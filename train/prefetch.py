@@ -12,7 +12,7 @@ from train.order import Unit
 class Ahead:
     """Reads units, one ahead of whoever asks for them; what is read does not depend on that.
 
-    Only files are read in the thread: it draws no random number and touches no device.
+    The thread reads files and draws noise from seeds: it changes no generator and touches no device.
     """
 
     def __init__(self, read: Callable[[Unit], Stored]) -> None:

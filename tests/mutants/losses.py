@@ -152,21 +152,22 @@ SELECTION = mutations("train/objectives/selection.py", OBJECTIVE, [
 ])  # fmt: skip
 
 FORWARDS = mutations("train/forwards.py", GRADIENTS, [
-    ("fresh noise the wrong way round", "(1.0 - sigma) * batch.x0 + sigma * self.fresh_noise",
-     "sigma * batch.x0 + (1.0 - sigma) * self.fresh_noise"),
+    ("fresh noise the wrong way round", "(1.0 - sigma) * batch.x0 + sigma * batch.states",
+     "sigma * batch.x0 + (1.0 - sigma) * batch.states"),
     ("the noise of a step times its slope", "(batch.x_next - mean) / step_slope(schedule, step)",
      "(batch.x_next - mean) * step_slope(schedule, step)"),
+    ("the mean on the other side of its noise", "return batch.x_next - step_std", "return batch.x_next + step_std",
+     "tests/train/test_train.py::test_the_noise_of_a_step_gives_back_the_mean_it_was_sampled_by"),
     ("the target beyond x", "return (x - batch.x0) / schedule.sigmas[step]",
      "return (batch.x0 - x) / schedule.sigmas[step]"),
     ("the target at the next sigma", "return (x - batch.x0) / schedule.sigmas[step]",
      "return (x - batch.x0) / (schedule.sigmas[step + 1] + 1e-3)"),
     ("the error at another sigma", "target = (x - batch.x0) / self.inputs.rollouts.schedule.sigmas[batch.unit.step]",
      "target = (x - batch.x0) / self.inputs.rollouts.schedule.sigmas[0]", PAIRS),
-    ("partners of a pair with noises of their own", "0 if self.inputs.pairs else sample for sample",
-     "sample for sample", PAIRS),
 ])  # fmt: skip
 
 LOSSES = mutations("train/batch_loss.py", PARTS, [
+    ("partners of a pair with noises of their own", 'shared=config.objective == "dpo"', "shared=False", PAIRS),
     ("the ratio the other way", "log_ratio = scored.log_prob - old_log_prob",
      "log_ratio = old_log_prob - scored.log_prob",
      f"{PARTS} {TRAIN}::test_good_samples_become_likelier_and_bad_ones_less"),

@@ -423,7 +423,7 @@ def test_the_loss_is_the_sum_of_its_parts(objective: str, kl: str, rolled: Run, 
             sigma, t = schedule.sigmas[unit.step], schedule.timesteps[unit.step]
             if objective == "nft":
                 prompt = inputs.rollouts.groups[unit.group].prompt_id
-                fresh = trainer.losses.forwards.fresh_noise(chunk)
+                fresh = chunk.states["noise"]
                 for number, step in itertools.product(range(unit.size), range(schedule.steps + 1)):
                     seed = noise_seed(plan.seed, plan.iteration, prompt, unit.samples[number], step)
                     assert not torch.equal(fresh[number], noise(x.shape[1:], seed=seed))  # none of the rollout's own
