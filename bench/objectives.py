@@ -174,7 +174,7 @@ def guards(run: Run, k: int) -> dict[str, float]:
 
 def report(rows: list[dict[str, Any]]) -> str:
     """The tables of the page: mean over seeds, with the standard error over seeds where there are several."""
-    frame = pd.DataFrame(rows)
+    frame = pd.DataFrame(sorted(rows, key=_order))
     lines = []
     for (part, rewards), some in frame.groupby(["part", "rewards"], sort=False):
         lines += [f"**{'One iteration' if part == 'once' else 'A chain of iterations'}, reward {rewards}**", ""]
@@ -227,14 +227,15 @@ def main() -> None:
                 lambda job: subprocess.run([sys.executable, __file__, *sys.argv[1:], "--one", *job], check=True), jobs
             )
         )
-    rows = [json.loads(path.read_text()) for path in sorted(arguments.out.glob("*/result.json"), key=_age)]
-    text = report(rows)
+    text = report([json.loads(path.read_text()) for path in arguments.out.glob("*/result.json")])
     print(text)
     replace_section(arguments.page, "objectives", f"`python bench/objectives.py {' '.join(sys.argv[1:])}`\n\n{text}\n")
 
 
-def _age(path: Path) -> float:
-    return path.stat().st_mtime
+def _order(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Where a run stands in the tables: by reward, part, control, objective, seed."""
+    objective = list(OBJECTIVES).index(row["objective"])
+    return list(REWARDS).index(row["rewards"]), row["part"] != "once", row["control"], objective, row["seed"]
 
 
 if __name__ == "__main__":
