@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import shlex
@@ -876,6 +877,7 @@ def main() -> None:
     """Run the command line; one line and an exit code for everything that goes wrong."""
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    atexit.register(gc.freeze)  # else Python looks through all of torch at its end, for seconds
     try:
         sys.exit(app(prog_name="rushes", standalone_mode=False))
     except UserError as error:
@@ -883,7 +885,6 @@ def main() -> None:
             traceback.print_exc()
         if not error.told:
             tell(error)
-        gc.freeze()  # else Python looks through all of torch once more, for seconds that a batch system may not give
         sys.exit(error.exit_code)
     except Misuse as error:
         if not sys.argv[1:]:  # no command: the help itself

@@ -1,17 +1,25 @@
-"""The pictures of README.md: `python -m bench.pictures RUN` writes docs/pictures/ from a run that was evaluated.
+"""The pictures of the documentation, written to docs/pictures/.
+
+    python -m bench.pictures RUN                 # frames.png and report.png, from a run that was evaluated
+    python -m bench.pictures --objectives OUT    # objectives.png, from the chains of bench/objectives.py
 
 `frames.png` has the same held-out prompts and the same noise before and after, with their rewards: prompts at equal
 distances in the evaluation, not chosen ones. `report.png` is the top of the page of `rushes report`, in a headless
-Chromium.
+Chromium. `objectives.png` has the same for the last policy of every objective, a row each, below the base model.
 """
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 import shards
+from bench.objectives import OBJECTIVES
 from shards.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,6 +28,7 @@ if TYPE_CHECKING:
 FOLDER = Path(__file__).parents[1] / "docs" / "pictures"
 PROMPTS = 6
 SCALE = 3  # pixels of the picture for one of the video
+SMALL = 2  # the same, of the picture of all objectives
 GAP, LINE = 8, 22  # pixels between videos, and for a line of text
 WIDTH, HEIGHT = 1180, 930  # of what is shown of the report
 COLOURS = 64
@@ -55,6 +64,39 @@ def frames(run: RunView) -> Any:
     return picture
 
 
+def chains(out: Path) -> Any:
+    """A picture: one row an objective that was trained on OCR alone, below the base model; one column a prompt."""
+    from PIL import Image, ImageDraw
+
+    found = [json.loads(path.read_text()) | {"run": path.parent} for path in out.glob("chain-*/result.json")]
+    rows = [row for row in found if row["rewards"] == "ocr" and not row["control"]]
+    if not rows:
+        raise UserError(f"{out} has no chain", "run `python bench/objectives.py --parts chain` first")
+    rows.sort(key=lambda row: (list(OBJECTIVES).index(row["objective"]), row["seed"]))
+    labels = [("base model", rows[0]["before"], rows[0]["run"], min)]
+    labels += [(row["objective"], row["after"], row["run"], max) for row in rows]
+    strips = [(f"{name}: {reward:.2f}", strip(shards.open(path), which)) for name, reward, path, which in labels]
+    width, height = strips[0][1].size
+    picture = Image.new("RGB", (width + 2 * GAP, len(strips) * (height + LINE) + GAP), "white")
+    draw = ImageDraw.Draw(picture)
+    for line, (label, tiles) in enumerate(strips):
+        draw.text((GAP, line * (height + LINE) + 4), label, fill="black", font_size=14)
+        picture.paste(tiles, (GAP, line * (height + LINE) + LINE))
+    return picture
+
+
+def strip(run: RunView, which: Callable[..., Any]) -> Any:
+    """Middle frames of the first video of some prompts side by side, by the first (`min`) or last (`max`) policy."""
+    from PIL import Image
+
+    table = run.table(evaluation=True)
+    table = table[(table["sample"] == 0) & (table["iteration"] == which(table["iteration"]))].sort_values("prompt_id")
+    keys = list(table["key"])[:: max(1, len(table) // PROMPTS)][:PROMPTS]
+    middle = [video[len(video) // 2] for video in (run.frames(key, True) for key in keys)]
+    tiles = Image.fromarray(np.concatenate(middle, axis=1))
+    return tiles.resize((SMALL * tiles.width, SMALL * tiles.height), Image.Resampling.NEAREST)
+
+
 def report(run: RunView, path: Path) -> None:
     """The top of the page of the report, as a browser shows it."""
     from shards.report.page import write_report
@@ -76,11 +118,13 @@ def small(picture: Any, path: Path) -> None:
 
 
 def main() -> None:
-    """Write both pictures."""
+    """Write the pictures of a run, or of the objectives."""
     from PIL import Image
 
-    run = shards.open(sys.argv[1])
     FOLDER.mkdir(exist_ok=True)
+    if sys.argv[1] == "--objectives":
+        return small(chains(Path(sys.argv[2])), FOLDER / "objectives.png")
+    run = shards.open(sys.argv[1])
     small(frames(run), FOLDER / "frames.png")
     shown = FOLDER / "report.png"
     report(run, shown)

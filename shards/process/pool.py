@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import multiprocessing
 import os
 import signal
@@ -59,9 +60,13 @@ def _processes(executor: ProcessPoolExecutor) -> list[BaseProcess]:
 
 
 def _start(begin: Callable[..., None], *arguments: Any) -> None:
-    """The parent says when to end, by SIGTERM or by its own end; the other signals that ask for an end are its own."""
+    """The parent says when to end, by SIGTERM or by its own end; the other signals that ask for an end are its own.
+
+    A command waits for its processes at its end, so theirs must be quick, as in `cli.main`.
+    """
     for one in (signal.SIGUSR1, signal.SIGINT):
         signal.signal(one, signal.SIG_IGN)
+    atexit.register(gc.freeze)
     begin(*arguments)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

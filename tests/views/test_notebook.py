@@ -152,15 +152,30 @@ def test_the_page_is_made_from_the_docstrings() -> None:
         assert f"## `.{name}(" in page()
 
 
-def test_the_pictures_of_the_readme_are_made_from_a_run(run: RunView) -> None:
+def test_the_pictures_of_the_documentation_are_made_from_runs(run: RunView) -> None:
     from bench.pictures import FOLDER, GAP, SCALE, frames
 
     picture = frames(run)
     assert picture.width == GAP + 2 * (SCALE * 64 + GAP)  # two prompts
     assert len(picture.getcolors(2**24)) > 100
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert {path.name for path in FOLDER.iterdir()} == {*re.findall(r"docs/pictures/([\w.]+)\)", readme)}
+    pages = "".join(path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+    assert {path.name for path in FOLDER.iterdir()} == {*re.findall(r"\((?:docs/)?pictures/([\w.]+)\)", pages)}
     assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 400_000
+
+
+def test_the_picture_of_objectives_has_a_row_for_each_chain(run: RunView, folder: Path, tmp_path: Path) -> None:
+    from bench.pictures import GAP, LINE, SMALL, chains
+
+    for name, rewards, control in (("nft", "ocr", False), ("dpo", "ocr", False), ("sft", "ocr+motion", False),
+                                   ("grpo fresh, hold", "ocr", True)):  # fmt: skip
+        path = tmp_path / f"chain-{name}-{rewards}"
+        shutil.copytree(run.run.path, path)
+        row = {"objective": name, "rewards": rewards, "control": control, "seed": 1, "before": 0.4, "after": 0.5}
+        (path / "result.json").write_text(json.dumps(row))
+    picture = chains(tmp_path)
+    assert picture.height == 3 * (SMALL * 32 + LINE) + GAP  # the base model, nft, dpo
+    with pytest.raises(UserError, match="has no chain"):
+        chains(folder / "nothing")
 
 
 def test_the_notebook_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
