@@ -14,6 +14,7 @@ not timed.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -374,8 +375,16 @@ def minutes_to(curve: Sequence[tuple[float, float]], gain: float) -> str:
     return f"{reached[0] / 60:.1f}" if reached else "not reached"
 
 
-def section(marks: Sequence[Mark], command: str, threads: int) -> str:
-    """The section of the page: the curve, and what it comes to."""
+def steady(run: Run, iterations: int, block: int) -> float:
+    """Mean seconds of the iterations in which no process of rushes starts or ends; NaN if no block has one."""
+    began = [run.iteration(k).plan_path.stat().st_mtime for k in range(iterations)]
+    inner = [after - before for k, (before, after) in enumerate(itertools.pairwise(began))
+             if k % block and (k + 1) % block]  # fmt: skip
+    return float(np.mean(inner)) if inner else math.nan
+
+
+def section(marks: Sequence[Mark], command: str, threads: int, inner: float) -> str:
+    """The section of the page: the curve, and what it comes to; `inner` is what `steady` found."""
     last = marks[-1]
     lines = [f"`{command}` on {len(os.sched_getaffinity(0))} cores, the peer with {threads} threads, in turn.", "",
              "| iteration | rushes: minutes | held-out reward | one process: minutes | held-out reward |",
@@ -393,6 +402,8 @@ def section(marks: Sequence[Mark], command: str, threads: int) -> str:
         *lines, "",
         f"Iterations an hour: rushes {mine:.0f}, one process {theirs:.0f}, ratio {mine / theirs:.2f}. Minutes to "
         f"+{GAIN}: rushes {reached[0]}, one process {reached[1]}.", "",
+        f"Each turn of rushes is a command, whose processes start anew; those of the peer stay. An iteration of rushes "
+        f"in which none starts takes {inner:.1f} s, {3600 / inner:.0f} an hour: ratio {3600 / inner / theirs:.2f}.", "",
     ])  # fmt: skip
 
 
@@ -416,7 +427,8 @@ def main(words: list[str] | None = None) -> None:
     )
     more = "".join(f" --{name} {value}" for name in ("seed", "iterations", "block")
                    if (value := getattr(arguments, name)) != parser.get_default(name))  # fmt: skip
-    text = section(marks, f"python bench/peer_loop.py{more}", arguments.threads)
+    inner = steady(Run.open(arguments.out / f"rushes-{arguments.seed}"), arguments.iterations, arguments.block)
+    text = section(marks, f"python bench/peer_loop.py{more}", arguments.threads, inner)
     print(text)
     if arguments.page:
         replace_section(arguments.page, "peer", text)
