@@ -174,7 +174,7 @@ def guards(run: Run, k: int) -> dict[str, float]:
 
 def report(rows: list[dict[str, Any]]) -> str:
     """The tables of the page: mean over seeds, with the standard error over seeds where there are several."""
-    frame = pd.DataFrame(_ordered(rows))
+    frame = pd.DataFrame(ordered(rows))
     lines = []
     for (part, rewards), some in frame.groupby(["part", "rewards"], sort=False):
         lines += [f"**{'One iteration' if part == 'once' else 'A chain of iterations'}, reward {rewards}**", ""]
@@ -232,7 +232,7 @@ def main() -> None:
     replace_section(arguments.page, "objectives", f"`python bench/objectives.py {' '.join(sys.argv[1:])}`\n\n{text}\n")
 
 
-def _ordered(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def ordered(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Runs as the tables have them: by reward, part, control, objective, seed."""
 
     def place(row: dict[str, Any]) -> tuple[int, bool, bool, int, int]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import shards
-from bench.objectives import OBJECTIVES
+from bench.objectives import ordered
 from shards.errors import UserError
 
 if TYPE_CHECKING:
@@ -69,10 +69,9 @@ def chains(out: Path) -> Any:
     from PIL import Image, ImageDraw
 
     found = [json.loads(path.read_text()) | {"run": path.parent} for path in out.glob("chain-*/result.json")]
-    rows = [row for row in found if row["rewards"] == "ocr" and not row["control"]]
+    rows = ordered([row for row in found if row["rewards"] == "ocr" and not row["control"]])
     if not rows:
         raise UserError(f"{out} has no chain", "run `python bench/objectives.py --parts chain` first")
-    rows.sort(key=lambda row: (list(OBJECTIVES).index(row["objective"]), row["seed"]))
     labels = [("base model", rows[0]["before"], rows[0]["run"], min)]
     labels += [(row["objective"], row["after"], row["run"], max) for row in rows]
     strips = [(f"{name}: {reward:.2f}", strip(shards.open(path), which)) for name, reward, path, which in labels]

@@ -170,7 +170,8 @@ def test_the_picture_of_objectives_has_a_row_for_each_chain(run: RunView, folder
                                    ("grpo fresh, hold", "ocr", True)):  # fmt: skip
         path = tmp_path / f"chain-{name}-{rewards}"
         shutil.copytree(run.run.path, path)
-        row = {"objective": name, "rewards": rewards, "control": control, "seed": 1, "before": 0.4, "after": 0.5}
+        row = {"objective": name, "rewards": rewards, "control": control, "seed": 1, "part": "chain"}
+        row |= {"before": 0.4, "after": 0.5}
         (path / "result.json").write_text(json.dumps(row))
     picture = chains(tmp_path)
     assert picture.height == 3 * (SMALL * 32 + LINE) + GAP  # the base model, nft, dpo
