@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 # from run to run with one. bitexact keeps library versions and times out of the file.
 ENCODER = {"preset": "medium", "threads": "1", "x264-params": "threads=1:lookahead-threads=1:mbtree=0"}
 CONTAINER = {"fflags": "+bitexact"}
+CONVERT = 1
+"""Threads that convert colours. By default a picture gets as many as there are cores, and starts them anew."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def encode_mp4(frames: Frames, fps: int, crf: int = 12) -> bytes:
     `crf` is x264's quality, 0 (lossless) to 51. Raises UserError for odd sizes, which yuv420p cannot hold.
     """
     import av
-    from av.video.reformatter import Colorspace
+    from av.video.reformatter import Colorspace, VideoReformatter
 
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != "uint8" or not len(frames):
         raise UserError(f"frames are {frames.dtype} {list(frames.shape)}", "they must be uint8 [T, H, W, 3]")
@@ -72,7 +74,7 @@ def encode_mp4(frames: Frames, fps: int, crf: int = 12) -> bytes:
         raise UserError(
             f"frames of {frames.shape[2]}x{frames.shape[1]} cannot be encoded", "use an even width and height"
         )
-    sink = io.BytesIO()
+    sink, converter = io.BytesIO(), VideoReformatter()
     with av.open(sink, "w", format="mp4", options=CONTAINER) as container:
         stream: av.VideoStream = container.add_stream("libx264", rate=fps, options=ENCODER | {"crf": str(crf)})
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
@@ -81,8 +83,8 @@ def encode_mp4(frames: Frames, fps: int, crf: int = 12) -> bytes:
         stream.codec_context.color_primaries = stream.codec_context.color_trc = int(Colorspace.ITU709)
         for frame in frames:
             picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
-            picture = picture.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)
-            container.mux(stream.encode(picture))
+            planes = converter.reformat(picture, format="yuv420p", dst_colorspace=Colorspace.ITU709, threads=CONVERT)
+            container.mux(stream.encode(planes))
         container.mux(stream.encode(None))
     return sink.getvalue()
 
@@ -105,14 +107,15 @@ def decode_mp4(data: bytes, where: str = "video", shape: VideoShape | None = Non
     is decoded, and the first frame too many ends it. Without a plan LIMITS hold. Raises Damaged, naming `where`.
     """
     import av
-    from av.video.reformatter import Colorspace
+    from av.video.reformatter import Colorspace, VideoReformatter
 
-    limits = VideoLimits.of(shape) if shape else LIMITS
+    limits, converter = VideoLimits.of(shape) if shape else LIMITS, VideoReformatter()
     try:
         with _opened(data, limits, "mp4") as container:
             _check_header(container, limits, shape)
             pictures = _decoded(container, limits)
-            frames = [p.reformat(format="rgb24", src_colorspace=Colorspace.ITU709).to_ndarray() for p in pictures]
+            colours = {"format": "rgb24", "src_colorspace": Colorspace.ITU709, "threads": CONVERT}
+            frames = [converter.reformat(picture, **colours).to_ndarray() for picture in pictures]
         if shape and len(frames) != shape.frames:
             raise ValueError(f"it has {len(frames)} frames; the plan has {shape.frames}")
         return _stacked(frames)
@@ -138,7 +141,7 @@ def load_video(path: str | Path, limits: VideoLimits = LIMITS) -> tuple[Frames, 
                 raise UserError(f"{path} holds no video stream", "give a video file")
             rate: Fraction | None = container.streams.video[0].average_rate
             _check_header(container, limits)
-            frames = [frame.to_ndarray(format="rgb24") for frame in _decoded(container, limits)]
+            frames = [picture.to_ndarray(format="rgb24", threads=CONVERT) for picture in _decoded(container, limits)]
         if not frames:
             raise UserError(f"{path} holds no frames", "write the file again")
         if not rate:
