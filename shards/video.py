@@ -114,8 +114,12 @@ def decode_mp4(data: bytes, where: str = "video", shape: VideoShape | None = Non
         with _opened(data, limits, "mp4") as container:
             _check_header(container, limits, shape)
             pictures = _decoded(container, limits)
-            colours = {"format": "rgb24", "src_colorspace": Colorspace.ITU709, "threads": CONVERT}
-            frames = [converter.reformat(picture, **colours).to_ndarray() for picture in pictures]
+            frames = [
+                converter.reformat(
+                    picture, format="rgb24", src_colorspace=Colorspace.ITU709, threads=CONVERT
+                ).to_ndarray()
+                for picture in pictures
+            ]
         if shape and len(frames) != shape.frames:
             raise ValueError(f"it has {len(frames)} frames; the plan has {shape.frames}")
         return _stacked(frames)
