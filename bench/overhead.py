@@ -155,7 +155,7 @@ def bare_rollout(policy: Policy, rollouts: Rollouts, run: Run) -> float:
             for step in steps:
                 velocity(policy, expert, inputs, schedule.guidance[step])
     for chunk in chunks:
-        policy.vae.decode(latents.expand(chunk.count, -1, -1, -1, -1))
+        policy.vae.decode(latents.expand(chunk.count, -1, -1, -1, -1), plan.arithmetic.decode_batch)
     sync(policy.device)
     return time.monotonic() - began
 

@@ -96,6 +96,9 @@ class RolloutConfig(Section):
     batch_guidance: bool = Field(
         False, description="both forwards of guidance in one batch, twice as large; faster where a GPU has few tokens"
     )
+    decode_batch: int = Field(
+        1, ge=1, description="videos of a group that the VAE decodes at once; faster for small videos, in more memory"
+    )
     groups_per_shard: int = Field(1, ge=1, description="groups in one shard; a shard of 0.5 to 2 GB is a good size")
     workers: int = Field(1, ge=1, description="processes that sample at once, each with the whole model: for a CPU")
     ulysses: int = Field(

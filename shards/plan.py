@@ -173,7 +173,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """How forwards are computed, as far as it changes the last bits: the same in rollout and training.
+    """How networks are called, as far as it changes the last bits: the same in rollout and training.
 
     A plan has only what differs from these values, which are those of all plans from before there was a choice.
     """
@@ -186,6 +186,8 @@ class Arithmetic:
     """What torch.compile takes: nothing, or the blocks of the transformer."""
     batch_guidance: bool = False
     """Both forwards of guidance in one batch."""
+    decode_batch: int = 1
+    """Videos that the VAE decodes at once."""
     adapters: Adapters = "float32"
     """The dtype of products with LoRA: its own, or that of the model, to which its fp32 weights are then rounded."""
 
@@ -307,6 +309,7 @@ def _ranges(plan: RolloutPlan) -> dict[str, tuple[int, int, int]]:
     found = {"iteration": (plan.iteration, 0, most), "seed": (plan.seed, 0, 2**63 - 1)}
     found |= {name: (getattr(plan, name), 1, most) for name in ("group_size", "batch_size")}
     found |= {f"video.{name}": (getattr(video, name), 1, most) for name in ("height", "width", "frames", "fps")}
+    found["arithmetic.decode_batch"] = (plan.arithmetic.decode_batch, 1, most)
     return found | {"video.crf": (video.crf, 0, 51)}
 
 

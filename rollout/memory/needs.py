@@ -126,12 +126,15 @@ def _rollout(model: Model) -> Need:
 
 
 def _decode(model: Model) -> Need:
-    """The last expert stays on the device; videos are decoded one by one and then put together, in fp32."""
+    """The last expert stays on the device; `rollout.decode_batch` videos are decoded at once, in fp32, and then all
+    are put together."""
     video = model.config.rollout
     one = 4 * 3 * video.height * video.width * video.frames
     batch = model.forward().batch
-    peak = decode_peak(model.vae_config, model.shape)
-    parts = _resting(model) | {"VAE": model.vae, "working": max(peak.alive + (batch - 1) * one, 2 * batch * one)}
+    together = min(video.decode_batch, batch)
+    peak = decode_peak(model.vae_config, model.shape, together)
+    working = max(peak.alive + (batch - together) * one, 2 * batch * one)
+    parts = _resting(model) | {"VAE": model.vae, "working": working}
     return _need("decode", parts, _rollout_host(model), peak.reserved - peak.alive)
 
 

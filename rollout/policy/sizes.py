@@ -183,8 +183,8 @@ def decode_bytes(config: VaeConfig, shape: Shape) -> int:
     return decode_peak(config, shape).alive
 
 
-def decode_peak(config: VaeConfig, shape: Shape) -> Peak:
-    """What the VAE needs beside its weights to decode one video of latents (C, F, H, W) in fp32.
+def decode_peak(config: VaeConfig, shape: Shape, videos: int = 1) -> Peak:
+    """What the VAE needs beside its weights to decode some videos of latents (C, F, H, W) at once in fp32.
 
     The VAE works frame by frame, so three latent frames are run and the rest of the video is added.
     """
@@ -192,12 +192,12 @@ def decode_peak(config: VaeConfig, shape: Shape) -> Peak:
     some = min(frames, 3)
     with torch.device("meta"):
         vae = AutoencoderKLWan.from_config(dict(config))
-        latents = torch.zeros(1, channels, some, rows, columns)
+        latents = torch.zeros(videos, channels, some, rows, columns)
     vae.requires_grad_(False)
     with torch.no_grad():
         peak = peak_of(lambda: vae.decode(latents, return_dict=False)[0], vae)
     scale, step = int(config.get("scale_factor_spatial", 8)), int(config.get("scale_factor_temporal", 4))
-    rest = (frames - some) * step * 3 * rows * scale * columns * scale * 4
+    rest = videos * (frames - some) * step * 3 * rows * scale * columns * scale * 4
     return Peak(peak.alive + rest, peak.reserved + rest)
 
 

@@ -46,7 +46,7 @@ def of_plan(plan: RolloutPlan) -> Settings:
         found["form"] = schedule.form
     for expert, guidance in zip(schedule.experts, schedule.guidance, strict=True):
         found["guidance_scale_2" if expert == 1 else "guidance_scale"] = guidance
-    found["batch_guidance"] = plan.arithmetic.batch_guidance
+    found |= {name: getattr(plan.arithmetic, name) for name in ("batch_guidance", "decode_batch")}
     of_model = {f"model.{name}": getattr(plan.arithmetic, name) for name in ("attention", "compile")}
     return of_model | {f"rollout.{name}": value for name, value in found.items()}
 

@@ -22,7 +22,7 @@ from rollout.policy.folder import find_folder, read_layout, tokens
 from rollout.policy.sizes import (
     ExpertSize,
     Pass,
-    decode_bytes,
+    decode_peak,
     expert_size,
     pass_bytes,
     peak_bytes,
@@ -175,13 +175,14 @@ def test_checkpointing_needs_less_and_more_tokens_need_more() -> None:
     assert larger == pytest.approx(4 * working_bytes(config, kept), rel=0.35)
 
 
-def test_decoding_is_predicted_from_three_latent_frames() -> None:
+@pytest.mark.parametrize("videos", [1, 3])
+def test_decoding_is_predicted_from_three_latent_frames(videos: int) -> None:
     config = dict(tiny_vae(False).config)
     vae = AutoencoderKLWan.from_config(config).requires_grad_(False)
-    latents = torch.zeros(1, 16, 6, 8, 8)
+    latents = torch.zeros(videos, 16, 6, 8, 8)
     with torch.no_grad():
         real = peak_bytes(lambda: vae.decode(latents, return_dict=False)[0], vae)
-    assert decode_bytes(config, (16, 6, 8, 8)) == pytest.approx(real, rel=0.15)
+    assert decode_peak(config, (16, 6, 8, 8), videos).alive == pytest.approx(real, rel=0.15)
 
 
 def test_a_run_is_planned_from_its_configurations(tiny_t2v2: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""How forwards are computed: decided by the plan, the same in rollout and training, and refused where it cannot be."""
+"""How networks are called: decided by the plan, the same in rollout and training, and refused where it cannot be."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,6 +21,7 @@ from rollout.preview import preview
 from rollout.run import regenerate, rollout
 from shards.errors import UserError
 from shards.plan import Arithmetic
+from shards.reader import open_shard
 from shards.run import Run
 from shards.settings.without_effect import without_effect
 from tests.support import lora_forms as forms
@@ -133,6 +135,7 @@ def test_what_is_as_before_is_not_written(rolled: Run, policy: Policy, tiny_t2v2
 
 @pytest.mark.parametrize("settings", [
     {"model": {"attention": "_native_math"}}, {"model": {"attention": "native"}, "batch_guidance": True},
+    {"decode_batch": 2},
 ])  # fmt: skip
 def test_training_computes_as_the_plan_says_whatever_run_toml_says_now(
     settings: dict[str, Any], tiny_t2v2: Path, tmp_path: Path
@@ -141,7 +144,7 @@ def test_training_computes_as_the_plan_says_whatever_run_toml_says_now(
     sampled(run, Policy.of(run.config.model))
     planned = run.iteration(0).plan()
     assert planned is not None
-    names = ["model.attention=auto", "rollout.batch_guidance=false"]
+    names = ["model.attention=auto", "rollout.batch_guidance=false", "rollout.decode_batch=1"]
     changed = Run.open(run.path, names)
     assert "the plan of the stage is made" in without_effect(changed, changed.iteration(0), "train")
     policy = Policy.of(changed.config.model)
@@ -227,6 +230,39 @@ def test_one_batch_of_guidance_equals_two_within_rounding(layout: str, request: 
     assert all(value.grad is not None for _, value in policy.experts.trainable(0))
     policy.velocity(0, x, 500.0, prompt, None, 1.0)
     assert calls[3:] == [3]  # without guidance there is nothing to join
+
+
+# --- Videos decoded at once ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["tiny_t2v", "tiny_ti2v"])
+def test_what_is_decoded_beside_a_video_changes_nothing(layout: str, request: pytest.FixtureRequest) -> None:
+    """Only how many there are does: one grey level in a few pixels, where PyTorch takes another kernel."""
+    policy = Policy.load(str(request.getfixturevalue(layout)), device="cpu", text_length=training.TEXT_LENGTH)
+    x = torch.randn(6, *policy.layout.latent_shape(32, 32, 5), generator=torch.Generator().manual_seed(4))
+    sizes: list[int] = []
+    true_decode = policy.vae._vae.decode
+    policy.vae._vae.decode = lambda z, **named: sizes.append(len(z)) or true_decode(z, **named)
+    alone, together = policy.vae.decode(x), policy.vae.decode(x, 4)
+    assert sizes == [1] * 6 + [4, 2]
+    apart = np.abs(alone.astype(int) - together)
+    assert apart.max() <= 1
+    assert (apart > 0).mean() < 1e-3
+    order = [3, 0, 2, 1]
+    assert np.array_equal(policy.vae.decode(x[order], 4), together[order])
+    assert np.array_equal(policy.vae.decode(torch.cat([x[:1], 3 * x[3:]]), 4)[0], together[0])
+
+
+def test_a_sample_is_made_again_as_it_was_decoded(tiny_t2v: Path, tmp_path: Path) -> None:
+    run = training.make_run(tmp_path / "run", tiny_t2v, decode_batch=2)
+    policy = Policy.of(run.config.model)
+    stage = training.roll(run, 0, policy)
+    plan = stage.plan()
+    assert plan is not None
+    assert plan.to_dict()["arithmetic"] == {"decode_batch": 2}
+    with open_shard(stage, 0) as shard:
+        key = shard.keys[-1]
+        assert regenerate(run, stage, key, policy).video == shard.video(key)
 
 
 # --- Compiled blocks -------------------------------------------------------------------------------------------------

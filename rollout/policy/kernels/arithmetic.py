@@ -35,6 +35,7 @@ def arithmetic_of(config: RunConfig) -> Arithmetic:
         attention=model.attention,
         compile=model.compile,
         batch_guidance=rollout.batch_guidance,
+        decode_batch=rollout.decode_batch,
         adapters=adapters_of(model.dtype, train.full),
     )
 
