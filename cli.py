@@ -154,6 +154,7 @@ def rollout(
     if not dry_run:
         warn(opened, stage, "rollout")
         assignment = Assignment.of(worker, wait)
+        import_for_helpers(opened, sampling=not stage.is_complete())
         with ranks(opened):
             report = do_rollout(opened, stage, None, assignment)
         return assignment.end(report.done == 0, f"{stage.name} rollout")
@@ -180,6 +181,7 @@ def score(
     stage = stage_of(opened, iteration)
     assignment = Assignment.of(worker, wait)
     warn(opened, stage, "score", advantages_only)
+    import_for_helpers(opened, scoring=not advantages_only)
     with ranks(opened) as barrier:
         report = do_score(opened, stage, assignment, barrier, advantages_only)
     assignment.end(report.nothing_done, f"{stage.name} score")
@@ -202,6 +204,7 @@ def train(
     opened = open_run(run, sets)
     stage = stage_of(opened, iteration)
     warn(opened, stage, "train")
+    import_for_helpers(opened, sampling=not stage.trained() and not expert)
     with ranks(opened):
         do_train(opened, stage.iteration, None, advantage, expert)
 
@@ -227,6 +230,8 @@ def loop(
     with ranks(opened) as barrier:
         first = stage_of(opened)
         warn(opened, first, "loop")
+        if first.iteration < iterations:
+            import_for_helpers(opened, sampling=True, scoring=True)
         policy = load_policy(opened, first) if first.iteration < iterations else None
         for k in range(iterations):
             stage = opened.iteration(k)
@@ -258,7 +263,9 @@ def evaluate(
     chosen = sorted(set(iteration)) or sorted({0, opened.next_iteration()})
     stages = [opened.evaluation(k) for k in chosen]
     with ranks(opened) as barrier:
-        policy = None if all(stage.is_complete() for stage in stages) else load_policy(opened, stages[0])
+        complete = all(stage.is_complete() for stage in stages)
+        import_for_helpers(opened, sampling=not complete, scoring=True)
+        policy = None if complete else load_policy(opened, stages[0])
         for stage in stages:
             warn(opened, stage, "eval")
             do_rollout(opened, stage, policy, Assignment.of("", wait))
@@ -748,6 +755,18 @@ def load_policy(run: Run, stage: Stage | None = None) -> Policy:
         check_stage(run, stage)
     share_cores(run.config)
     return Policy.of(run.config.model)
+
+
+def import_for_helpers(run: Run, *, sampling: bool = False, scoring: bool = False) -> None:
+    """Have the imports of the helper processes begin now, where a command will have some."""
+    from score.reward import modules_of
+    from shards.process.fork_server import import_ahead
+
+    modules = ["rollout.processes", "train.experts.at_once"] if sampling and run.config.rollout.workers > 1 else []
+    if scoring and run.config.score.workers > 1:
+        modules += modules_of(run.config.score.rewards)
+    if modules and world_size() == 1:
+        import_ahead(modules)
 
 
 @stoppable()

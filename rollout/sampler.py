@@ -60,25 +60,25 @@ class State:
         for part in (self.kept, self.log_prob, self.x0_prev):
             part.update({step: value.cpu() for step, value in part.items()})
 
-    def row(self, index: int) -> Tensors:
-        """One sample of the chunk as named tensors, for the spool."""
-        tensors = {"x": self.x[index], "seconds": torch.tensor(self.seconds, dtype=torch.float64)}
+    def to_tensors(self) -> Tensors:
+        """The chunk as named tensors [B,...], for the spool."""
+        tensors = {"x": self.x, "seconds": torch.tensor(self.seconds, dtype=torch.float64)}
         if self.clean is not None:
-            tensors["clean"] = self.clean[index]
+            tensors["clean"] = self.clean
         for name in ("kept", "log_prob", "x0_prev"):
-            tensors |= {f"{name}.{step}": value[index] for step, value in getattr(self, name).items()}
+            tensors |= {f"{name}.{step}": value for step, value in getattr(self, name).items()}
         return tensors
 
     @classmethod
-    def from_rows(cls, rows: Sequence[Mapping[str, Tensor]]) -> State:
-        """The chunk from what `row` gave for each of its samples."""
-        state = cls(torch.stack([row["x"] for row in rows]), seconds=float(rows[0]["seconds"]))
-        if "clean" in rows[0]:
-            state.clean = torch.stack([row["clean"] for row in rows])
-        for name in rows[0]:
+    def from_tensors(cls, tensors: Mapping[str, Tensor], count: int) -> State | None:
+        """The chunk of `count` samples that `to_tensors` gave; None for what an older version kept of one sample."""
+        if tensors["x"].dim() != 5 or len(tensors["x"]) != count:
+            return None
+        state = cls(tensors["x"], clean=tensors.get("clean"), seconds=float(tensors["seconds"]))
+        for name, value in tensors.items():
             kind, _, step = name.partition(".")
             if step:
-                getattr(state, kind)[int(step)] = torch.stack([row[name] for row in rows])
+                getattr(state, kind)[int(step)] = value
         return state
 
 

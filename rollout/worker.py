@@ -16,7 +16,16 @@ from shards.process.background import Background
 from shards.process.peak_memory import peak_memory_bytes
 from shards.process.signals import check
 from shards.process.versions import version_of
-from shards.spool import Sample, read_group, read_phase, spooled, write_group, write_phase, write_sample
+from shards.spool import (
+    Sample,
+    read_group,
+    read_phase,
+    remove_phase,
+    spooled,
+    write_group,
+    write_phase,
+    write_sample,
+)
 from shards.workers.worker import Tally, Worker, order
 from shards.writer import seal
 
@@ -153,22 +162,18 @@ class Work:
         """Chunks that have their high-noise steps behind them, from the spool."""
         states = {}
         for chunk in chunks if len(self.sampler.phases) > 1 else ():
-            rows = [read_phase(self.stage, shard, key) for key in chunk.keys]
-            if all(row is not None for row in rows):
-                states[chunk] = State.from_rows([row for row in rows if row is not None])
+            kept = read_phase(self.stage, shard, chunk.keys[0])
+            state = State.from_tensors(kept, chunk.count) if kept else None
+            if state:
+                states[chunk] = state
         return states
 
     def _park(self, hand: _InHand, chunk: Chunk, state: State) -> None:
         """Keep and spool a chunk between its phases."""
         self.background.settle()
         hand.states[chunk] = state
-        rows = [(key, state.row(index)) for index, key in enumerate(chunk.keys)]
-
-        def write() -> None:
-            for key, row in rows:
-                write_phase(self.stage, hand.shard, key, row)
-
-        self.background.add(write)
+        tensors = state.to_tensors()  # as they are now: the next steps put others in their place
+        self.background.add(lambda: write_phase(self.stage, hand.shard, chunk.keys[0], tensors))
         self.tally.tell(f"shard {hand.shard}, {chunk.keys[0]}: high-noise steps done")
 
     def _commit(self, hand: _InHand, chunk: Chunk, state: State) -> None:
@@ -178,7 +183,9 @@ class Work:
 
         def write() -> list[Sample]:
             samples = self.sampler.put_together(chunk, state, decoded)
-            return [sample for sample in samples if write_sample(self.stage, hand.shard, sample)]
+            written = [sample for sample in samples if write_sample(self.stage, hand.shard, sample)]
+            remove_phase(self.stage, hand.shard, chunk.keys[0])
+            return written
 
         def count(written: list[Sample]) -> None:
             self.made += len(written)

@@ -14,6 +14,7 @@ from typing import ParamSpec, TypeVar
 
 from score.reward import Chosen, Reward, Scored, Video
 from shards.errors import UserError
+from shards.process.fork_server import ONE_THREAD
 from shards.process.machine import LocalPlace, place, take_helper_place
 from shards.process.peak_memory import peak_memory_bytes
 from shards.process.pool import Pool
@@ -21,7 +22,6 @@ from shards.reader import Shard, open_shard
 from shards.run import Stage
 from shards.video import decode_mp4
 
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENCV_FOR_THREADS_NUM": "1"}
 LARGEST = 1e100  # of a component: the squares of larger ones overflow, and advantages would be 0 or not a number
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -179,10 +179,7 @@ def executor(count: int) -> Executor:
 
 def start_worker(of: LocalPlace | None = None) -> None:
     """Before anything heavy is imported: one thread per library, memory kept between calls, and which process this is
-    of those that the process at the place `of` starts.
-
-    Several threads per process spin while they wait and slow each other down on a busy machine; processes do not.
-    """
+    of those that the process at the place `of` starts."""
     os.environ.update(ONE_THREAD)
     keep_memory()
     take_helper_place(of)

@@ -6,7 +6,7 @@ import hashlib
 import importlib.metadata
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
@@ -36,6 +36,15 @@ BUILT_IN = {
     "motion": "score.motion:Motion",
     "remote": "score.remote:Remote",
 }
+LIBRARIES = {"ocr": ("score.ocr.reading", "easyocr")}
+"""Modules that a reward imports when it is built; of the others the module of its class does."""
+
+
+def modules_of(rewards: Iterable[str]) -> list[str]:
+    """What processes that score by these rewards import, as far as the rewards are built in."""
+    names = [reward.partition(".")[0] for reward in rewards]
+    found = [LIBRARIES.get(name, (BUILT_IN[name].partition(":")[0],)) for name in names if name in BUILT_IN]
+    return list(dict.fromkeys(module for modules in found for module in modules))
 
 
 @dataclass(frozen=True)

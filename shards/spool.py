@@ -64,12 +64,9 @@ def write_sample(stage: Stage, shard: int, sample: Sample) -> bool:
         return False
     payloads: list[list[Buffer]] = [[meta], [sample.video], tensors.encode(sample.tensors)]
     parts = (wrap(f"{sample.key}.{name}", data) for name, data in zip(EXTENSIONS, payloads, strict=True))
-    won = stage.files.publish_new(
+    return stage.files.publish_new(
         sample_path(stage, shard, sample.key), [*(buffer for part in parts for buffer in part), END]
     )
-    with suppress(FileNotFoundError):
-        os.unlink(_phase_path(stage, shard, sample.key))
-    return won
 
 
 def write_group(stage: Stage, shard: int, group: str, values: Mapping[str, Array]) -> bool:
@@ -91,7 +88,7 @@ def read_group(stage: Stage, shard: int, group: str) -> dict[str, torch.Tensor] 
 
 
 def write_phase(stage: Stage, shard: int, key: str, values: Mapping[str, Array]) -> bool:
-    """Keep the state of an unfinished sample after the high-noise phase; as write_sample."""
+    """Keep the state of unfinished samples after the high-noise phase, by the key of the first; as write_sample."""
     if not SAMPLE_KEY.fullmatch(key):
         raise UserError(f"{key!r} is not a sample key", "keys look like i000003-p000017-s05")
     return not stage.is_committed(shard) and stage.files.publish_new(
@@ -100,7 +97,7 @@ def write_phase(stage: Stage, shard: int, key: str, values: Mapping[str, Array])
 
 
 def read_phase(stage: Stage, shard: int, key: str) -> dict[str, torch.Tensor] | None:
-    """The state kept by write_phase, or None. A damaged one is removed: the sample then starts afresh."""
+    """The state kept by write_phase, or None. A damaged one is removed: the samples then start afresh."""
     path = _phase_path(stage, shard, key)
     try:
         return tensors.decode(bytearray(read_plain(path, LARGEST, AGAIN)), str(path))
@@ -109,6 +106,11 @@ def read_phase(stage: Stage, shard: int, key: str) -> dict[str, torch.Tensor] | 
     except Damaged:
         path.unlink(missing_ok=True)
         return None
+
+
+def remove_phase(stage: Stage, shard: int, key: str) -> None:
+    """Remove the state kept by write_phase, once its samples are finished."""
+    _phase_path(stage, shard, key).unlink(missing_ok=True)
 
 
 def spooled(stage: Stage, shard: int) -> set[str]:

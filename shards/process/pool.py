@@ -14,9 +14,14 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from shards.process.fork_server import context_of_helpers
+
 
 class Pool:
-    """Processes of one kind. They start when they are first asked for, fresh, and each of them calls `begin` once."""
+    """Processes of one kind. They start when they are first asked for, and each of them calls `begin` once.
+
+    They have the environment of this process, and of its memory nothing (`shards.process.fork_server`).
+    """
 
     def __init__(self, begin: Callable[..., None]) -> None:
         self.begin = begin
@@ -28,8 +33,8 @@ class Pool:
         if count in self.executors and _has_dead(self.executors[count]):
             self.discard()
         if count not in self.executors:
-            context = multiprocessing.get_context("spawn")
-            self.executors[count] = ProcessPoolExecutor(count, context, _start, (self.begin, *arguments))
+            first = (dict(os.environ), self.begin, *arguments)
+            self.executors[count] = ProcessPoolExecutor(count, context_of_helpers(), _start, first)
         return self.executors[count]
 
     def discard(self, *, at_once: bool = False) -> None:
@@ -59,13 +64,16 @@ def _processes(executor: ProcessPoolExecutor) -> list[BaseProcess]:
     return list((executor._processes or {}).values())
 
 
-def _start(begin: Callable[..., None], *arguments: Any) -> None:
+def _start(environment: dict[str, str], begin: Callable[..., None], *arguments: Any) -> None:
     """The parent says when to end, by SIGTERM or by its own end; the other signals that ask for an end are its own.
 
     A command waits for its processes at its end, so theirs must be quick, as in `cli.main`.
     """
     for one in (signal.SIGUSR1, signal.SIGINT):
         signal.signal(one, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.environ.clear()
+    os.environ.update(environment)
     atexit.register(gc.freeze)
     begin(*arguments)
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -30,7 +30,7 @@ from shards.files import publish_new, publish_replace
 from shards.plan import RolloutPlan
 from shards.reader import open_shard, webdataset_pipeline
 from shards.run import Run
-from shards.spool import read_group, read_phase, spooled, write_group, write_phase, write_sample
+from shards.spool import read_group, read_phase, remove_phase, spooled, write_group, write_phase, write_sample
 from shards.tar import header
 from shards.verify.shards import verify
 from shards.workers.claims import claim
@@ -366,7 +366,10 @@ def test_group_and_phase_files_wait_in_the_spool(tmp_path: Path) -> None:
     assert spooled(stage, 0) == set()
     write_sample(stage, 0, make_sample(stage, group, 0))
     assert spooled(stage, 0) == {key}
-    assert not path.exists()
+    assert read_phase(stage, 0, key) is not None  # other samples of its chunk may not be there yet
+    for _ in range(2):
+        remove_phase(stage, 0, key)
+        assert not path.exists()
 
 
 def test_one_tensor_of_a_trajectory_is_read_by_position(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,5 +79,10 @@ def test_the_states_before_and_after_each_window_step_are_kept_as_stored(storage
         assert value.dtype == dtype
         assert torch.equal(value.float(), kept[number])
     assert all(torch.equal(state.log_prob[step], scores[step]) for step in WINDOW)
-    again = State.from_rows([state.row(index) for index in range(2)])
-    assert torch.equal(again.x, state.x)
+    again = State.from_tensors(state.to_tensors(), 2)
+    assert again is not None
+    kept_again, kept_before = again.to_tensors(), state.to_tensors()
+    assert list(kept_again) == list(kept_before)
+    assert all(torch.equal(kept_again[name], value) for name, value in kept_before.items())
+    assert State.from_tensors(state.to_tensors(), 3) is None
+    assert State.from_tensors({name: value[0] for name, value in state.to_tensors().items() if value.dim()}, 2) is None
