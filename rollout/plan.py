@@ -99,7 +99,9 @@ def _arithmetic(run: Run, stage: Stage) -> Arithmetic:
     """What run.toml asks for. What no setting decides stays as it was when the stage began, with an older version."""
     begun = stage.plan()
     wanted = arithmetic_of(run.config)
-    return wanted if begun is None else replace(wanted, adapters=begun.arithmetic.adapters)
+    if begun is None or "merged" in (wanted.adapters, begun.arithmetic.adapters):  # which run.toml asks for
+        return wanted
+    return replace(wanted, adapters=begun.arithmetic.adapters)
 
 
 def batch_size(rollout: RolloutConfig, layout: Layout) -> int:

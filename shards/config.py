@@ -34,6 +34,10 @@ class ModelConfig(Section):
     compile: Compile = Field(
         False, description="`blocks` compiles the transformer's blocks (torch.compile), once a run"
     )
+    merge_lora: bool = Field(
+        False,
+        description="add LoRA to the weights at every forward: faster for few tokens, in fp32; needs a copy of them",
+    )
     text_length: int = Field(512, ge=1, description="text tokens the model was trained with (Wan: 512)")
     lora: str = Field("", description="LoRA to start from: a file, folder, URL or hub id (docs/lora.md has the forms)")
     lora_2: str = Field("", description="that of the low-noise expert, where model.lora is one file, or `none`")

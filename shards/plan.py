@@ -30,7 +30,7 @@ Law = Literal["ode", "flow-sde", "dance-sde", "wan-sde", "cps", "cps-unnormalise
 Form = Literal["exact", "euler-maruyama"]
 Solver = Literal["euler", "dpm-2m"]
 Compile = Literal[False, "blocks"]
-Adapters = Literal["float32", "model"]
+Adapters = Literal["float32", "model", "merged"]
 
 _STRICT: ConfigDict = {"strict": True, "extra": "forbid", "allow_inf_nan": False}  # for pydantic, at reading alone
 _IN_FILE = {"schedule": "sampler"}  # names of fields in plan.json, where they are others
@@ -189,7 +189,8 @@ class Arithmetic:
     decode_batch: int = 1
     """Videos that the VAE decodes at once."""
     adapters: Adapters = "float32"
-    """The dtype of products with LoRA: its own, or that of the model, to which its fp32 weights are then rounded."""
+    """The dtype of products with LoRA: its own, or that of the model, to which its fp32 weights are then rounded; or
+    LoRA is added to the weights of an fp32 model at every forward."""
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,7 @@ class Model:
             rank=0 if self.config.train.full else self.rank,
             per_token=per_token,
             batch_guidance=self.config.rollout.batch_guidance,
+            merge_lora=model.merge_lora and not self.config.train.full,
         )
 
 

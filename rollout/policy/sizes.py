@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import UMT5Config, UMT5EncoderModel
 
-from rollout.lora.adapter import add_adapter
+from rollout.lora.adapter import add_adapter, merge_at_calls
 from rollout.policy.folder import DTYPES
 from rollout.ranks.allocator import Allocator, Block
 from rollout.ranks.backwards import Backwards
@@ -93,6 +93,8 @@ class Pass:
     """The reference policy is asked while the activations of the trained one wait (the KL term of LoRA)."""
     batch_guidance: bool = False
     """Both forwards of guidance in one batch."""
+    merge_lora: bool = False
+    """The adapter is added to the weights at every forward."""
     apart: bool = False
     """Every forward has a backward pass of its own, as `ExpertWeights.backward` has it on ranks."""
 
@@ -151,6 +153,7 @@ def working(config: TransformerConfig, run: Pass) -> Peak:
         module.requires_grad_(run.train and run.rank == 0)
         if run.rank:
             add_adapter(module, run.rank, run.rank, 0)
+            merge_at_calls(module, run.merge_lora)
         if run.checkpointing:
             module.enable_gradient_checkpointing()
         with fused_attention():

@@ -48,6 +48,7 @@ def of_plan(plan: RolloutPlan) -> Settings:
         found["guidance_scale_2" if expert == 1 else "guidance_scale"] = guidance
     found |= {name: getattr(plan.arithmetic, name) for name in ("batch_guidance", "decode_batch")}
     of_model = {f"model.{name}": getattr(plan.arithmetic, name) for name in ("attention", "compile")}
+    of_model["model.merge_lora"] = plan.arithmetic.adapters == "merged"
     return of_model | {f"rollout.{name}": value for name, value in found.items()}
 
 

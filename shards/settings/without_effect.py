@@ -17,7 +17,7 @@ READS = {  # by command: sections, and single keys of others
 }
 EVERYWHERE = ("workers", "track")
 BY_PROCESS = ("rollout.workers", "rollout.ulysses", "eval.ema")  # no plan holds them
-OF_MODEL = ("model.attention", "model.compile")  # settings of [model] that a plan holds
+OF_MODEL = ("model.attention", "model.compile", "model.merge_lora")  # settings of [model] that a plan holds
 NOTHING_SCORED = ("score.workers",)
 
 
@@ -66,6 +66,7 @@ def _edited(run: Run, stage: Stage) -> Iterator[str]:
     """Settings of [rollout] that a plan holds with another value."""
     plan, ours = stage.plan(), flat(run.config)
     ours["rollout.negative_prompt"] = clean(run.config.rollout.negative_prompt)
+    ours["model.merge_lora"] = run.config.model.merge_lora and not run.config.train.full  # which has no LoRA
     for name, value in (of_plan(plan) if plan else {}).items():
         if not is_same(value, ours[name]):
             yield name

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from typer.testing import CliRunner
 
 import cli
-from rollout.lora.adapter import add_adapter
+from rollout.lora.adapter import add_adapter, merge_at_calls
 from rollout.memory import estimate as memory_model
 from rollout.memory import needs as memory_needs
 from rollout.policy import Policy
@@ -138,8 +138,17 @@ def test_encoder_and_decoder_sizes() -> None:
         {"train": True, "checkpointing": True},
         {"train": True, "rank": 2, "checkpointing": True, "per_token": True},
         {"train": True, "checkpointing": True, "apart": True},
+        {"train": True, "rank": 2, "merge_lora": True},
     ],
-    ids=["rollout", "LoRA", "LoRA, checkpointing, KL", "all weights", "a timestep per token", "all weights on ranks"],
+    ids=[
+        "rollout",
+        "LoRA",
+        "LoRA, checkpointing, KL",
+        "all weights",
+        "a timestep per token",
+        "all weights on ranks",
+        "LoRA in the weights",
+    ],  # fmt: skip
 )
 def test_the_prediction_is_what_a_real_pass_holds(settings: dict[str, Any]) -> None:
     config = {**dict(tiny_transformer(1).config), "num_layers": 9}
@@ -147,6 +156,7 @@ def test_the_prediction_is_what_a_real_pass_holds(settings: dict[str, Any]) -> N
     module: Any = WanTransformer3DModel.from_config(config).requires_grad_(run.train and not run.rank)
     if run.rank:
         add_adapter(module, run.rank, run.rank, 0)
+        merge_at_calls(module, run.merge_lora)
     if run.checkpointing:
         module.enable_gradient_checkpointing()
     assert working_bytes(config, run) == pytest.approx(pass_bytes(module, config, run), rel=0.01)

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from rollout.lora.adapter import InputDtypeLinear
+from rollout.lora.adapter import InputDtypeLinear, MergedLinear
 from rollout.plan import stage_plan
 from rollout.policy import Policy
 from rollout.policy.kernels import attention, compiled
+from rollout.policy.kernels.arithmetic import arithmetic_of
 from rollout.preview import preview
 from rollout.run import regenerate, rollout
 from shards.errors import UserError
@@ -135,7 +136,7 @@ def test_what_is_as_before_is_not_written(rolled: Run, policy: Policy, tiny_t2v2
 
 @pytest.mark.parametrize("settings", [
     {"model": {"attention": "_native_math"}}, {"model": {"attention": "native"}, "batch_guidance": True},
-    {"decode_batch": 2},
+    {"decode_batch": 2}, {"model": {"merge_lora": True}},
 ])  # fmt: skip
 def test_training_computes_as_the_plan_says_whatever_run_toml_says_now(
     settings: dict[str, Any], tiny_t2v2: Path, tmp_path: Path
@@ -144,7 +145,8 @@ def test_training_computes_as_the_plan_says_whatever_run_toml_says_now(
     sampled(run, Policy.of(run.config.model))
     planned = run.iteration(0).plan()
     assert planned is not None
-    names = ["model.attention=auto", "rollout.batch_guidance=false", "rollout.decode_batch=1"]
+    names = ["model.attention=auto", "rollout.batch_guidance=false", "rollout.decode_batch=1",
+             "model.merge_lora=false"]  # fmt: skip
     changed = Run.open(run.path, names)
     assert "the plan of the stage is made" in without_effect(changed, changed.iteration(0), "train")
     policy = Policy.of(changed.config.model)
@@ -155,6 +157,56 @@ def test_training_computes_as_the_plan_says_whatever_run_toml_says_now(
     run.iteration(0).manifest_path(0).unlink()
     with pytest.raises(UserError, match="made with other settings: arithmetic"):
         rollout(changed, changed.iteration(0), policy)
+
+
+# --- LoRA in the weights ---------------------------------------------------------------------------------------------
+
+
+def test_lora_in_the_weights_equals_lora_beside_them_within_rounding(tiny_t2v: Path) -> None:
+    """Velocities and the gradients of both factors; and bits are equal where the adapter is new, or off."""
+    policy = Policy.load(str(tiny_t2v), device="cpu", text_length=training.TEXT_LENGTH)
+    experts = policy.experts
+    x = torch.randn(3, *policy.layout.latent_shape(32, 32, 5), generator=torch.Generator().manual_seed(2))
+    prompt = policy.text.pad(policy.text.encode(["a sign"])[0], 3)
+    experts.add_lora(2, 3.0, 0)  # alpha/rank is 1.5
+    ways = [replace(experts.arithmetic, adapters=name) for name in ("float32", "merged", "float32")]
+
+    def answer(way: Arithmetic) -> torch.Tensor:
+        experts.compute_as(way)
+        return policy.velocity(0, x, 500.0, prompt, None, 1.0)
+
+    assert torch.equal(answer(ways[0]), answer(ways[1]))  # B is zero
+    with torch.no_grad():
+        for number, (_, value) in enumerate(experts.trainable(0)):
+            value.add_(0.1 * torch.randn(value.shape, generator=torch.Generator().manual_seed(number)))
+    found = []
+    for way in ways:
+        velocity = answer(way)
+        velocity.square().sum().backward()  # type: ignore[no-untyped-call]
+        found.append([velocity.detach(), *(value.grad.clone() for _, value in experts.trainable(0))])
+        for _, value in experts.trainable(0):
+            value.grad = None
+    assert all(map(torch.equal, found[0], found[2]))
+    assert not torch.equal(found[0][0], found[1][0])
+    for beside, merged in zip(*found[:2], strict=True):
+        assert float((beside - merged).abs().max() / beside.abs().max()) < 2e-5
+    with experts.reference():
+        assert torch.equal(answer(ways[1]), answer(ways[0]))
+    assert [type(layer) for layer in experts.module(0).modules() if isinstance(layer, MergedLinear)] == []
+    experts.compute_as(ways[1])
+    merged_layers = [layer for layer in experts.module(0).modules() if isinstance(layer, MergedLinear)]
+    assert 2 * len(merged_layers) == len(experts.trainable(0))
+
+
+def test_lora_is_not_merged_into_weights_that_would_swallow_it(tiny_t2v: Path, tmp_path: Path) -> None:
+    run = training.make_run(tmp_path / "run", tiny_t2v, model={"dtype": "bfloat16", "merge_lora": True})
+    with pytest.raises(UserError, match=r"model\.merge_lora = true would round LoRA to the bfloat16"):
+        arithmetic_of(run.config)
+    full = training.make_run(tmp_path / "full", tiny_t2v, model={"merge_lora": True}, train={"full": True})
+    assert arithmetic_of(full.config) == Arithmetic()  # there is no LoRA
+    policy = Policy.of(full.config.model)
+    sampled(full, policy)
+    assert without_effect(full, full.iteration(0), "train") == ""
 
 
 # --- Attention -------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rollout.lora.adapter import compute_in_input_dtype
+from rollout.lora.adapter import compute_in_input_dtype, merge_at_calls
 from rollout.policy.folder import DTYPES, EXPERT_FOLDERS, Layout, read_config
 from rollout.policy.kernels.attention import SPLIT, check_attention, check_name, set_attention
 from rollout.policy.kernels.compiled import check_compile, set_compiled
@@ -18,9 +18,17 @@ if TYPE_CHECKING:
     from shards.config import RunConfig
 
 
-def adapters_of(dtype: str, full: bool = False) -> Adapters:
-    """In which dtype products with an adapter are, of a model of that `dtype`; in `full` training there is none."""
-    return "float32" if full or dtype == "float32" else "model"
+def adapters_of(dtype: str, full: bool = False, merge: bool = False) -> Adapters:
+    """How a model of that `dtype` computes with an adapter; in `full` training there is none.
+
+    UserError where it is to `merge` into weights in which its small values would be lost.
+    """
+    if full:
+        return "float32"
+    if merge and dtype != "float32":
+        problem = f"model.merge_lora = true would round LoRA to the {dtype} of the weights"
+        raise UserError(problem, "set model.merge_lora = false, or model.dtype = float32")
+    return "merged" if merge else "float32" if dtype == "float32" else "model"
 
 
 def arithmetic_of(config: RunConfig) -> Arithmetic:
@@ -36,7 +44,7 @@ def arithmetic_of(config: RunConfig) -> Arithmetic:
         compile=model.compile,
         batch_guidance=rollout.batch_guidance,
         decode_batch=rollout.decode_batch,
-        adapters=adapters_of(model.dtype, train.full),
+        adapters=adapters_of(model.dtype, train.full, model.merge_lora),
     )
 
 
@@ -51,5 +59,6 @@ def check_arithmetic(arithmetic: Arithmetic, layout: Layout, dtype: str, device:
 def set_arithmetic(module: nn.Module, arithmetic: Arithmetic) -> None:
     """Have a transformer compute so, with the adapter that it carries."""
     compute_in_input_dtype(module, arithmetic.adapters == "model")
+    merge_at_calls(module, arithmetic.adapters == "merged")
     set_attention(module, arithmetic.attention)
     set_compiled(module, bool(arithmetic.compile))
