@@ -21,12 +21,12 @@ def test_it_rewards_as_rushes_does(text: str) -> None:
 
 
 def test_the_page_says_speed_and_minutes() -> None:
-    marks = [Mark(0, 0.0, 0.0, 0.40, 0.41), Mark(6, 120.0, 360.0, 0.50, 0.52), Mark(12, 240.0, 720.0, 0.56, 0.55)]
+    marks = [Mark(0, 0.0, 12.0, 0.40, 0.41), Mark(6, 120.0, 360.0, 0.50, 0.52), Mark(12, 240.0, 720.0, 0.56, 0.55)]
     text = peer_loop.section(marks, "command", threads=2, inner=15.0)
     assert "| 6 | 2.0 | 0.500 | 6.0 | 0.520 |" in text
     assert "rushes 180, one process 60, ratio 3.00" in text
     assert "rushes 4.0, one process not reached" in text
-    assert "takes 15.0 s, 240 an hour: ratio 4.00" in text
+    assert "takes 15.0 s, 240 an hour; one of the peer 59.0 s: ratio 3.93" in text
 
 
 def test_a_start_of_processes_is_left_out_of_the_steady_seconds(tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def test_encoder_and_decoder_sizes() -> None:
         "a timestep per token",
         "all weights on ranks",
         "LoRA in the weights",
-    ],  # fmt: skip
+    ],
 )
 def test_the_prediction_is_what_a_real_pass_holds(settings: dict[str, Any]) -> None:
     config = {**dict(tiny_transformer(1).config), "num_layers": 9}
