@@ -16,7 +16,7 @@ from torch import Tensor
 from rollout.policy import Policy
 from rollout.policy.folder import DTYPES
 from rollout.step import StepInputs, looks_back, take_step
-from rollout.transitions import noise, noise_seed
+from rollout.transitions import noise_seed, noises
 from shards.plan import SCHEMA, Chunk, RolloutPlan, sample_key
 from shards.spool import Sample
 from shards.video import encode_mp4
@@ -130,8 +130,7 @@ class Sampler:
 
     def start(self, chunk: Chunk) -> State:
         """The chunk as noise, rounded to the storage dtype."""
-        noises = [noise(self.shape, seed=self._seed(chunk.group, sample, INITIAL)) for sample in chunk.samples]
-        state = State(torch.stack(noises).to(self.storage).float())
+        state = State(self._drawn(chunk, INITIAL).to(self.storage).float())
         self._keep(chunk, state, 0, state.x)
         return state
 
@@ -190,8 +189,11 @@ class Sampler:
         """Fresh noise of a window step [B,C,F,H,W]; None for the other steps."""
         if step not in self.groups[chunk.group].window:
             return None
-        seeds = [self._seed(chunk.group, sample, step) for sample in chunk.samples]
-        return torch.stack([noise(self.shape, seed=seed) for seed in seeds]).to(device)
+        return self._drawn(chunk, step).to(device)
+
+    def _drawn(self, chunk: Chunk, step: int) -> Tensor:
+        """Noise [B,C,F,H,W] from the seeds of a step, on the host."""
+        return noises(self.shape, (self._seed(chunk.group, sample, step) for sample in chunk.samples))
 
     def _seed(self, group: str, sample: int, step: int) -> int:
         """Seed of one noise tensor; with `same_initial_noise` a group begins from the noise of its first sample."""

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -276,6 +276,11 @@ def noise(shape: Sequence[int], *, seed: int) -> torch.Tensor:
     """
     generator = np.random.Generator(np.random.Philox(key=seed))
     return torch.from_numpy(generator.standard_normal(tuple(shape), dtype=np.float32))
+
+
+def noises(shape: Sequence[int], seeds: Iterable[int]) -> torch.Tensor:
+    """One noise for each seed, [B, *shape] fp32, on the CPU."""
+    return torch.stack([noise(shape, seed=seed) for seed in seeds])
 
 
 def _log_snr(sigma: float) -> float:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rollout.step import StepInputs
-from rollout.transitions import noise, noise_seed
+from rollout.transitions import noise_seed, noises
 from shards.errors import UserError
 from shards.plan import Group, RolloutPlan, Schedule, sample_key
 from shards.reader import Shard, open_shard
@@ -236,8 +236,7 @@ def read_final(rollouts: Rollouts, unit: Unit, *, shared: bool = False) -> Store
 def noise_of(rollouts: Rollouts, unit: Unit, step: int, samples: Sequence[int], shape: Sequence[int]) -> Tensor:
     """Noise [B, *shape] fp32 of these samples of the unit's group at a step, on the host. Safe in any thread."""
     plan, prompt = rollouts.plan, rollouts.groups[unit.group].prompt_id
-    seeds = [noise_seed(plan.seed, plan.iteration, prompt, sample, step) for sample in samples]
-    return torch.stack([noise(shape, seed=seed) for seed in seeds])
+    return noises(shape, (noise_seed(plan.seed, plan.iteration, prompt, sample, step) for sample in samples))
 
 
 def _states(rollouts: Rollouts, unit: Unit, wanted: dict[str, int]) -> dict[str, Tensor]:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rollout.step import StepInputs, step_log_prob, take_step
+from rollout.schedule import step_std
+from rollout.step import StepInputs, step_log_prob, step_mean, take_step
 from rollout.transitions import clean_estimate, dpm_2m, euler, kernel, log_prob, noise, transition
 from shards.plan import Schedule
 
@@ -99,3 +100,20 @@ def test_a_frame_that_is_given_does_not_count() -> None:
     k = kernel("flow-sde", "euler-maruyama", 0.875, 0.625, 0.7, SIGMAS[1])
     want = log_prob(taken.x[:, :, 1:], (k.on_x + 0.5 * k.on_velocity) * X[:, :, 1:], k.std)
     torch.testing.assert_close(taken.log_prob, want)
+
+
+@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize(
+    ("law", "form"),
+    [*((law, form) for law in ("flow-sde", "dance-sde", "wan-sde") for form in ("euler-maruyama", "exact")),
+     *((law, "exact") for law in ("cps", "dpm-sde", "dpm-sde-2m"))],
+)  # fmt: skip
+def test_the_noise_of_a_step_tells_its_mean_under_every_law(law: str, form: str, step: int) -> None:
+    """What `train.forwards.Forwards.sampled_mean` rests on: x' - std z, with the std of the schedule alone."""
+    plan, policy = schedule(law, form, 0.5), Linear()
+    before = BEFORE if law == "dpm-sde-2m" else None
+    inputs = StepInputs(X, PROMPT, NEGATIVE, None, before)
+    taken = take_step(policy, plan, step, inputs, DRAWN, torch.float32)
+    mean = step_mean(plan, step, X, 0.5 * X, before)
+    assert not torch.allclose(taken.x, mean, atol=1e-2)
+    torch.testing.assert_close(taken.x - step_std(plan, step) * DRAWN, mean, rtol=0, atol=2e-6)
