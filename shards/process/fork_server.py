@@ -14,7 +14,8 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENCV_FOR_THREAD
 processes spin while they wait and slow each other down; and a process that has threads is not safely forked."""
 NAMES = "RUSHES_IMPORT"
 """Variable with the number of this process and the names of modules, for `shards.process.preload`."""
-NVIDIA = Path("/dev/nvidiactl")
+GPUS = tuple(map(Path, ("/dev/nvidiactl", "/dev/nvmap", "/dev/kfd", "/dev/dxg")))
+"""Files of machines with GPUs: NVIDIA's, its boards', AMD's, and those that Windows lends to Linux."""
 
 _begun: list[bool] = []  # by the first call of `import_ahead`
 
@@ -26,7 +27,7 @@ def import_ahead(modules: Iterable[str]) -> None:
     have them at once, and share their memory. Only the first call has an effect, and none on a machine with GPUs: some
     libraries ask for a device when they are imported, and CUDA cannot be used in a fork of a process that has asked.
     """
-    if _begun or NVIDIA.exists():
+    if _begun or has_gpus():
         return
     _begun.append(True)
     multiprocessing.get_context("forkserver").set_forkserver_preload(["shards.process.preload"])
@@ -37,6 +38,11 @@ def import_ahead(modules: Iterable[str]) -> None:
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+def has_gpus() -> bool:
+    """Whether this machine may have GPUs; torch, which knows better, is not imported for that."""
+    return any(path.exists() for path in GPUS)
 
 
 def context_of_helpers() -> BaseContext:

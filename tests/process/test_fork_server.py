@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 from shards.process import fork_server
-from shards.process.fork_server import NVIDIA, import_ahead
+from shards.process.fork_server import has_gpus, import_ahead
 from shards.process.pool import Pool
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 120.0  # seconds
 SLOW = 60.0  # seconds of an import
-pytestmark = pytest.mark.skipif(NVIDIA.exists(), reason="helpers start fresh on a machine with GPUs")
+pytestmark = pytest.mark.skipif(has_gpus(), reason="helpers start fresh on a machine with GPUs")
 
 
 def nothing() -> None:
@@ -136,6 +136,6 @@ def test_a_command_that_ends_early_does_not_wait_for_the_imports(pause: float, m
 
 def test_helpers_start_fresh_where_there_are_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "nvidiactl").touch()
-    monkeypatch.setattr(fork_server, "NVIDIA", tmp_path / "nvidiactl")
+    monkeypatch.setattr(fork_server, "GPUS", (tmp_path / "kfd", tmp_path / "nvidiactl"))
     import_ahead(["first"])
     assert fork_server.context_of_helpers().get_start_method() == "spawn"
