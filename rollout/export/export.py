@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -26,6 +26,7 @@ from rollout.lora.native import save_native
 from rollout.policy import Policy
 from rollout.policy.folder import EXPERT_FOLDERS, Layout
 from rollout.policy.full import is_full
+from rollout.policy.kernels.arithmetic import arithmetic_of
 from rollout.policy.plain import probe, round_adapter, save_expert, settle
 from shards.errors import RunFailed, StillBusy, UserError
 from shards.files import publish_new, read_json, sha256_file, sync, to_json
@@ -154,6 +155,7 @@ def _write(run: Run, stage: Stage, source: Path, aside: Path, wanted: ExportWant
         check_committed(source, policy.experts.fingerprint(source))
         policy.experts.become(source)
     layout, base_lora = policy.layout, policy.experts.base_lora
+    policy.experts.compute_as(replace(policy.experts.arithmetic, adapters=arithmetic_of(run.config).adapters))
     trained = _answers(policy)
     files = _write_pipeline(policy, aside) if wanted["fused"] else _write_lora(run, policy, aside, wanted["format"])
     answers = _answers(policy)
@@ -166,7 +168,7 @@ def _write(run: Run, stage: Stage, source: Path, aside: Path, wanted: ExportWant
     del modules
     difference = largest(answers, trained)
     beneath = beneath_in_diffusers(exported, answers) if files and base_lora else None
-    checked = _checked(whole, wanted, difference, beneath)
+    checked = _checked(whole, wanted, difference, beneath, run.config.model.merge_lora)
     facts: dict[str, object] = {
         **wanted,
         "base": identity["base"],
@@ -186,14 +188,18 @@ def _write(run: Run, stage: Stage, source: Path, aside: Path, wanted: ExportWant
     return checked, difference
 
 
-def _checked(whole: bool, wanted: ExportWanted, difference: float, beneath: float | None) -> str:
-    """How an export was proven, in one sentence."""
+def _checked(whole: bool, wanted: ExportWanted, difference: float, beneath: float | None, merged: bool = False) -> str:
+    """How an export was proven, in one sentence; `merged`: training added LoRA to the weights at every forward."""
     twice = "" if wanted["fused"] or wanted["format"] != "diffusers" else ", with its metadata and without,"
     text = f"loaded back by plain diffusers{twice} every expert's output equal bit for bit"
     if whole:
         text += ", and one call of the whole pipeline"
     if difference:
-        why = "merged weights are rounded" if wanted["fused"] else "alpha/rank is in the weights, in the model's dtype"
+        why = "alpha/rank is in the weights, in the model's dtype"
+        if wanted["fused"]:
+            why = "merged weights are rounded"
+        elif merged:
+            why = "training adds LoRA to the weights first"
         text += f"; from the outputs in training they differ by at most {difference:.1e} ({why})"
     if beneath is not None:
         text += (

@@ -12,7 +12,7 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from rollout.lora.adapter import ADAPTER, compute_in_input_dtype
+from rollout.lora.adapter import ADAPTER, compute_in_input_dtype, merge_at_calls
 from rollout.policy.folder import DTYPES, EXPERT_FOLDERS, Layout
 from shards.errors import RunFailed
 from shards.run import EXPERT_NAMES
@@ -67,9 +67,10 @@ def settle(module: nn.Module | None) -> None:
 def round_adapter(module: nn.Module, dtype: str) -> None:
     """Round an adapter to the dtype of the base, as `load_lora_weights` does; training keeps it in fp32.
 
-    Products are in that dtype then, also in the few layers that diffusers keeps in fp32.
+    Products are in that dtype then, also in the few layers that diffusers keeps in fp32, and beside those of the base.
     """
     compute_in_input_dtype(module, False)
+    merge_at_calls(module, False)
     for name, parameter in module.named_parameters():
         if f".{ADAPTER}." in name:
             parameter.data = parameter.data.to(DTYPES[dtype])

@@ -166,8 +166,8 @@ SAMPLER = mutations("rollout/sampler.py", SEEDS, [
     ("a group from one initial noise", "if step == INITIAL and plan.same_initial_noise:", "if step == INITIAL:"),
     ("the state before a step kept for the one after", "self._keep(chunk, state, step + 1, x)",
      "self._keep(chunk, state, step, x)"),
-    ("the initial noise not rounded", "State(torch.stack(noises).to(self.storage).float())",
-     "State(torch.stack(noises))"),
+    ("the initial noise not rounded", "State(self._drawn(chunk, INITIAL).to(self.storage).float())",
+     "State(self._drawn(chunk, INITIAL))"),
 ])  # fmt: skip
 
 GUIDANCE = mutations("rollout/policy/wan.py", f"{PIPELINE}[t2v]", [
