@@ -26,7 +26,6 @@ from rollout.lora.native import save_native
 from rollout.policy import Policy
 from rollout.policy.folder import EXPERT_FOLDERS, Layout
 from rollout.policy.full import is_full
-from rollout.policy.kernels.arithmetic import arithmetic_of
 from rollout.policy.plain import probe, round_adapter, save_expert, settle
 from shards.errors import RunFailed, StillBusy, UserError
 from shards.files import publish_new, read_json, sha256_file, sync, to_json
@@ -155,7 +154,8 @@ def _write(run: Run, stage: Stage, source: Path, aside: Path, wanted: ExportWant
         check_committed(source, policy.experts.fingerprint(source))
         policy.experts.become(source)
     layout, base_lora = policy.layout, policy.experts.base_lora
-    policy.experts.compute_as(replace(policy.experts.arithmetic, adapters=arithmetic_of(run.config).adapters))
+    if run.config.model.merge_lora and policy.experts.has_lora:
+        policy.experts.compute_as(replace(policy.experts.arithmetic, adapters="merged"))
     trained = _answers(policy)
     files = _write_pipeline(policy, aside) if wanted["fused"] else _write_lora(run, policy, aside, wanted["format"])
     answers = _answers(policy)
