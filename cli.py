@@ -230,9 +230,10 @@ def loop(
     with ranks(opened) as barrier:
         first = stage_of(opened)
         warn(opened, first, "loop")
+        policy = None
         if first.iteration < iterations:
             import_for_helpers(opened, sampling=True, scoring=True)
-        policy = load_policy(opened, first) if first.iteration < iterations else None
+            policy = load_policy(opened, first)
         for k in range(iterations):
             stage = opened.iteration(k)
             do_rollout(opened, stage, policy, Assignment.of("", wait))

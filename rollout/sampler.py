@@ -166,8 +166,8 @@ class Sampler:
 
         A sample that is not finite, as when numbers outgrow float16, becomes zeros.
         """
-        began, whole, together = time.monotonic(), state.blank_broken(), self.plan.arithmetic.decode_batch
-        return Decoded(self.policy.vae.decode(state.x, together), whole, time.monotonic() - began)
+        began, whole, batch = time.monotonic(), state.blank_broken(), self.plan.arithmetic.decode_batch
+        return Decoded(self.policy.vae.decode(state.x, batch), whole, time.monotonic() - began)
 
     def put_together(self, chunk: Chunk, state: State, decoded: Decoded) -> list[Sample]:
         """The samples of a chunk, their videos encoded, a broken one with its status. Safe in any thread."""

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # from run to run with one. bitexact keeps library versions and times out of the file.
 ENCODER = {"preset": "medium", "threads": "1", "x264-params": "threads=1:lookahead-threads=1:mbtree=0"}
 CONTAINER = {"fflags": "+bitexact"}
-CONVERT = 1
+COLOUR_THREADS = 1
 """Threads that convert colours. By default a picture gets as many as there are cores, and starts them anew."""
 
 
@@ -83,7 +83,9 @@ def encode_mp4(frames: Frames, fps: int, crf: int = 12) -> bytes:
         stream.codec_context.color_primaries = stream.codec_context.color_trc = int(Colorspace.ITU709)
         for frame in frames:
             picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
-            planes = converter.reformat(picture, format="yuv420p", dst_colorspace=Colorspace.ITU709, threads=CONVERT)
+            planes = converter.reformat(
+                picture, format="yuv420p", dst_colorspace=Colorspace.ITU709, threads=COLOUR_THREADS
+            )
             container.mux(stream.encode(planes))
         container.mux(stream.encode(None))
     return sink.getvalue()
@@ -116,7 +118,7 @@ def decode_mp4(data: bytes, where: str = "video", shape: VideoShape | None = Non
             pictures = _decoded(container, limits)
             frames = [
                 converter.reformat(
-                    picture, format="rgb24", src_colorspace=Colorspace.ITU709, threads=CONVERT
+                    picture, format="rgb24", src_colorspace=Colorspace.ITU709, threads=COLOUR_THREADS
                 ).to_ndarray()
                 for picture in pictures
             ]
@@ -145,7 +147,9 @@ def load_video(path: str | Path, limits: VideoLimits = LIMITS) -> tuple[Frames, 
                 raise UserError(f"{path} holds no video stream", "give a video file")
             rate: Fraction | None = container.streams.video[0].average_rate
             _check_header(container, limits)
-            frames = [picture.to_ndarray(format="rgb24", threads=CONVERT) for picture in _decoded(container, limits)]
+            frames = [
+                picture.to_ndarray(format="rgb24", threads=COLOUR_THREADS) for picture in _decoded(container, limits)
+            ]
         if not frames:
             raise UserError(f"{path} holds no frames", "write the file again")
         if not rate:

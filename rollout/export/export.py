@@ -188,7 +188,7 @@ def _write(run: Run, stage: Stage, source: Path, aside: Path, wanted: ExportWant
     return checked, difference
 
 
-def _checked(whole: bool, wanted: ExportWanted, difference: float, beneath: float | None, merged: bool = False) -> str:
+def _checked(whole: bool, wanted: ExportWanted, difference: float, beneath: float | None, merged: bool) -> str:
     """How an export was proven, in one sentence; `merged`: training added LoRA to the weights at every forward."""
     twice = "" if wanted["fused"] or wanted["format"] != "diffusers" else ", with its metadata and without,"
     text = f"loaded back by plain diffusers{twice} every expert's output equal bit for bit"

@@ -85,16 +85,16 @@ class Vae:
         self.__dict__.pop("_vae", None)
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, together: int = 1) -> NDArray[np.uint8]:
+    def decode(self, latents: Tensor, batch: int = 1) -> NDArray[np.uint8]:
         """Frames [B,T,H,W,3] uint8 of latents [B,C,F,H,W]: WanPipeline's frames (output_type "np") times 255, rounded.
 
-        `together` videos are decoded at once. Their number changes the last bits, as PyTorch takes other kernels for
+        `batch` videos are decoded at once. Their number changes the last bits, as PyTorch takes other kernels for
         one small video than for several, so the plan has it; what the other videos are changes nothing.
         """
         with self._offload.working(self._vae) as vae:
             mean, inverse_std = self._moments()
             # the pipeline divides by 1/std; multiplying by std would round differently
-            clean = [some.to(self.device).float() / inverse_std + mean for some in latents.split(together)]
+            clean = [some.to(self.device).float() / inverse_std + mean for some in latents.split(batch)]
             videos = [vae.decode(some, return_dict=False)[0] for some in clean]
         frames: NDArray[np.float32] = self._processor.postprocess_video(torch.cat(videos), output_type="np")
         return (frames * 255).round().astype(np.uint8)

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from shards.process import fork_server
 from shards.process.fork_server import has_gpus, import_ahead
 from shards.process.pool import Pool
 
@@ -134,8 +133,9 @@ def test_a_command_that_ends_early_does_not_wait_for_the_imports(pause: float, m
     assert time.monotonic() - began < SLOW
 
 
-def test_helpers_start_fresh_where_there_are_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "nvidiactl").touch()
-    monkeypatch.setattr(fork_server, "GPUS", (tmp_path / "kfd", tmp_path / "nvidiactl"))
-    import_ahead(["first"])
-    assert fork_server.context_of_helpers().get_start_method() == "spawn"
+def test_helpers_start_fresh_where_there_are_gpus(modules: Path) -> None:
+    code = (
+        "import pathlib, shards.process.fork_server as one; one.GPUS = (pathlib.Path('/none'), pathlib.Path('/'));"
+        "one.import_ahead(['first']); print(one.context_of_helpers().get_start_method())"
+    )
+    assert running(modules, code).communicate(timeout=PATIENCE)[0] == "spawn\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -17,6 +18,12 @@ from shards.process.pool import Pool
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 120.0  # seconds; a loaded machine starts Python slowly
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes start fresh, whatever a command that ran before in this one has begun."""
+    monkeypatch.setattr("shards.process.pool.context_of_helpers", lambda: multiprocessing.get_context("spawn"))
 
 
 def begin(word: str) -> None:

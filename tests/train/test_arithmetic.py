@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 
-from rollout.lora.adapter import InputDtypeLinear, MergedLinear
+from rollout.lora.adapter import ADAPTER, InputDtypeLinear, MergedLinear, merge_at_calls
 from rollout.plan import stage_plan
 from rollout.policy import Policy
 from rollout.policy.kernels import attention, compiled
@@ -196,6 +197,30 @@ def test_lora_in_the_weights_equals_lora_beside_them_within_rounding(tiny_t2v: P
     experts.compute_as(ways[1])
     merged_layers = [layer for layer in experts.module(0).modules() if isinstance(layer, MergedLinear)]
     assert 2 * len(merged_layers) == len(experts.trainable(0))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_biases_of_a_lora_are_merged_and_dropout_is_left_to_peft(bias: bool) -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(6, 5, bias=bias))
+    settings = LoraConfig(r=2, lora_alpha=3, target_modules=["0"], lora_bias=bias, lora_dropout=0.5)
+    inject_adapter_in_model(settings, module, ADAPTER)
+    torch.manual_seed(0)
+    for value in module.parameters():
+        torch.nn.init.normal_(value)
+    x = torch.randn(4, 7, 6)
+    module.eval()
+    beside = module(x)
+    merge_at_calls(module)
+    merged = module(x)
+    torch.testing.assert_close(merged, beside, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(merged, module[0].base_layer(x), atol=1e-2)
+    assert isinstance(module[0], MergedLinear)
+    module.train()
+    torch.manual_seed(1)
+    dropped = module(x)
+    merge_at_calls(module, False)
+    torch.manual_seed(1)
+    assert torch.equal(module(x), dropped)
 
 
 def test_lora_is_not_merged_into_weights_that_would_swallow_it(tiny_t2v: Path, tmp_path: Path) -> None:
