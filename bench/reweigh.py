@@ -22,7 +22,7 @@ from score.reward import Chosen, Scored
 from shards import sidecar
 from shards.run import Run, Stage
 from shards.run_toml import parse_config, read_preset
-from shards.spool import write_group, write_sample
+from shards.spool import write_group, write_samples
 from shards.writer import seal
 
 GROUP, GROUPS_A_SHARD = 16, 25
@@ -56,7 +56,7 @@ def fill(stage: Stage, samples: int) -> Stage:
         for group in members:
             write_group(stage, shard, group, {"prompt": np.zeros((1, 1), np.float16)})
             for number in range(GROUP):
-                write_sample(stage, shard, bare_sample(stage, group, number, latents, b"video"))
+                write_samples(stage, shard, bare_sample(stage, group, number, latents, b"video"))
         seal(stage, shard, {})
     return stage
 

@@ -29,7 +29,7 @@ from shards.plan import group_key
 from shards.reader import open_shard
 from shards.run import Run, Stage
 from shards.run_toml import apply_sets, parse_config, read_preset
-from shards.spool import write_group, write_phase, write_sample
+from shards.spool import write_group, write_phase, write_samples
 from shards.workers.claims import claim
 from shards.writer import seal
 from train.order import Unit, plan_ranks
@@ -206,7 +206,7 @@ def time_files(out: Path, samples: int, files: int) -> tuple[Measured, dict[str,
     write_group(stage, 0, group, {"prompt": numbers[0, 0], "negative": numbers[0, 1]})
     for sample in found:
         write_phase(stage, 0, sample.key, parked)
-        write_sample(stage, 0, sample)
+        write_samples(stage, 0, sample)
     sealing = time.perf_counter()
     seal(stage, 0, {})
     ended, written = time.perf_counter(), moved()["written"] - before

@@ -59,7 +59,7 @@ PROBES = (
     Probe("replayed", "read", "train.data:read_batch"),
     Probe("open", "read", "train.data:Rollouts.open"),
     Probe("group", "read", "shards.spool:read_group"),
-    Probe("sample", "write", "shards.spool:write_sample"),
+    Probe("sample", "write", "shards.spool:write_samples"),
     Probe("phase", "write", "shards.spool:write_phase"),
     Probe("text", "write", "shards.spool:write_group"),
     Probe("seal", "write", "shards.writer:seal"),

@@ -41,7 +41,7 @@ from shards.plan import group_key
 from shards.reader import open_shard
 from shards.run import Stage
 from shards.run_toml import parse_config, read_preset
-from shards.spool import write_group, write_sample
+from shards.spool import write_group, write_samples
 from shards.tensors import encode
 from shards.writer import seal
 
@@ -90,7 +90,7 @@ class Work:
         """As a rollout."""
         write_group(self.stage, 0, self.group, {"prompt": self.latents[0, 0], "negative": self.latents[0, 1]})
         for number in range(self.count):
-            write_sample(self.stage, 0, bare_sample(self.stage, self.group, number, self.latents, self.video))
+            write_samples(self.stage, 0, bare_sample(self.stage, self.group, number, self.latents, self.video))
         seal(self.stage, 0, {})
 
     def read_shards(self) -> None:

@@ -83,7 +83,7 @@ def stage_plan(run: Run, stage: Stage, layout: Layout, identity: Identity | None
         seed=evaluation.seed if evaluation else rollout.seed,
         policy=PolicyIdentity(**(identity or {"fingerprint": "", "base": "", "adapters": {}}), lag_of=stage.iteration),
         schedule=schedule,
-        video=VideoShape(rollout.height, rollout.width, rollout.frames, rollout.fps, rollout.video_crf),
+        video=_video(rollout),
         storage_dtype=rollout.storage_dtype,
         group_size=size,
         batch_size=batch_size(rollout, layout),
@@ -93,6 +93,11 @@ def stage_plan(run: Run, stage: Stage, layout: Layout, identity: Identity | None
         same_initial_noise=rollout.same_initial_noise and evaluation is None,
         arithmetic=_arithmetic(run, stage),
     )
+
+
+def _video(rollout: RolloutConfig) -> VideoShape:
+    size = rollout.height, rollout.width, rollout.frames
+    return VideoShape(*size, rollout.fps, rollout.video_crf, rollout.video_preset)
 
 
 def _arithmetic(run: Run, stage: Stage) -> Arithmetic:

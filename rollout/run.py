@@ -75,7 +75,7 @@ def rollout(
     `policy` is a loaded model, which is given the weights of the stage; None loads it as run.toml says. Worker (i, n)
     begins with the shards i, i+n, … and continues with what others have not claimed. It ends when living workers hold
     what is left, or, with `wait`, when nothing is left; it takes over the shards of the dead in either case. Samples
-    are committed one by one to the spool of their shard, so that a killed stage continues where it was. `tell` gets
+    are committed chunk by chunk to the spool of their shard, so that a killed stage continues where it was. `tell` gets
     what `check_stage` says, before anything is sampled. Raises UserError
     for a plan that differs from the one on disk, for a policy that was not trained yet, for prompts or sizes the model
     cannot take, and for shards or claims of another version of rushes. With `rollout.ulysses` the ranks of torchrun

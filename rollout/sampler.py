@@ -101,6 +101,11 @@ class Sampler:
         self.storage = DTYPES[plan.storage_dtype]
         self.shape = policy.layout.latent_shape(*plan.video.size)
         self.looks_back = looks_back(self.schedule)
+        self._schedule_record = asdict(self.schedule)
+        self._schedule_tensors = {
+            name: torch.tensor(getattr(self.schedule, name), dtype=torch.float32)
+            for name in ("sigmas", "timesteps", "guidance")
+        } | {"experts": torch.tensor(self.schedule.experts, dtype=torch.uint8)}
 
     @property
     def phases(self) -> list[tuple[int, list[int]]]:
@@ -172,7 +177,7 @@ class Sampler:
     def put_together(self, chunk: Chunk, state: State, decoded: Decoded) -> list[Sample]:
         """The samples of a chunk, their videos encoded, a broken one with its status. Safe in any thread."""
         began, video = time.monotonic(), self.plan.video
-        videos = [encode_mp4(rows, video.fps, video.crf) for rows in decoded.frames]
+        videos = [encode_mp4(rows, video.fps, video.crf, video.preset) for rows in decoded.frames]
         seconds = round((state.seconds + decoded.seconds + time.monotonic() - began) / chunk.count, 3)
         samples = [self._sample(chunk, state, index, videos[index], seconds) for index in range(chunk.count)]
         for sample, ok in zip(samples, decoded.whole, strict=True):
@@ -211,10 +216,8 @@ class Sampler:
             "step_index": torch.tensor(sorted(state.log_prob), dtype=torch.int32),
             "log_prob": torch.stack(log_prob) if log_prob else torch.empty(0),
         }
-        tensors = {"latents": torch.stack([state.kept[number][index] for number in sorted(state.kept)]), **steps}
-        for name in ("sigmas", "timesteps", "guidance"):
-            tensors[name] = torch.tensor(getattr(self.schedule, name), dtype=torch.float32)
-        tensors["experts"] = torch.tensor(self.schedule.experts, dtype=torch.uint8)
+        latents = torch.stack([state.kept[number][index] for number in sorted(state.kept)])
+        tensors = {"latents": latents, **steps, **self._schedule_tensors}
         if state.x0_prev:
             tensors["x0_prev"] = torch.stack([value[index] for _, value in sorted(state.x0_prev.items())])
         meta = self._meta(chunk, chunk.samples[index]) | {name: value.tolist() for name, value in steps.items()}
@@ -241,7 +244,7 @@ class Sampler:
             "noise_seeds": {name: self._seed(chunk.group, sample, step) for name, step in seeds.items()},
             "policy": plan.policy.fingerprint,
             "plan_sha256": self.plan_sha256,
-            **asdict(plan.schedule),
+            **self._schedule_record,
             "window": group.window,
             **{name: getattr(plan.video, name) for name in ("height", "width", "frames", "fps")},
             "text": chunk.group,

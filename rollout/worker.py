@@ -24,7 +24,7 @@ from shards.spool import (
     spooled,
     write_group,
     write_phase,
-    write_sample,
+    write_samples,
 )
 from shards.workers.worker import Tally, Worker, order
 from shards.writer import seal
@@ -183,9 +183,9 @@ class Work:
 
         def write() -> list[Sample]:
             samples = self.sampler.put_together(chunk, state, decoded)
-            written = [sample for sample in samples if write_sample(self.stage, hand.shard, sample)]
+            written = write_samples(self.stage, hand.shard, *samples)
             remove_phase(self.stage, hand.shard, chunk.keys[0])
-            return written
+            return samples if written else []
 
         def count(written: list[Sample]) -> None:
             self.made += len(written)

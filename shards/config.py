@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from shards.plan import Compile, Dtype, Form, Law, Solver
+from shards.plan import Compile, Dtype, Form, Law, Solver, VideoPreset
 
 SCHEMA = 1
 
@@ -110,6 +110,9 @@ class RolloutConfig(Section):
     )
     video_crf: int = Field(
         12, ge=0, le=51, description="H.264 quality of the stored video; above 18 small text suffers"
+    )
+    video_preset: VideoPreset = Field(
+        "medium", description="x264's preset: a faster one takes less of the processor and, as a rule, larger files"
     )
 
 

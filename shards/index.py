@@ -75,6 +75,11 @@ def sample_row(buffer: memoryview, parts: Sequence[Member], where: str) -> Row:
     return row
 
 
+def sample_rows(buffer: memoryview, where: str) -> list[Row]:
+    """The rows of a tar that holds samples alone, all checksums verified. Raises Damaged."""
+    return [sample_row(buffer, parts, where) for parts in _runs(members(buffer, where))]
+
+
 def group_columns(buffer: memoryview, member: Member, where: str) -> Row:
     """The three columns about a group's tensors, all checksums verified. Raises Damaged."""
     payload = buffer[member.offset : member.offset + member.size]

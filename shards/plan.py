@@ -31,6 +31,7 @@ Form = Literal["exact", "euler-maruyama"]
 Solver = Literal["euler", "dpm-2m"]
 Compile = Literal[False, "blocks"]
 Adapters = Literal["float32", "model", "merged"]
+VideoPreset = Literal["ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow"]
 
 _STRICT: ConfigDict = {"strict": True, "extra": "forbid", "allow_inf_nan": False}  # for pydantic, at reading alone
 _IN_FILE = {"schedule": "sampler"}  # names of fields in plan.json, where they are others
@@ -125,6 +126,8 @@ class VideoShape:
     """Frames per second written into the video."""
     crf: int
     """H.264 quality, 0 to 51."""
+    preset: VideoPreset = "medium"
+    """Of x264. A plan has it only where it is another one."""
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -244,11 +247,13 @@ class RolloutPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """What plan.json holds. A prompt's own negative prompt is written down only where there is one, and of the
-        arithmetic what is not as it was before there was a choice."""
+        arithmetic and of x264's preset what is not as it was before there was a choice."""
         found, before = asdict(self), asdict(Arithmetic())
         arithmetic = {name: value for name, value in found.pop("arithmetic").items() if value != before[name]}
         if arithmetic:
             found["arithmetic"] = arithmetic
+        if self.video.preset == VideoShape.preset:
+            del found["video"]["preset"]
         found["sampler"] = found.pop("schedule")
         for group in found["groups"]:
             if group["negative_prompt"] is None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from shards.records.opening import open_file, read_plain
 from shards.run import Stage
 from shards.tar import END, EXTENSIONS, LARGEST, wrap
 
+_SAMPLES_NAME = re.compile(rf"(?P<first>{SAMPLE_KEY.pattern})(--(?P<last>{SAMPLE_KEY.pattern}))?\.tar")
 AGAIN = "delete it; `rushes rollout` samples it again"
 
 if TYPE_CHECKING:
@@ -42,35 +44,30 @@ class Sample:
     """latents [M, C, F, H, W], states int32 [M] (step number of each), and what README.md lists beside them."""
 
 
-def write_sample(stage: Stage, shard: int, sample: Sample) -> bool:
-    """Put a finished sample into the spool. False when it was there already or the shard is committed.
+def write_samples(stage: Stage, shard: int, *samples: Sample) -> bool:
+    """Put finished samples, neighbours in their shard, into the spool as one tar: all of them or none.
 
-    Raises UserError for a key the plan does not have in this shard, for text that is not Unicode and for a record
-    over 16 MiB; RunFailed when the disk is full. The spooled file is a tar of its own.
+    False when that file was there already or the shard is committed. Raises UserError for keys the plan does not have
+    in this shard one behind the other, for text that is not Unicode and for a record over 16 MiB; RunFailed when the
+    disk is full.
     """
-    if not SAMPLE_KEY.fullmatch(sample.key) or sample.key not in stage.keys(shard):
-        raise UserError(
-            f"{sample.key!r} is not a sample of shard {shard} of {stage.path}", "plan.json lists its groups"
-        )
-    if sample.meta.get("key") != sample.key or sample.meta.get("schema") != SCHEMA:
-        raise UserError(f"{sample.key}: its record lacks key or schema {SCHEMA}", "")
-    meta = to_json(sample.meta, sample.key)
-    if len(meta) > LARGEST_META:
-        raise UserError(
-            f"{sample.key}: its record has {len(meta)} bytes, the limit is {LARGEST_META}", "shorten the prompt"
-        )
-    _check_states(sample)
+    keys, there = [sample.key for sample in samples], stage.keys(shard)
+    for sample in samples:
+        if not SAMPLE_KEY.fullmatch(sample.key) or sample.key not in there:
+            raise UserError(
+                f"{sample.key!r} is not a sample of shard {shard} of {stage.path}", "plan.json lists its groups"
+            )
+    start = there.index(keys[0])
+    if keys != there[start : start + len(keys)]:
+        raise UserError(f"{', '.join(keys)}: not neighbours in shard {shard} of {stage.path}", "write them one by one")
+    parts = [part for sample in samples for part in _members(sample)]
     if stage.is_committed(shard):
         return False
-    payloads: list[list[Buffer]] = [[meta], [sample.video], tensors.encode(sample.tensors)]
-    parts = (wrap(f"{sample.key}.{name}", data) for name, data in zip(EXTENSIONS, payloads, strict=True))
-    return stage.files.publish_new(
-        sample_path(stage, shard, sample.key), [*(buffer for part in parts for buffer in part), END]
-    )
+    return stage.files.publish_new(_samples_path(stage, shard, keys), [*parts, END])
 
 
 def write_group(stage: Stage, shard: int, group: str, values: Mapping[str, Array]) -> bool:
-    """Put the tensors shared by a group (prompt [L, D], negative [Ln, D], …) into the spool; as write_sample."""
+    """Put the tensors shared by a group (prompt [L, D], negative [Ln, D], …) into the spool; as write_samples."""
     if not GROUP_KEY.fullmatch(group) or group not in stage.groups(shard):
         raise UserError(f"{group!r} is not a group of shard {shard} of {stage.path}", "plan.json lists its groups")
     return not stage.is_committed(shard) and stage.files.publish_new(
@@ -88,7 +85,7 @@ def read_group(stage: Stage, shard: int, group: str) -> dict[str, torch.Tensor] 
 
 
 def write_phase(stage: Stage, shard: int, key: str, values: Mapping[str, Array]) -> bool:
-    """Keep the state of unfinished samples after the high-noise phase, by the key of the first; as write_sample."""
+    """Keep the state of unfinished samples after the high-noise phase, by the key of the first; as write_samples."""
     if not SAMPLE_KEY.fullmatch(key):
         raise UserError(f"{key!r} is not a sample key", "keys look like i000003-p000017-s05")
     return not stage.is_committed(shard) and stage.files.publish_new(
@@ -113,12 +110,22 @@ def remove_phase(stage: Stage, shard: int, key: str) -> None:
     _phase_path(stage, shard, key).unlink(missing_ok=True)
 
 
+def spool_files(stage: Stage, shard: int) -> dict[Path, list[str]]:
+    """The files of finished samples in the spool, by name, and the keys that each of them holds."""
+    work, found = stage.work_path(shard), {}
+    with suppress(FileNotFoundError):
+        names = [match for match in map(_SAMPLES_NAME.fullmatch, sorted(os.listdir(work))) if match]
+        keys = stage.keys(shard) if names else []
+        for match in names:
+            first, last = match["first"], match["last"] or match["first"]
+            if first in keys and last in keys:
+                found[work / match.string] = keys[keys.index(first) : keys.index(last) + 1]
+    return found
+
+
 def spooled(stage: Stage, shard: int) -> set[str]:
     """Keys of the samples that are finished and wait in the spool."""
-    with suppress(FileNotFoundError):
-        names = (entry.rpartition(".") for entry in os.listdir(stage.work_path(shard)))
-        return {key for key, _, extension in names if extension == "tar" and SAMPLE_KEY.fullmatch(key)}
-    return set()
+    return {key for keys in spool_files(stage, shard).values() for key in keys}
 
 
 def sweep(stage: Stage, shard: int) -> None:
@@ -133,6 +140,21 @@ def sweep(stage: Stage, shard: int) -> None:
     with suppress(OSError):  # a slow worker may still write there
         work.rmdir()
         work.parent.rmdir()
+
+
+def _members(sample: Sample) -> Iterator[Buffer]:
+    """The members of a sample in a tar, as buffers to write."""
+    if sample.meta.get("key") != sample.key or sample.meta.get("schema") != SCHEMA:
+        raise UserError(f"{sample.key}: its record lacks key or schema {SCHEMA}", "")
+    meta = to_json(sample.meta, sample.key)
+    if len(meta) > LARGEST_META:
+        raise UserError(
+            f"{sample.key}: its record has {len(meta)} bytes, the limit is {LARGEST_META}", "shorten the prompt"
+        )
+    _check_states(sample)
+    payloads: list[list[Buffer]] = [[meta], [sample.video], tensors.encode(sample.tensors)]
+    for extension, payload in zip(EXTENSIONS, payloads, strict=True):
+        yield from wrap(f"{sample.key}.{extension}", payload)
 
 
 def _check_states(sample: Sample) -> None:
@@ -153,14 +175,14 @@ def mapped(path: Path) -> memoryview:
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
-def sample_path(stage: Stage, shard: int, key: str) -> Path:
-    """Where a finished sample waits: a tar of its own."""
-    return stage.work_path(shard) / f"{key}.tar"
-
-
 def group_path(stage: Stage, shard: int, group: str) -> Path:
     """Where the tensors of a group wait."""
     return stage.work_path(shard) / f"{group}.text.safetensors"
+
+
+def _samples_path(stage: Stage, shard: int, keys: Sequence[str]) -> Path:
+    """Where finished samples wait, neighbours in their shard: a tar that is named after the first and the last."""
+    return stage.work_path(shard) / ("--".join(dict.fromkeys((keys[0], keys[-1]))) + ".tar")
 
 
 def _phase_path(stage: Stage, shard: int, key: str) -> Path:

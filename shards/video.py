@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from shards.errors import REPAIR, Damaged, UserError
-from shards.plan import VideoShape
+from shards.plan import VideoPreset, VideoShape
 from shards.records.opening import open_file
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # One thread, and no macroblock tree: x264 decides differently with several threads, and its tree differs now and then
 # from run to run with one. bitexact keeps library versions and times out of the file.
-ENCODER = {"preset": "medium", "threads": "1", "x264-params": "threads=1:lookahead-threads=1:mbtree=0"}
+ENCODER = {"threads": "1", "x264-params": "threads=1:lookahead-threads=1:mbtree=0"}
 CONTAINER = {"fflags": "+bitexact"}
 COLOUR_THREADS = 1
 """Threads that convert colours. By default a picture gets as many as there are cores, and starts them anew."""
@@ -60,10 +60,11 @@ MOST_FRAMES, MOST_MEGAPIXELS = 1000, 128  # 128 MiB pixels are 140 frames of 128
 LIMITS = VideoLimits.of_foreign(MOST_FRAMES, MOST_MEGAPIXELS)
 
 
-def encode_mp4(frames: Frames, fps: int, crf: int = 12) -> bytes:
+def encode_mp4(frames: Frames, fps: int, crf: int = 12, preset: VideoPreset = "medium") -> bytes:
     """H.264 in mp4, yuv420p BT.709, of uint8 RGB frames [T, H, W, 3] at `fps` frames per second.
 
-    `crf` is x264's quality, 0 (lossless) to 51. Raises UserError for odd sizes, which yuv420p cannot hold.
+    `crf` is x264's quality, 0 (lossless) to 51, `preset` its balance of time and size. Raises UserError for odd sizes,
+    which yuv420p cannot hold.
     """
     import av
     from av.video.reformatter import Colorspace, VideoReformatter
@@ -74,9 +75,9 @@ def encode_mp4(frames: Frames, fps: int, crf: int = 12) -> bytes:
         raise UserError(
             f"frames of {frames.shape[2]}x{frames.shape[1]} cannot be encoded", "use an even width and height"
         )
-    sink, converter = io.BytesIO(), VideoReformatter()
+    sink, converter, options = io.BytesIO(), VideoReformatter(), {"preset": preset, "crf": str(crf)}
     with av.open(sink, "w", format="mp4", options=CONTAINER) as container:
-        stream: av.VideoStream = container.add_stream("libx264", rate=fps, options=ENCODER | {"crf": str(crf)})
+        stream: av.VideoStream = container.add_stream("libx264", rate=fps, options=ENCODER | options)
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
         stream.codec_context.thread_count = 1
         stream.codec_context.colorspace = int(Colorspace.ITU709)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,8 +16,8 @@ from shards.plan import SCHEMA
 from shards.records.opening import read_plain
 from shards.records.reading import sealed
 from shards.run import Stage
-from shards.spool import group_path, mapped, sample_path, sweep
-from shards.tar import END, Member, group_name, members, padding
+from shards.spool import group_path, mapped, spool_files, sweep
+from shards.tar import END, Member, group_name, padding
 from shards.tar import header as tar_header
 
 HASH_BYTES = 4 * 2**20  # hashed and written while still in the processor's cache
@@ -41,7 +42,7 @@ def seal(stage: Stage, shard: int, info: Mapping[str, object]) -> bool:
         sweep(stage, shard)
         return False
     try:
-        _check_complete(stage, shard)
+        _sources(stage, shard)  # before a byte is written
         assembly = _Assembly(stage, shard)
         _publish_tar(stage, shard, assembly)
     except FileNotFoundError as error:
@@ -76,12 +77,14 @@ class _Assembly:
 
     def chunks(self) -> Iterator[Buffer]:
         """All bytes of the tar in order: samples as the plan lists them, then the tensors of the groups."""
-        for key in self.stage.keys(self.shard):
-            path = sample_path(self.stage, self.shard, key)
+        for path, keys in _sources(self.stage, self.shard):
             buffer = mapped(path)
-            row = index.sample_row(buffer, list(members(buffer, str(path))), str(path))
-            self._check_origin(buffer, row, path)
-            self.rows.append(index.shifted(row, self.size))
+            rows = index.sample_rows(buffer, str(path))
+            if [row["key"] for row in rows] != keys:
+                raise Damaged(f"{path}: its samples are not those of its name", "")
+            for row in rows:
+                self._check_origin(buffer, row, path)
+                self.rows.append(index.shifted(row, self.size))
             yield from self._pass(buffer[: -len(END)])
         for group in self.stage.groups(self.shard):
             path = group_path(self.stage, self.shard, group)
@@ -113,9 +116,8 @@ class _Assembly:
             yield piece
 
     def _check_origin(self, buffer: memoryview, row: index.Row, path: Path) -> None:
-        record = buffer[row["json_offset"] : row["json_offset"] + row["json_bytes"]]
-        origin = index.parse_meta(record, row["key"], str(path)).get("plan_sha256", self.plan_sha256)
-        if origin != self.plan_sha256:
+        record = buffer[row["json_offset"] : row["json_offset"] + row["json_bytes"]]  # checked for its row
+        if json.loads(bytes(record)).get("plan_sha256", self.plan_sha256) != self.plan_sha256:
             raise RunFailed(f"{path} was sampled for another plan", f"delete {path.parent} and {AGAIN}")
 
 
@@ -167,11 +169,28 @@ def _manifest(stage: Stage, shard: int, assembly: _Assembly, info: Mapping[str, 
     }
 
 
-def _check_complete(stage: Stage, shard: int) -> None:
-    """Raises FileNotFoundError before any byte is written when the spool lacks something."""
-    wanted = [sample_path(stage, shard, key) for key in stage.keys(shard)]
-    wanted += [group_path(stage, shard, group) for group in stage.groups(shard)]
-    missing = [path.name for path in wanted if not path.exists()]
+def _sources(stage: Stage, shard: int) -> list[tuple[Path, list[str]]]:
+    """The files that make up the samples of a shard, in its order, and the keys of each.
+
+    Of two that begin with the same sample the longer one counts: a chunk that was begun sample by sample, by an older
+    version, is written again as a whole. Raises FileNotFoundError where the spool lacks something.
+    """
+    keys = stage.keys(shard)
+    by_length = sorted(spool_files(stage, shard).items(), key=lambda item: len(item[1]))
+    longest = {held[0]: (path, held) for path, held in by_length}
+    found, missing, place = [], [], 0
+    while place < len(keys):
+        path, held = longest.get(keys[place], (None, keys[place : place + 1]))
+        if path:
+            found.append((path, held))
+        else:
+            missing += held
+        place += len(held)
+    groups = [group_path(stage, shard, group) for group in stage.groups(shard)]
+    missing += [path.name for path in groups if not path.exists()]
     if missing:
         names = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
-        raise FileNotFoundError(f"{len(missing)} of {len(wanted)} files are missing from its spool: {names}")
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(keys) + len(groups)} parts are missing from its spool: {names}"
+        )
+    return found

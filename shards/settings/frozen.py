@@ -39,7 +39,7 @@ def of_plan(plan: RolloutPlan) -> Settings:
     found = {name: getattr(plan, name) for name in ("seed", "group_size", "same_initial_noise", "storage_dtype")}
     found |= {"negative_prompt": plan.negative_prompt, "law": schedule.law, "solver": schedule.solver}
     found |= {name: getattr(video, name) for name in ("height", "width", "frames", "fps")}
-    found |= {"video_crf": video.crf, "steps": schedule.steps}
+    found |= {"video_crf": video.crf, "video_preset": video.preset, "steps": schedule.steps}
     if schedule.law != "ode":  # which has no noise
         found["eta"] = schedule.eta
     if schedule.law in TWO_FORMS:

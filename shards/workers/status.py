@@ -13,7 +13,7 @@ from shards.measures import StageReward, read_metrics, stage_reward
 from shards.plan import RolloutPlan
 from shards.run import EXPERT_NAMES, Run, Stage
 from shards.sidecar import scorers, specifications
-from shards.spool import spooled
+from shards.spool import spool_files
 from shards.workers import owners
 
 WINDOW = 3600.0  # seconds back that a rate is taken from
@@ -203,7 +203,8 @@ def _parts(run: Run, stage: Stage, held: set[tuple[str, str, int]]) -> list[Part
     sizes = plan.shard_sizes
     counter = _Counter(stage, sizes, {(what, shard) for name, what, shard in held if name == stage.name})
     committed = {shard: stage.manifest_path(shard) for shard in stage.shards() if shard in sizes}
-    begun = {shard: _spool(stage, shard) for shard in sizes if shard not in committed}
+    waiting = [spool_files(stage, shard) for shard in sizes if shard not in committed]
+    begun = {path: len(keys) for files in waiting for path, keys in files.items()}
     parts = [counter.part("rollout", "", committed, begun)]
     for scorer in scorers(stage) or [""]:
         paths = {shard: stage.score_path(scorer, shard) for shard in sizes} if scorer else {}
@@ -250,13 +251,13 @@ class _Counter:
     sizes: dict[int, int]
     held: set[tuple[str, int]]
 
-    def part(self, what: str, name: str, finished: dict[int, Path], begun: dict[int, list[Path]] | None = None) -> Part:
-        """Shards that have their file, and samples, those of unfinished shards included, each with its own file."""
+    def part(self, what: str, name: str, finished: dict[int, Path], begun: dict[Path, int] | None = None) -> Part:
+        """Shards that have their file, and samples; those of unfinished shards are in the files `begun`, by number."""
         claimed = sum((what, shard) in self.held for shard in self.sizes if shard not in finished)
         events = [(_written(path), self.sizes[shard]) for shard, path in finished.items()]
         # the spool of a run at a URL is this machine's alone, and its times are those of another clock
         one_clock = self.stage.files.one_clock
-        events += [(_written(path) if one_clock else None, 1) for paths in (begun or {}).values() for path in paths]
+        events += [(_written(path) if one_clock else None, count) for path, count in (begun or {}).items()]
         samples, total = sum(count for _, count in events), sum(self.sizes.values())
         rate = self._rate(what, [(moment, count) for moment, count in events if moment], samples == total)
         seconds = (total - samples) * 3600 / rate if rate and claimed else None
@@ -278,10 +279,6 @@ class _Counter:
         recent = sum(count for moment, count in events if moment > began)
         # files that were copied without their times are all of one moment, which is not a time to take a rate from
         return 3600 * recent / (now - began) if recent and now > began + 1.0 else None
-
-
-def _spool(stage: Stage, shard: int) -> list[Path]:
-    return [stage.work_path(shard) / f"{key}.tar" for key in sorted(spooled(stage, shard))]
 
 
 def _written(path: Path) -> float | None:

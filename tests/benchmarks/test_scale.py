@@ -207,7 +207,7 @@ def test_the_files_of_a_sample_are_counted_right(tmp_path: Path) -> None:
     for key in stage.keys(0):
         sample = make_sample(stage, key.rpartition("-")[0], int(key[-2:]))
         spool.write_phase(stage, 0, key, {"x": sample.tensors["latents"]})
-        spool.write_sample(stage, 0, sample)
+        spool.write_samples(stage, 0, sample)
     writer.seal(stage, 0, {})
     assert len(published) / 8 == 2 + (2 + 3) / 8  # of each group its texts, of each shard tar, index and manifest
 

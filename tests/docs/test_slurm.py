@@ -40,7 +40,7 @@ def held(until):
     while not os.path.exists(os.environ.get("GATE", "/")) and not until():
         time.sleep(0.05)
 
-def write(*arguments, before=worker.write_sample):
+def write(*arguments, before=worker.write_samples):
     done = before(*arguments)
     held(until=lambda: "SLURM_ARRAY_TASK_ID" not in os.environ or stopping())
     return done
@@ -49,7 +49,7 @@ def add(self, record, before=MetricsLog.add):
     before(self, record)
     held(until=lambda: len(self.records) < 2 or stopping())
 
-worker.write_sample, MetricsLog.add = write, add
+worker.write_samples, MetricsLog.add = write, add
 held(until=lambda: os.environ.get("SLURM_ARRAY_TASK_ID", "2") == "2")
 cli.start()
 """

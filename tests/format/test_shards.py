@@ -25,12 +25,12 @@ from hypothesis import strategies as st
 
 from shards import committed_tar as source_module
 from shards import tensors
-from shards.errors import Damaged, UserError
+from shards.errors import Damaged, RunFailed, UserError
 from shards.files import publish_new, publish_replace
 from shards.plan import RolloutPlan
 from shards.reader import open_shard, webdataset_pipeline
 from shards.run import Run
-from shards.spool import read_group, read_phase, remove_phase, spooled, write_group, write_phase, write_sample
+from shards.spool import read_group, read_phase, remove_phase, spooled, write_group, write_phase, write_samples
 from shards.tar import header
 from shards.verify.shards import verify
 from shards.workers.claims import claim
@@ -103,7 +103,7 @@ def test_shard_round_trips(
     texts = {name: value.to(dtype) for name, value in make_group(group, dtype=dtype).items()}
     write_group(stage, 0, group, texts)
     for sample in wanted:
-        assert write_sample(stage, 0, sample)
+        assert write_samples(stage, 0, sample)
     assert seal(stage, 0, {})
     finite = bool(wanted[1].tensors["latents"].isfinite().all())
     assert bool(verify(stage.path)) != finite  # the record says that all is well
@@ -150,7 +150,7 @@ def test_non_contiguous_and_attached_tensors_are_stored_as_they_read(tmp_path: P
     (group,) = stage.groups(0)
     sample = make_sample(stage, group, 0, dtype=torch.bfloat16)
     latents = sample.tensors["latents"].transpose(2, 3).requires_grad_()
-    write_sample(
+    write_samples(
         stage, 0, type(sample)(sample.key, sample.meta, sample.video, dict(sample.tensors) | {"latents": latents})
     )
     write_group(stage, 0, group, make_group(group))
@@ -171,7 +171,7 @@ def test_record_over_the_limit_is_refused(tmp_path: Path) -> None:
     sample = make_sample(stage, stage.groups(0)[0], 0)
     sample.meta["prompt"] = "x" * 2**24
     with pytest.raises(UserError, match="limit is 16777216"):
-        write_sample(stage, 0, sample)
+        write_samples(stage, 0, sample)
     assert not spooled(stage, 0)
 
 
@@ -183,7 +183,7 @@ def test_lone_surrogates_are_refused(tmp_path: Path) -> None:
     sample = make_sample(stage, stage.groups(0)[0], 0)
     sample.meta["prompt"] = "\udc80"
     with pytest.raises(UserError, match="i000000-p000000-s00: text is not valid Unicode"):
-        write_sample(stage, 0, sample)
+        write_samples(stage, 0, sample)
     assert not list(tmp_path.rglob("*.tar"))
 
 
@@ -205,7 +205,7 @@ def test_other_names_never_become_members(tmp_path: Path, key: str) -> None:
     stage = planned_stage(tmp_path)
     good = make_sample(stage, stage.groups(0)[0], 0)
     with pytest.raises(UserError, match="is not a sample of shard 0"):
-        write_sample(stage, 0, type(good)(key, good.meta | {"key": key}, good.video, good.tensors))
+        write_samples(stage, 0, type(good)(key, good.meta | {"key": key}, good.video, good.tensors))
 
 
 def test_header_is_that_of_the_standard_library() -> None:
@@ -273,11 +273,58 @@ def test_pipeline_decodes_and_can_be_iterated_twice(tmp_path: Path) -> None:
 def test_second_writer_loses_and_leaves_nothing(tmp_path: Path) -> None:
     stage = planned_stage(tmp_path)
     sample = make_sample(stage, stage.groups(0)[0], 0)
-    assert write_sample(stage, 0, sample)
+    assert write_samples(stage, 0, sample)
     first = (stage.work_path(0) / f"{sample.key}.tar").read_bytes()
     other = type(sample)(sample.key, sample.meta | {"seconds": 99.0}, sample.video, sample.tensors)
-    assert not write_sample(stage, 0, other)
+    assert not write_samples(stage, 0, other)
     assert [path.read_bytes() for path in stage.work_path(0).iterdir()] == [first]
+
+
+def test_samples_that_wait_in_one_file_make_the_same_shard(tmp_path: Path) -> None:
+    """As one file, as two, one by one, and one by one but all of them again in one file, as after an older version."""
+    ways = {"one": [4], "two": [1, 3], "four": [1, 1, 1, 1], "again": [1, 1, 4]}
+    tars = {}
+    for name, counts in ways.items():
+        stage = planned_stage(tmp_path / name, groups=2, group_size=2, groups_per_shard=2)
+        samples = [make_sample(stage, group, number) for group in stage.groups(0) for number in range(2)]
+        for group in stage.groups(0):
+            write_group(stage, 0, group, make_group(group))
+        place = 0
+        for count in counts:
+            place = 0 if place + count > 4 else place
+            assert write_samples(stage, 0, *samples[place : place + count])
+            place += count
+        assert spooled(stage, 0) == set(stage.keys(0))
+        assert len(list(stage.work_path(0).glob("*.tar"))) == len(counts)
+        assert seal(stage, 0, {})
+        assert verify(stage.path) == []
+        tars[name] = stage.shard_path(0).read_bytes(), stage.index_path(0).read_bytes()
+    assert len(set(tars.values())) == 1
+
+
+def test_samples_in_one_file_are_neighbours_of_one_shard(tmp_path: Path) -> None:
+    stage = planned_stage(tmp_path, group_size=4)
+    samples = [make_sample(stage, stage.groups(0)[0], number) for number in range(4)]
+    for wrong in ([samples[0], samples[2]], [samples[1], samples[0]], [samples[0], samples[0]]):
+        with pytest.raises(UserError, match="not neighbours in shard 0"):
+            write_samples(stage, 0, *wrong)
+    assert spooled(stage, 0) == set()
+    assert write_samples(stage, 0, *samples[1:3])
+    (path,) = stage.work_path(0).iterdir()
+    assert path.name == "i000000-p000000-s01--i000000-p000000-s02.tar"
+    assert spooled(stage, 0) == {sample.key for sample in samples[1:3]}
+
+
+def test_seal_refuses_a_file_whose_samples_are_not_those_of_its_name(tmp_path: Path) -> None:
+    stage = planned_stage(tmp_path, group_size=4)
+    (group,) = stage.groups(0)
+    write_group(stage, 0, group, make_group(group))
+    write_samples(stage, 0, *(make_sample(stage, group, number) for number in range(3)))
+    (path,) = stage.work_path(0).glob("*.tar")
+    path.rename(path.with_name("i000000-p000000-s00--i000000-p000000-s03.tar"))
+    with pytest.raises(RunFailed, match=r"s03\.tar: its samples are not those of its name"):
+        seal(stage, 0, {})
+    assert not stage.shard_path(0).exists()
 
 
 def test_publishing_reads_nothing_when_the_name_is_taken_and_replaces_when_asked(tmp_path: Path) -> None:
@@ -316,8 +363,8 @@ def test_a_failing_source_publishes_nothing(tmp_path: Path) -> None:
 def test_seal_refuses_what_is_not_complete(tmp_path: Path) -> None:
     stage = planned_stage(tmp_path)
     (group,) = stage.groups(0)
-    write_sample(stage, 0, make_sample(stage, group, 1))
-    with pytest.raises(UserError, match=r"not complete: 3 of 4 files .* i000000-p000000-s00\.tar, .*s02\.tar, .*text"):
+    write_samples(stage, 0, make_sample(stage, group, 1))
+    with pytest.raises(UserError, match=r"not complete: 3 of 4 parts .* i000000-p000000-s00, .*s02, .*text"):
         seal(stage, 0, {})
     assert not stage.shards()
     assert not (stage.path / "rollout").exists() or not list((stage.path / "rollout").rglob("*.*"))
@@ -336,7 +383,7 @@ def test_seal_twice_and_late_samples_are_swept(tmp_path: Path) -> None:
     stage = committed_stage(tmp_path)
     (group,) = stage.groups(0)
     late = make_sample(stage, group, 0)
-    assert not write_sample(stage, 0, late)
+    assert not write_samples(stage, 0, late)
     assert not stage.work_path(0).exists()
     stage.work_path(0).mkdir(parents=True)
     (stage.work_path(0) / f"{late.key}.tar").write_bytes(b"from a worker that had not seen the manifest")
@@ -364,7 +411,7 @@ def test_group_and_phase_files_wait_in_the_spool(tmp_path: Path) -> None:
     assert read_phase(stage, 0, key) is None
     assert write_phase(stage, 0, key, {"latents": torch.ones(1, 2)})
     assert spooled(stage, 0) == set()
-    write_sample(stage, 0, make_sample(stage, group, 0))
+    write_samples(stage, 0, make_sample(stage, group, 0))
     assert spooled(stage, 0) == {key}
     assert read_phase(stage, 0, key) is not None  # other samples of its chunk may not be there yet
     for _ in range(2):
@@ -379,7 +426,7 @@ def test_one_tensor_of_a_trajectory_is_read_by_position(tmp_path: Path, monkeypa
     before = {key: np.random.default_rng(n).standard_normal((2, 300)).astype(np.float32) for n, key in enumerate(keys)}
     for number, key in enumerate(keys):
         sample = make_sample(stage, group, number)
-        write_sample(stage, 0, replace(sample, tensors=dict(sample.tensors) | {"x0_prev": before[key]}))
+        write_samples(stage, 0, replace(sample, tensors=dict(sample.tensors) | {"x0_prev": before[key]}))
     seal(stage, 0, {})
     read = 0
     true_fill = source_module.LocalTar.fill

@@ -34,7 +34,7 @@ from shards.sidecar import (
     write_advantages,
     write_scores,
 )
-from shards.spool import Sample, spooled, write_group, write_sample
+from shards.spool import Sample, spooled, write_group, write_samples
 from shards.verify.shards import verify
 from shards.writer import seal
 from tests.support.shard_fixtures import (
@@ -727,10 +727,10 @@ def check_full(stage: Stage, exhaust: Callable[[], None], relieve: Callable[[], 
         if number == 2:
             exhaust()
             with pytest.raises(RunFailed, match=r"s02\.tar: disk full"):
-                write_sample(stage, 0, big_sample(stage, 2))
+                write_samples(stage, 0, big_sample(stage, 2))
             assert spooled(stage, 0) == set(stage.keys(0)[:2])
             relieve()
-        assert write_sample(stage, 0, big_sample(stage, number))
+        assert write_samples(stage, 0, big_sample(stage, number))
     exhaust()
     with pytest.raises(RunFailed, match=r"shard-000000\.tar: disk full"):
         seal(stage, 0, {})
@@ -780,7 +780,7 @@ def test_a_disk_that_refuses(tmp_path: Path) -> None:
     stage = planned_stage(tmp_path)
     (stage.path / "work").write_bytes(b"a file where a folder should be")
     with pytest.raises(RunFailed, match="cannot be written: "):
-        write_sample(stage, 0, make_sample(stage, stage.groups(0)[0], 0))
+        write_samples(stage, 0, make_sample(stage, stage.groups(0)[0], 0))
 
 
 def test_verify_says_what_it_cannot_verify(tmp_path: Path) -> None:

@@ -250,7 +250,7 @@ def test_a_video_that_cannot_be_decoded_is_missing(tmp_path: Path) -> None:
     stage = shard_fixtures.planned_stage(tmp_path / "run", groups=1, group_size=6)
     group = stage.groups(0)[0]
     broken = shard_fixtures.make_sample(stage, group, 2, video=b"not a video")
-    shard_fixtures.write_sample(stage, 0, broken)
+    shard_fixtures.write_samples(stage, 0, broken)
     shard_fixtures.fill(stage, 0)
     seal(stage, 0, {})
     report = score(run, stage)

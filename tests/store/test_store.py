@@ -362,7 +362,7 @@ RACER = """
 import sys
 from shards.run import Run
 from shards.writer import seal
-from shards.spool import Sample, write_group, write_sample
+from shards.spool import Sample, write_group, write_samples
 from tests.support.shard_fixtures import make_group, make_sample
 url, salt = sys.argv[1], float(sys.argv[2])
 stage = Run(url).iteration(0)
@@ -372,7 +372,7 @@ for shard in range(stage.expected()):
         for number in range(3):
             sample = make_sample(stage, group, number)
             meta = sample.meta | {"seconds": salt}
-            write_sample(stage, shard, Sample(sample.key, meta, sample.video, sample.tensors))
+            write_samples(stage, shard, Sample(sample.key, meta, sample.video, sample.tensors))
 print("ready", flush=True)
 sys.stdin.readline()
 print(*[int(seal(stage, shard, {"host": str(salt)})) for shard in range(stage.expected())])
@@ -423,7 +423,7 @@ def test_a_tar_whose_machine_died_is_committed_by_the_next(s3: Proxy, url: str, 
     path = stage.work_path(0) / f"{key}.tar"
     path.unlink()
     sample = make_sample(stage, stage.groups(0)[0], 0)
-    spool.write_sample(stage, 0, spool.Sample(key, sample.meta | {"seconds": 9.0}, sample.video, sample.tensors))
+    spool.write_samples(stage, 0, spool.Sample(key, sample.meta | {"seconds": 9.0}, sample.video, sample.tensors))
     assert writer.seal(stage, 0, {})
     assert read_json(stage.manifest_path(0))["tar"]["sha256"] == tar
     assert open_shard(stage, 0).meta(key)["seconds"] == 0.5

@@ -13,7 +13,7 @@ import numpy as np
 from shards.files import Files
 from shards.plan import RolloutPlan, group_key, sample_key
 from shards.run import Run, Stage
-from shards.spool import Sample, write_group, write_sample
+from shards.spool import Sample, write_group, write_samples
 from shards.writer import seal
 
 STEPS = 4
@@ -140,7 +140,7 @@ def fill(stage: Stage, shard: int, **options: Any) -> None:
     for group in stage.groups(shard):
         write_group(stage, shard, group, make_group(group))
         for sample in range(plan.group_size):
-            write_sample(stage, shard, make_sample(stage, group, sample, **options))
+            write_samples(stage, shard, make_sample(stage, group, sample, **options))
 
 
 def planned_stage(

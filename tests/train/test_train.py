@@ -29,7 +29,7 @@ from shards.process.signals import stoppable
 from shards.reader import open_shard
 from shards.records.updates import read_updates
 from shards.run import Run
-from shards.spool import write_group, write_sample
+from shards.spool import write_group, write_samples
 from shards.workers.claims import claim
 from shards.writer import seal
 from tests.support import training
@@ -674,7 +674,7 @@ def test_ratio_norm_cannot_take_older_shards_without_their_means(trained: Run, p
             for _, steps in sampler.phases:
                 sampler.advance(chunk, state, shared[chunk.group], steps)
             for sample in sampler.finish(chunk, state):
-                write_sample(stage, shard, sample)
+                write_samples(stage, shard, sample)
         seal(stage, shard, {})
     training.advise(stage)
     with pytest.raises(UserError) as caught:

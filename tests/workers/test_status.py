@@ -18,7 +18,7 @@ from shards import sidecar
 from shards.errors import UserError
 from shards.process.versions import our_version
 from shards.run import Run, Stage
-from shards.spool import write_group, write_sample
+from shards.spool import write_group, write_samples
 from shards.workers import owners
 from shards.workers.claims import claim
 from shards.workers.status import Part, Status, Worker, render, status
@@ -46,7 +46,7 @@ def stage(tmp_path: Path) -> Stage:
         seal(made, shard, {})
     group = made.groups(2)[0]
     write_group(made, 2, group, make_group(group))
-    write_sample(made, 2, make_sample(made, group, 0))
+    write_samples(made, 2, make_sample(made, group, 0))
     sidecar.write_scores(made, 0, SCORER, score_frame(made, 0), {})
     return made
 

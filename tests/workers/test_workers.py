@@ -67,14 +67,14 @@ def signalled(number: int, *arguments: object) -> Callable[[], None]:
     """The command line with these arguments, which gets a signal when its first sample is in the spool."""
 
     def work() -> None:
-        write = rollout_work.write_sample
+        write = rollout_work.write_samples
 
         def written(*sample: Any) -> bool:
             done = write(*sample)
             os.kill(os.getpid(), number)
             return done
 
-        rollout_work.write_sample = written
+        rollout_work.write_samples = written
         rushes(*arguments)()
 
     return work
