@@ -39,7 +39,8 @@ if __name__ == "__main__":
 from bench.learn import GAIN, replace_section, rewards_of
 from rollout.transitions import noise, noise_seed
 from rollout.words.paths import words_folder
-from shards.plan import Group, RolloutPlan, Schedule
+from shards.plan import Group, RolloutPlan
+from shards.records.schedule import Schedule
 from shards.run import Run
 
 POLICY, OLD = "policy", "old"

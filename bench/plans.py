@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shards.plan import SCHEMA, Group, PolicyIdentity, RolloutPlan, Schedule, VideoShape, group_key, sample_key
+from shards.plan import SCHEMA, Group, PolicyIdentity, RolloutPlan, VideoShape, group_key, sample_key
+from shards.records.schedule import Schedule
 from shards.spool import Sample
 
 if TYPE_CHECKING:

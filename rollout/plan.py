@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -19,7 +20,8 @@ from rollout.ranks.device import find_device
 from rollout.schedule import make_schedule, step_std
 from rollout.window import choose_window, trained_steps
 from shards.errors import UserError
-from shards.plan import SCHEMA, Arithmetic, Group, PolicyIdentity, RolloutPlan, Schedule, VideoShape, group_key
+from shards.plan import SCHEMA, Arithmetic, Group, PolicyIdentity, RolloutPlan, VideoShape, group_key
+from shards.records.schedule import Schedule
 from shards.run import Run, Stage
 from shards.text.cleaning import clean
 
@@ -68,14 +70,12 @@ def stage_plan(run: Run, stage: Stage, layout: Layout, identity: Identity | None
     schedule = make_schedule(
         rollout, boundary=layout.boundary, scheduler_config=layout.scheduler_config, evaluation=evaluation
     )
-    prompts = stage_prompts(run, stage)
+    prompts, begun = stage_prompts(run, stage), stage.plan()
     _check_images(prompts, layout, rollout.height, rollout.width, rollout.frames)
-    if evaluation is None and stage.plan() is None:  # what was begun can be finished
+    if evaluation is None and begun is None:  # what was begun can be finished
         _check_noise(schedule, rollout)
     size = evaluation.videos_per_prompt if evaluation else rollout.group_size
-    # an evaluation has small groups: as many videos a shard as in a rollout
-    per_shard = max(1, rollout.groups_per_shard * rollout.group_size // size)
-    keys = [group_key(stage.iteration, prompt.id) for prompt in prompts]
+    across = evaluation is not None and (begun is None or begun.batch_across_groups)
     return RolloutPlan(
         schema=SCHEMA,
         kind=stage.kind,
@@ -89,10 +89,20 @@ def stage_plan(run: Run, stage: Stage, layout: Layout, identity: Identity | None
         batch_size=batch_size(rollout, layout),
         negative_prompt=clean(rollout.negative_prompt),
         groups=tuple(_group(run, stage, schedule, prompt) for prompt in prompts),
-        shards=tuple(tuple(keys[start : start + per_shard]) for start in range(0, len(keys), per_shard)),
+        shards=_shards([group_key(stage.iteration, prompt.id) for prompt in prompts], size, rollout, across),
         same_initial_noise=rollout.same_initial_noise and evaluation is None,
         arithmetic=_arithmetic(run, stage),
+        batch_across_groups=across,
     )
+
+
+def _shards(keys: list[str], size: int, rollout: RolloutConfig, even: bool) -> tuple[tuple[str, ...], ...]:
+    """The groups of each shard. An evaluation has small groups, of `size` videos: as many videos a shard as in a
+    rollout, and shards that are `even` give workers equal shares."""
+    per_shard = max(1, rollout.groups_per_shard * rollout.group_size // size)
+    if even:
+        per_shard = math.ceil(len(keys) / math.ceil(len(keys) / per_shard))
+    return tuple(tuple(keys[start : start + per_shard]) for start in range(0, len(keys), per_shard))
 
 
 def _video(rollout: RolloutConfig) -> VideoShape:

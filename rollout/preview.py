@@ -10,7 +10,8 @@ from rollout.policy.folder import DTYPES, Layout, find_folder, read_layout
 from rollout.policy.kernels.arithmetic import check_arithmetic
 from rollout.ranks.device import find_device
 from rollout.schedule import describe, step_scale
-from shards.plan import RolloutPlan, Schedule
+from shards.plan import RolloutPlan
+from shards.records.schedule import Schedule
 from shards.run import EXPERT_NAMES, Run, Stage
 
 COLUMNS = ("step", "sigma", "t", "expert", "guidance", "law", "std", "trained", "gradient share")

@@ -148,13 +148,14 @@ def regenerate(run: Run, stage: Stage, key: str, policy: Policy) -> Sample:
         raise UserError(f"{key} was sampled by another policy", "restore the model or the adapters of that iteration")
     policy.experts.compute_as(plan.arithmetic)
     sampler = Sampler(policy, plan, stage.plan_sha256())
-    chunk = next(chunk for chunk in plan.chunks([group]) if int(number) in chunk.samples)
-    shared = sampler.group_tensors([group])[group]
+    shard = next(groups for groups in plan.shards if group in groups)
+    chunk = next(chunk for chunk in plan.chunks(shard) if key in chunk.keys)
+    shared = sampler.group_tensors([group for group, _ in chunk.parts])
     state = sampler.start(chunk)
     for expert, steps in sampler.phases:
         policy.experts.use(expert)
         sampler.advance(chunk, state, shared, steps)
-    return sampler.finish(chunk, state)[int(number) - chunk.first]
+    return sampler.finish(chunk, state)[chunk.keys.index(key)]
 
 
 @dataclass(frozen=True)

@@ -140,11 +140,14 @@ class Sampler:
         return state
 
     @torch.no_grad()
-    def advance(self, chunk: Chunk, state: State, shared: Tensors, steps: Sequence[int]) -> None:
-        """Take the chunk through some steps, all of one expert, which must be in use."""
+    def advance(self, chunk: Chunk, state: State, shared: Mapping[str, Tensors], steps: Sequence[int]) -> None:
+        """Take the chunk through some steps, all of one expert, which must be in use.
+
+        `shared` has what `group_tensors` gave for its groups.
+        """
         began, device = time.monotonic(), self.policy.device
-        prompt, negative = (self.policy.text.pad(shared[name], chunk.count) for name in ("prompt", "negative"))
-        condition = shared["condition"].to(device) if "condition" in shared else None
+        prompt, negative = (self._texts(chunk, shared, name) for name in ("prompt", "negative"))
+        condition = _condition(chunk, shared, device)
         x, clean = state.x.to(device), None if state.clean is None else state.clean.to(device)
         for step in steps:
             drawn = self._noise(chunk, step, device)
@@ -184,9 +187,14 @@ class Sampler:
             sample.meta["status"] = "ok" if ok else "its latents or log-probs are not finite"
         return samples
 
+    def _texts(self, chunk: Chunk, shared: Mapping[str, Tensors], name: str) -> Tensor:
+        """Padded embeddings of the prompts or negative prompts of a chunk, [B,L,D]."""
+        padded = [self.policy.text.pad(shared[group][name], count) for group, count in chunk.parts]
+        return padded[0] if len(padded) == 1 else torch.cat(padded)
+
     def _keep(self, chunk: Chunk, state: State, number: int, x: Tensor) -> None:
         """Keep state `number`, x, if it is stored: before and after every window step, and the last."""
-        window = self.groups[chunk.group].window
+        window = self.groups[chunk.group].window  # chunks of several groups are those of an evaluation, which has none
         if number in window or number - 1 in window or number == self.schedule.steps:
             state.kept[number] = x.to(self.storage)
 
@@ -198,7 +206,7 @@ class Sampler:
 
     def _drawn(self, chunk: Chunk, step: int) -> Tensor:
         """Noise [B,C,F,H,W] from the seeds of a step, on the host."""
-        return noises(self.shape, (self._seed(chunk.group, sample, step) for sample in chunk.samples))
+        return noises(self.shape, (self._seed(group, sample, step) for group, sample in chunk.members))
 
     def _seed(self, group: str, sample: int, step: int) -> int:
         """Seed of one noise tensor; with `same_initial_noise` a group begins from the noise of its first sample."""
@@ -220,33 +228,42 @@ class Sampler:
         tensors = {"latents": latents, **steps, **self._schedule_tensors}
         if state.x0_prev:
             tensors["x0_prev"] = torch.stack([value[index] for _, value in sorted(state.x0_prev.items())])
-        meta = self._meta(chunk, chunk.samples[index]) | {name: value.tolist() for name, value in steps.items()}
+        meta = self._meta(chunk, *chunk.members[index]) | {name: value.tolist() for name, value in steps.items()}
         del meta["step_index"]  # the same as `window`
         return Sample(key, meta | {"seconds": seconds}, video, tensors)
 
-    def _meta(self, chunk: Chunk, sample: int) -> dict[str, object]:
-        """The record of a sample but for what came out of it."""
-        group, plan = self.groups[chunk.group], self.plan
+    def _meta(self, chunk: Chunk, key: str, sample: int) -> dict[str, object]:
+        """The record of a sample of the group `key`, but for what came out of it."""
+        group, plan = self.groups[key], self.plan
         seeds = {"initial": INITIAL} | {str(step): step for step in group.window}
         return {
             "schema": SCHEMA,
-            "key": sample_key(chunk.group, sample),
+            "key": sample_key(key, sample),
             "iteration": plan.iteration,
             "prompt_id": group.prompt_id,
-            "group": chunk.group,
+            "group": key,
             "sample": sample,
             "prompt": group.prompt,
             "target": group.target,
             "image": group.image,
-            "negative_prompt": plan.negative_of(chunk.group),
-            "chunk": [chunk.first, chunk.count],
+            "negative_prompt": plan.negative_of(key),
+            "chunk": [plan.place(*chunk.members[0])[0], chunk.count],
             "seed": plan.seed,
-            "noise_seeds": {name: self._seed(chunk.group, sample, step) for name, step in seeds.items()},
+            "noise_seeds": {name: self._seed(key, sample, step) for name, step in seeds.items()},
             "policy": plan.policy.fingerprint,
             "plan_sha256": self.plan_sha256,
             **self._schedule_record,
             "window": group.window,
             **{name: getattr(plan.video, name) for name in ("height", "width", "frames", "fps")},
-            "text": chunk.group,
+            "text": key,
             "host": socket.gethostname(),
         }
+
+
+def _condition(chunk: Chunk, shared: Mapping[str, Tensors], device: torch.device) -> Tensor | None:
+    """What the images of a chunk give the model, [1,C,F,H,W] for one group and [B,C,F,H,W] for several."""
+    if "condition" not in shared[chunk.group]:
+        return None
+    found = [(shared[group]["condition"], count) for group, count in chunk.parts]
+    one = found[0][0] if len(found) == 1 else torch.cat([part.repeat_interleave(count, 0) for part, count in found])
+    return one.to(device)

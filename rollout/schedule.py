@@ -10,7 +10,7 @@ import numpy as np
 from rollout.sigmas import grid
 from rollout.transitions import Kernel, gradient_scale, kernel, resolve_form, velocity_slope
 from shards.errors import UserError
-from shards.plan import HIGH_NOISE, LOW_NOISE, Form, Law, Schedule
+from shards.records.schedule import HIGH_NOISE, LOW_NOISE, Form, Law, Schedule
 from shards.run import EXPERT_NAMES
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
     from rollout.policy import Policy
-    from shards.plan import Schedule
+    from shards.records.schedule import Schedule
 
 
 class StepInputs(NamedTuple):

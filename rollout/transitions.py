@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from shards.plan import Form, Law
+    from shards.records.schedule import Form, Law
 
 Previous = tuple[torch.Tensor, float]
 """What the two-step laws remember of the step before: its x0_hat, like x, and its sigma."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,9 +64,9 @@ class Leader(Sampler):
         super().__init__(policy, plan, plan_sha256)
         self.group = group
 
-    def advance(self, chunk: Chunk, state: State, shared: Tensors, steps: Sequence[int]) -> None:
+    def advance(self, chunk: Chunk, state: State, shared: Mapping[str, Tensors], steps: Sequence[int]) -> None:
         """As Sampler, by all ranks of the group."""
-        self.group.tell((chunk, state, shared, list(steps)))
+        self.group.tell((chunk, state, {group: shared[group] for group, _ in chunk.parts}, list(steps)))
         super().advance(chunk, state, shared, steps)
 
     def stay(self) -> None:

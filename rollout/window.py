@@ -6,7 +6,7 @@ import hashlib
 from typing import TYPE_CHECKING
 
 from shards.errors import UserError
-from shards.plan import LOW_NOISE, Schedule
+from shards.records.schedule import LOW_NOISE, Schedule
 from shards.run import EXPERT_NAMES
 
 if TYPE_CHECKING:

@@ -139,7 +139,7 @@ class Work:
             if self.stage.is_committed(hand.shard) or spooled(self.stage, hand.shard).issuperset(chunk.keys):
                 continue
             state = hand.states.pop(chunk, None) or self.sampler.start(chunk)
-            self.sampler.advance(chunk, state, hand.shared[chunk.group], steps)
+            self.sampler.advance(chunk, state, hand.shared, steps)
             if phase + 1 < len(phases):
                 self._park(hand, chunk, state)
             else:

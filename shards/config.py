@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from shards.plan import Compile, Dtype, Form, Law, Solver, VideoPreset
+from shards.plan import Compile, Dtype, VideoPreset
+from shards.records.schedule import Form, Law, Solver
 
 SCHEMA = 1
 

@@ -2,38 +2,33 @@
 
 from __future__ import annotations
 
-import math
 import re
-import struct
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from itertools import groupby, pairwise
+from typing import TYPE_CHECKING, Any, Literal
 
 from shards.errors import UserError
 from shards.records.reading import first_fault, reader, short
+from shards.records.schedule import STRICT, Schedule
 from shards.records.strict_json import parse_object
 
 if TYPE_CHECKING:
-    from pydantic import ConfigDict
+    pass
 
 LARGEST = 64 * 2**20  # bytes of plan.json that are read: a hundred thousand groups
 SCHEMA: Literal[1] = 1  # of plan, manifest, member and index; README.md has its history
 GROUP_KEY = re.compile(r"i(\d{6})-p(\d{6})")
 SAMPLE_KEY = re.compile(r"i(\d{6})-p(\d{6})-s(\d{2,3})")
-HIGH_NOISE, LOW_NOISE = 0, 1  # numbers of experts; a model with one has the first
 
 Kind = Literal["rollout", "eval"]
 Dtype = Literal["float32", "bfloat16", "float16"]
-Law = Literal["ode", "flow-sde", "dance-sde", "wan-sde", "cps", "cps-unnormalised", "dpm-sde", "dpm-sde-2m"]
-Form = Literal["exact", "euler-maruyama"]
-Solver = Literal["euler", "dpm-2m"]
 Compile = Literal[False, "blocks"]
 Adapters = Literal["float32", "model", "merged"]
 VideoPreset = Literal["ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow"]
 
-_STRICT: ConfigDict = {"strict": True, "extra": "forbid", "allow_inf_nan": False}  # for pydantic, at reading alone
 _IN_FILE = {"schedule": "sampler"}  # names of fields in plan.json, where they are others
 _COPY = "restore it from a copy"
 
@@ -64,42 +59,10 @@ def spans(group_size: int, batch_size: int) -> list[tuple[int, int]]:
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """What the sampler does at each step, computed once, stored with the shard and never derived again.
-
-    Step i goes from sigmas[i] to sigmas[i+1]. sigmas [N+1] fall strictly and end with 0; timesteps [N] are what the
-    model is conditioned on, in 0..1000; experts [N] are 0 (high noise, or the only one) or 1 (low noise); guidance
-    [N]. All of these are fp32 values, so nothing is lost in a shard. law, form and eta are those of the window steps,
-    solver that of the others. Raises UserError when the parts do not fit together.
-    """
-
-    __pydantic_config__ = _STRICT
-
-    sigmas: tuple[float, ...]
-    timesteps: tuple[float, ...]
-    experts: tuple[int, ...]
-    guidance: tuple[float, ...]
-    law: Law
-    form: Form
-    eta: float
-    solver: Solver
-
-    def __post_init__(self) -> None:
-        """Refuse what no schedule can be."""
-        for problem in _problems(self):
-            raise UserError(f"bad sampler plan: {problem}", "a plan is made by `rushes rollout` and must not be edited")
-
-    @property
-    def steps(self) -> int:
-        """N, the number of denoising steps."""
-        return len(self.timesteps)
-
-
-@dataclass(frozen=True)
 class PolicyIdentity:
     """The policy that samples."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     fingerprint: str
     """Of the base model and the weights laid over it."""
@@ -115,7 +78,7 @@ class PolicyIdentity:
 class VideoShape:
     """The videos of a stage as they are sampled and encoded."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     height: int
     """Pixels."""
@@ -139,7 +102,7 @@ class VideoShape:
 class Group:
     """The videos of one prompt."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     key: str
     """i000003-p000017"""
@@ -157,21 +120,38 @@ class Group:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive samples of one group, one batch of the model. Training runs the same chunks in the same shape."""
+    """Neighbours in a shard, one batch of the model. Training runs the same chunks in the same shape.
 
-    group: str
-    first: int
-    count: int
+    Those of a rollout are samples of one group; those of an evaluation reach over groups.
+    """
 
-    @property
-    def samples(self) -> range:
-        """Sample numbers within the group."""
-        return range(self.first, self.first + self.count)
+    members: tuple[tuple[str, int], ...]
+    """(group, number of the sample in it)"""
 
     @property
     def keys(self) -> list[str]:
         """Sample keys, in the order of the batch."""
-        return [sample_key(self.group, sample) for sample in self.samples]
+        return [sample_key(group, sample) for group, sample in self.members]
+
+    @property
+    def count(self) -> int:
+        """The size of the batch."""
+        return len(self.members)
+
+    @property
+    def group(self) -> str:
+        """The group, of the first sample where there are several."""
+        return self.members[0][0]
+
+    @property
+    def samples(self) -> tuple[int, ...]:
+        """Sample numbers within their groups."""
+        return tuple(sample for _, sample in self.members)
+
+    @property
+    def parts(self) -> list[tuple[str, int]]:
+        """(group, number of its samples), in the order of the batch."""
+        return list(Counter(group for group, _ in self.members).items())
 
 
 @dataclass(frozen=True)
@@ -181,7 +161,7 @@ class Arithmetic:
     A plan has only what differs from these values, which are those of all plans from before there was a choice.
     """
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     attention: str = "auto"
     """A backend of diffusers, or the one that PyTorch chooses."""
@@ -200,7 +180,7 @@ class Arithmetic:
 class RolloutPlan:
     """All that is decided of a stage before its first sample: the content of plan.json, described in README.md."""
 
-    __pydantic_config__ = {**_STRICT, "alias_generator": lambda name: _IN_FILE.get(name, name)}  # noqa: RUF012
+    __pydantic_config__ = {**STRICT, "alias_generator": lambda name: _IN_FILE.get(name, name)}  # noqa: RUF012
 
     schema: Literal[1]
     kind: Kind
@@ -222,6 +202,8 @@ class RolloutPlan:
     """The group keys that each shard holds, in their order."""
     same_initial_noise: bool
     arithmetic: Arithmetic = Arithmetic()
+    batch_across_groups: bool = False
+    """Whether a batch holds samples of several groups, as in an evaluation. A plan has it only where it does."""
 
     @classmethod
     def from_json(cls, data: bytes, where: object) -> RolloutPlan:
@@ -255,6 +237,8 @@ class RolloutPlan:
         if self.video.preset == VideoShape.preset:
             del found["video"]["preset"]
         found["sampler"] = found.pop("schedule")
+        if not self.batch_across_groups:
+            del found["batch_across_groups"]
         for group in found["groups"]:
             if group["negative_prompt"] is None:
                 del group["negative_prompt"]
@@ -280,9 +264,31 @@ class RolloutPlan:
         return [sample_key(group, sample) for group in self.shards[shard] for sample in range(self.group_size)]
 
     def chunks(self, groups: Iterable[str]) -> list[Chunk]:
-        """The chunks of groups, in order."""
-        cut = spans(self.group_size, self.batch_size)
-        return [Chunk(group, first, count) for group in groups for first, count in cut]
+        """The chunks of groups, in order: of each by itself, or, with `batch_across_groups`, of those of a whole shard.
+
+        Groups with an image and without one are never in the same chunk: only a whole batch can have conditions.
+        """
+        runs = [[group] for group in groups]
+        if self.batch_across_groups:
+            runs = [list(run) for _, run in groupby(groups, lambda group: self.by_key[group].image is None)]
+        found = []
+        for run in runs:
+            samples = tuple((group, sample) for group in run for sample in range(self.group_size))
+            cut = spans(len(samples), self.batch_size)
+            found += [Chunk(samples[first : first + count]) for first, count in cut]
+        return found
+
+    def place(self, group: str, sample: int) -> tuple[int, int]:
+        """Where a sample stands in what chunks are cut from, its group or its shard, and how many samples that has."""
+        if not self.batch_across_groups:
+            return sample, self.group_size
+        before, groups = self._places[group]
+        return before * self.group_size + sample, groups * self.group_size
+
+    @cached_property
+    def _places(self) -> dict[str, tuple[int, int]]:
+        """Where each group stands in its shard, and how many groups that has."""
+        return {group: (number, len(shard)) for shard in self.shards for number, group in enumerate(shard)}
 
     def negative_of(self, group: str) -> str:
         """The negative prompt of a group: its own, or that of the plan."""
@@ -301,6 +307,8 @@ def _contradictions(plan: RolloutPlan) -> Iterable[str]:
     promised = [group for shard in plan.shards for group in shard]
     if len(set(promised)) != len(promised) or sorted(promised) != sorted(group.key for group in plan.groups):
         yield "its shards do not hold each of its groups once"
+    if plan.kind == "rollout" and plan.batch_across_groups:
+        yield "batch_across_groups is true, but it is a rollout, whose batches are those of training"
     for number, group in enumerate(plan.groups):
         if not GROUP_KEY.fullmatch(group.key) or group.key != group_key(plan.iteration, group.prompt_id):
             yield f"groups.{number}.key is {group.key!r}, but its prompt_id is {group.prompt_id}"
@@ -317,29 +325,3 @@ def _ranges(plan: RolloutPlan) -> dict[str, tuple[int, int, int]]:
     found |= {f"video.{name}": (getattr(video, name), 1, most) for name in ("height", "width", "frames", "fps")}
     found["arithmetic.decode_batch"] = (plan.arithmetic.decode_batch, 1, most)
     return found | {"video.crf": (video.crf, 0, 51)}
-
-
-def _problems(schedule: Schedule) -> Iterable[str]:
-    """What is wrong with a schedule, in the order in which it is best mended."""
-    n, sigmas = schedule.steps, schedule.sigmas
-    if len(sigmas) != n + 1 or len(schedule.experts) != n or len(schedule.guidance) != n or n < 1:
-        counts = f"{len(sigmas)} sigmas, {len(schedule.experts)} experts, {len(schedule.guidance)} guidances"
-        yield f"{n} timesteps, {counts}"
-    falling = all(a > b for a, b in pairwise(sigmas))
-    if not falling or not sigmas or sigmas[0] > 1 + 1e-6 or sigmas[-1] != 0:
-        yield "sigmas must fall strictly, from at most 1 down to 0"
-    if not all(map(_is_single, (*sigmas, *schedule.timesteps, *schedule.guidance))):
-        yield "sigmas, timesteps and guidance must be finite fp32 values"
-    if not set(schedule.experts) <= {HIGH_NOISE, LOW_NOISE}:
-        yield "experts must be 0 or 1"
-    for key, allowed in (("law", Law), ("form", Form), ("solver", Solver)):
-        if getattr(schedule, key) not in get_args(allowed):
-            yield f"unknown {key} {getattr(schedule, key)!r}"
-
-
-def _is_single(value: float) -> bool:
-    """Whether a number is finite and the same in fp32."""
-    try:
-        return math.isfinite(value) and struct.unpack("f", struct.pack("f", value))[0] == value
-    except OverflowError:
-        return False

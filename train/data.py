@@ -12,8 +12,9 @@ from torch import Tensor
 from rollout.step import StepInputs
 from rollout.transitions import noise_seed, noises
 from shards.errors import UserError
-from shards.plan import Group, RolloutPlan, Schedule, sample_key
+from shards.plan import Group, RolloutPlan, sample_key
 from shards.reader import Shard, open_shard
+from shards.records.schedule import Schedule
 from shards.run import Stage
 from shards.store.urls import in_shell
 from train.order import Unit
@@ -75,7 +76,7 @@ class Rollouts:
     def units(self) -> list[Unit]:
         """Every (chunk, stochastic step) of every shard, in plan order."""
         return [
-            Unit(self.schedule.experts[step], number, chunk.group, tuple(chunk.samples), step)
+            Unit(self.schedule.experts[step], number, chunk.group, chunk.samples, step)
             for number in self.shards
             for chunk in self.plan.chunks(self.plan.shards[number])
             for step in self.window(chunk.group)

@@ -25,7 +25,8 @@ from rollout.policy.folder import DTYPES
 from rollout.policy.sizes import fused_attention, meta_expert
 from rollout.ranks.world import World
 from rollout.step import StepInputs, take_step
-from shards.plan import Group, PolicyIdentity, RolloutPlan, Schedule, VideoShape
+from shards.plan import Group, PolicyIdentity, RolloutPlan, VideoShape
+from shards.records.schedule import Schedule
 from train.data import Batch, Inputs, Rollouts
 from train.order import Slot, Unit
 from train.trainer import ExpertTrainer

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NotRequired, TypedDict
 from rollout.policy.folder import EXPERT_FOLDERS, Layout
 from rollout.schedule import make_schedule
 from shards.files import read_json
-from shards.plan import HIGH_NOISE, Schedule
+from shards.records.schedule import HIGH_NOISE, Schedule
 from shards.run import EXPERT_NAMES
 from shards.store.urls import last_name
 

@@ -145,7 +145,8 @@ def contradictions(record: SampleRecord, plan: RolloutPlan, plan_sha256: str) ->
     if record.negative_prompt not in (None, plan.negative_of(group.key)):
         yield "negative_prompt"
     first, count = record.chunk
-    if not first <= sample_of(record.key) < first + count <= plan.group_size:
+    place, size = plan.place(group.key, sample_of(record.key))
+    if not first <= place < first + count <= size:
         yield "chunk"
     if record.noise_seeds.keys() != {"initial", *map(str, record.window)}:
         yield "noise_seeds"

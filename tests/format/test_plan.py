@@ -60,7 +60,7 @@ def test_chunks_and_keys_follow_from_the_plan() -> None:
     plan = plan_of(make_plan(groups=2, group_size=3, batch_size=2, groups_per_shard=2))
     first, second = plan.shards[0]
     assert plan.chunks(plan.shards[0]) == [
-        Chunk(group, at, n) for group in (first, second) for at, n in ((0, 2), (2, 1))
+        Chunk(tuple((group, sample) for sample in samples)) for group in (first, second) for samples in ((0, 1), (2,))
     ]
     assert plan.chunks([second])[1].keys == ["i000000-p000001-s02"]
     assert plan.keys(0) == [key for chunk in plan.chunks(plan.shards[0]) for key in chunk.keys]

@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 
 from rollout.transitions import resolve_form
-from shards.plan import Law
+from shards.records.schedule import Law
 from shards.run import Run, Stage
 from shards.settings.frozen import TWO_FORMS
 from shards.settings.without_effect import without_effect

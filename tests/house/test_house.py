@@ -58,13 +58,14 @@ FOLDERS: dict[str, set[str]] = {
               "shards/store", "shards/trackers", "shards/workers", "train/experts", "train/objectives"},
     "train/experts": {"rollout", "rollout/memory", "rollout/policy", "rollout/ranks", "shards", "shards/process",
                       "shards/trackers", "shards/workers", "train"},
-    "train/objectives": {"rollout", "shards"},
+    "train/objectives": {"rollout", "shards", "shards/records"},
 }  # fmt: skip
 """Every folder of the packages, and the other folders whose modules its own may import."""
 ONLY = {
     ("train", "rollout"): {"lineage", "schedule", "step", "transitions"},
     ("train/experts", "rollout"): {"processes"},
     ("train/objectives", "rollout"): {"schedule", "transitions"},
+    ("train/objectives", "shards/records"): {"schedule"},
     ("shards/store", "shards"): {"errors", "files", "locks"},
     ("shards/store", "shards/records"): {"opening"},
     ("shards/process", "shards"): {"errors"},

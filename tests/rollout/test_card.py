@@ -129,10 +129,9 @@ def test_the_code_samples_as_the_evaluation_does(
     image = IMAGE if layout == "i2v2" else None
     names = executed(run, code, tmp_path / "out", monkeypatch, noise=noise.clone(), image=image)
     expected = evaluated(run, noise, image)
-    if solver == "euler":
-        assert torch.equal(names["video"], expected[0])
-    else:
-        torch.testing.assert_close(names["video"], expected[0], rtol=1e-4, atol=1e-4)
+    # Not bit for bit: for one row some processors' products depend on where in memory the weights of a file lie.
+    rounding = 1e-5 if solver == "euler" else 1e-4
+    torch.testing.assert_close(names["video"], expected[0], rtol=rounding, atol=rounding)
     assert (noise - expected).abs().max() > 0.1
 
 

@@ -17,7 +17,7 @@ from rollout.policy import Policy
 from rollout.policy.folder import find_folder
 from rollout.step import StepInputs, step_log_prob, take_step
 from shards.errors import UserError
-from shards.plan import Schedule
+from shards.records.schedule import Schedule
 from tests.support.tiny_models import TEXT_LENGTH
 
 STEPS = 4

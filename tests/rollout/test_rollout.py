@@ -20,8 +20,9 @@ from rollout.sampler import Sampler
 from rollout.step import StepInputs, step_log_prob
 from shards.config import RunConfig
 from shards.errors import RunFailed, UserError
-from shards.plan import Chunk, Schedule
+from shards.plan import Chunk
 from shards.reader import open_shard
+from shards.records.schedule import Schedule
 from shards.run import Run, Stage
 from shards.run_toml import parse_config
 from shards.spool import Sample, spooled

@@ -28,6 +28,10 @@ def sampler(**plan: Any) -> Sampler:
     return Sampler(POLICY, plan_of(make_plan(ITERATION, seed=SEED, **plan)), "0" * 64)
 
 
+def chunk_of(group: str, *samples: int) -> Chunk:
+    return Chunk(tuple((group, sample) for sample in samples))
+
+
 def drawn(group: int, samples: tuple[int, ...], step: int, iteration: int = ITERATION) -> Tensor:
     """The noise of samples of a group, from its address."""
     seeds = [noise_seed(SEED, iteration, group, sample, step) for sample in samples]
@@ -36,7 +40,7 @@ def drawn(group: int, samples: tuple[int, ...], step: int, iteration: int = ITER
 
 @pytest.mark.parametrize("group", [0, 1])
 def test_every_noise_has_the_seed_of_its_address(group: int) -> None:
-    one, chunk = sampler(), Chunk(GROUPS[group], 1, 2)
+    one, chunk = sampler(), chunk_of(GROUPS[group], 1, 2)
     assert torch.equal(one.start(chunk).x, drawn(group, (1, 2), -1))
     for step in WINDOW:
         found = one._noise(chunk, step, torch.device("cpu"))
@@ -46,7 +50,7 @@ def test_every_noise_has_the_seed_of_its_address(group: int) -> None:
 
 
 def test_a_group_may_begin_from_one_noise_and_then_draws_its_own() -> None:
-    one, chunk = sampler(same_initial_noise=True), Chunk(GROUPS[1], 1, 2)
+    one, chunk = sampler(same_initial_noise=True), chunk_of(GROUPS[1], 1, 2)
     assert torch.equal(one.start(chunk).x, drawn(1, (0, 0), -1))
     found = one._noise(chunk, WINDOW[0], torch.device("cpu"))
     assert found is not None
@@ -55,17 +59,17 @@ def test_a_group_may_begin_from_one_noise_and_then_draws_its_own() -> None:
 
 def test_an_evaluation_takes_the_same_noise_in_every_iteration() -> None:
     one = sampler(kind="eval")
-    assert torch.equal(one.start(Chunk(GROUPS[0], 0, 1)).x, drawn(0, (0,), -1, iteration=-1))
+    assert torch.equal(one.start(chunk_of(GROUPS[0], 0)).x, drawn(0, (0,), -1, iteration=-1))
 
 
 @pytest.mark.parametrize("storage", ["float32", "bfloat16"])
 def test_the_states_before_and_after_each_window_step_are_kept_as_stored(storage: str) -> None:
-    one, chunk = sampler(storage_dtype=storage), Chunk(GROUPS[0], 0, 2)
+    one, chunk = sampler(storage_dtype=storage), chunk_of(GROUPS[0], 0, 1)
     state, dtype = one.start(chunk), getattr(torch, storage)
     assert torch.equal(state.x, drawn(0, (0, 1), -1).to(dtype).float())
     text = {"prompt": torch.zeros(1), "negative": torch.zeros(1)}
     for _, steps in one.phases:
-        one.advance(chunk, state, text, steps)
+        one.advance(chunk, state, {GROUPS[0]: text}, steps)
     x, kept, scores = drawn(0, (0, 1), -1).to(dtype).float(), {}, {}
     for step in range(one.schedule.steps):
         fresh = drawn(0, (0, 1), step) if step in WINDOW else None

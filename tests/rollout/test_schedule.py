@@ -16,7 +16,7 @@ from rollout.schedule import describe, expert_ids, make_schedule
 from rollout.window import choose_window
 from shards.config import EvalConfig, RolloutConfig
 from shards.errors import UserError
-from shards.plan import Schedule
+from shards.records.schedule import Schedule
 from tests.support.shard_fixtures import make_plan, plan_of
 
 UNIPC = {"_class_name": "UniPCMultistepScheduler", "flow_shift": 3.0, "solver_order": 2, "use_flow_sigmas": True}

@@ -13,7 +13,7 @@ from torch import Tensor
 from rollout.schedule import step_std
 from rollout.step import StepInputs, step_log_prob, step_mean, take_step
 from rollout.transitions import clean_estimate, dpm_2m, euler, kernel, log_prob, noise, transition
-from shards.plan import Schedule
+from shards.records.schedule import Schedule
 
 SIGMAS = (1.0, 0.875, 0.625, 0.25, 0.0)
 X, PROMPT, NEGATIVE, DRAWN, BEFORE = (noise((2, 3, 2, 4, 4), seed=seed) for seed in range(5))

@@ -17,7 +17,7 @@ from rollout.schedule import make_schedule
 from rollout.step import StepInputs, take_step
 from shards.config import ModelConfig, RolloutConfig
 from shards.errors import RunFailed, UserError
-from shards.plan import Schedule
+from shards.records.schedule import Schedule
 from shards.run_toml import parse_config, read_preset
 from tests.support import training
 from tests.support.tiny_models import TEXT_LENGTH

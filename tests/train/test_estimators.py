@@ -20,7 +20,7 @@ from torch import Tensor
 from rollout.schedule import make_schedule, step_kernel, step_slope, step_std
 from rollout.transitions import gradient_scale
 from shards.config import RolloutConfig
-from shards.plan import Schedule
+from shards.records.schedule import Schedule
 from train.objectives import estimators
 from train.objectives.losses import held_loss, nft_loss, nft_optimality, policy_loss
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from rollout import transitions as tr
 from rollout.schedule import make_schedule
 from shards.config import RolloutConfig, TrainConfig
-from shards.plan import Schedule
+from shards.records.schedule import Schedule
 from train.batch_loss import weights_of_steps
 from train.objectives.losses import (
     clip_advantage,

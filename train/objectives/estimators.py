@@ -30,7 +30,7 @@ from rollout.transitions import average
 
 if TYPE_CHECKING:
     from shards.config import ErrorWeight
-    from shards.plan import Schedule
+    from shards.records.schedule import Schedule
 
 
 class Compared(NamedTuple):
