@@ -1,4 +1,4 @@
-"""The rollout stage: samples the shards that are missing, one expert at a time; a kill loses at most two chunks."""
+"""The rollout stage: samples the shards that are missing, one expert at a time, and can be killed at any moment."""
 
 from __future__ import annotations
 

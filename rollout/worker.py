@@ -54,8 +54,8 @@ class _InHand:
 class Work:
     """What one worker does in a stage.
 
-    Videos are encoded, spooled and sealed in a thread, one chunk behind the sampling. What is counted is on the disk,
-    and a claim is held until its shard is sealed.
+    Videos are encoded, spooled and sealed in a thread, one chunk behind the sampling, at best while the next chunk is
+    decoded. What is counted is on the disk, and a claim is held until its shard is sealed.
     """
 
     def __init__(self, stage: Stage, sampler: Sampler, worker: Worker, progress: Progress | None) -> None:
@@ -170,7 +170,7 @@ class Work:
 
     def _park(self, hand: _InHand, chunk: Chunk, state: State) -> None:
         """Keep and spool a chunk between its phases."""
-        self.background.settle()
+        self.background.collect()  # that a disk is full is known now, not after the phase
         hand.states[chunk] = state
         tensors = state.to_tensors()  # as they are now: the next steps put others in their place
         self.background.add(lambda: write_phase(self.stage, hand.shard, chunk.keys[0], tensors))
@@ -178,8 +178,10 @@ class Work:
 
     def _commit(self, hand: _InHand, chunk: Chunk, state: State) -> None:
         """Decode a chunk and have its samples spooled; those that were there stay as they are."""
+        self.background.collect()
+        with self.background.calm():
+            decoded = self.sampler.decode(state)
         self.background.settle()
-        decoded = self.sampler.decode(state)
 
         def write() -> list[Sample]:
             samples = self.sampler.put_together(chunk, state, decoded)

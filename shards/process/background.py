@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+PATIENCE = 1.0
+"""Seconds that a piece of work waits for a calm stretch, at most."""
 
 
 class Background:
     """One thread that does pieces of work in the order in which they are handed over.
+
+    Only one thread at a time runs Python. A model of many short operations asks for it after each of them, and waits
+    while this thread has it. So a piece of work waits for a stretch of few long operations, which its owner calls
+    `calm`, but no longer than PATIENCE.
 
     The end of a `with` block waits for all of them. Where an error ends the block, that one is raised, and those of the
     thread are not.
@@ -21,6 +30,7 @@ class Background:
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="background")  # its thread begins with the first piece
         self._begun: deque[tuple[Future[Any], Callable[[Any], object] | None]] = deque()
+        self._calm = threading.Event()
 
     def __enter__(self) -> Background:
         return self
@@ -30,17 +40,42 @@ class Background:
             if error is None:
                 self.settle()
         finally:
+            self._calm.set()
             self._pool.shutdown()
 
     def add(self, work: Callable[[], T], then: Callable[[T], object] | None = None) -> None:
-        """Have a piece of work done; `then` gets what came of it, in the thread that calls `settle`."""
-        self._begun.append((self._pool.submit(work), then))
+        """Have a piece of work done; `then` gets what came of it, in the thread that calls `settle` or `collect`."""
+        latest = time.monotonic() + PATIENCE
+
+        def done() -> T:
+            self._calm.wait(max(0.0, latest - time.monotonic()))
+            return work()
+
+        self._begun.append((self._pool.submit(done), then))
+
+    @contextmanager
+    def calm(self) -> Iterator[None]:
+        """Inside, pieces of work need not wait."""
+        self._calm.set()
+        try:
+            yield
+        finally:
+            self._calm.clear()
 
     def settle(self) -> None:
         """Wait until everything is done. Raises what a piece of work raised, the first of them; later ones are done all
         the same."""
-        while self._begun:
-            future, then = self._begun.popleft()
-            found = future.result()
-            if then:
-                then(found)
+        with self.calm():
+            while self._begun:
+                self._take()
+
+    def collect(self) -> None:
+        """Take what is done, and wait for nothing. Raises as `settle`."""
+        while self._begun and self._begun[0][0].done():
+            self._take()
+
+    def _take(self) -> None:
+        future, then = self._begun.popleft()
+        found = future.result()
+        if then:
+            then(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from rollout.policy import Policy
 from rollout.run import rollout
 from rollout.sampler import Sampler
 from shards.errors import RunFailed, UserError
+from shards.process import background as background_module
 from shards.process.background import Background
 from shards.spool import spooled
 from tests.support import training
@@ -35,6 +37,41 @@ def test_pieces_are_done_in_order_and_told_to_who_settles() -> None:
         background.add(lambda: told("c"))
     assert done[-1] == ("c", False)
     assert not any(name.startswith("background") for name in names())
+
+
+def test_a_piece_waits_for_a_calm_stretch_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    done, seen = threading.Event(), []
+    monkeypatch.setattr(background_module, "PATIENCE", 3600.0)
+    with Background() as background:
+        background.add(done.set, seen.append)
+        assert not done.wait(0.2)
+        background.collect()
+        assert seen == []
+        with background.calm():
+            assert done.wait(60)
+        background.settle()
+        assert seen == [None]
+        monkeypatch.setattr(background_module, "PATIENCE", 0.0)
+        done.clear()
+        background.add(done.set)
+        assert done.wait(60)
+        monkeypatch.setattr(background_module, "PATIENCE", 3600.0)
+        done.clear()
+        background.add(done.set)  # the end of the block is calm
+    assert done.is_set()
+
+
+def test_an_error_is_told_as_soon_as_somebody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background_module, "PATIENCE", 0.0)
+
+    def fail() -> None:
+        raise RunFailed("disk full")
+
+    with pytest.raises(RunFailed, match="disk full"), Background() as background:  # noqa: PT012
+        background.add(fail)
+        for _ in range(6000):
+            background.collect()
+            time.sleep(0.01)
 
 
 def test_the_first_error_is_the_one_that_is_told() -> None:
