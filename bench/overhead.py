@@ -5,7 +5,9 @@
 
 Stages and bare model calls take turns in one process, round by round, on `words` and on a model of two experts of about
 53 M parameters each with random weights. Every ratio is the median over the rounds of the stage's seconds over those of
-the bare calls of the same round:
+the bare calls of the same round. What else the machine does makes parts of a round slower, on either side. So the page
+also has the ratio of quiet parts: each batch of forwards, each decoding and each update counts with the lower quartile
+of its seconds over the rounds.
 
 - rollout: the stage, from prompts to sealed shards, over the guided forwards of all steps and the decoding.
 - updates: the seconds of all updates as metrics.jsonl has them, over forward, backward and AdamW on the same batches,
@@ -24,12 +26,14 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from torch import Tensor
@@ -44,12 +48,12 @@ from bench.learn import replace_section
 from rollout.policy import Policy
 from rollout.policy.folder import DTYPES
 from rollout.run import rollout
+from rollout.sampler import Sampler
 from shards.run import Run
 from shards.run_toml import Setting, apply_sets, parse_config, read_preset
 from train import run as train_run
 from train.data import Rollouts
 from train.order import plan_ranks
-from train.replay import prove
 
 MIDDLE = {"patch_size": (1, 2, 2), "num_attention_heads": 8, "attention_head_dim": 64, "in_channels": 16,
           "out_channels": 16, "text_dim": 64, "freq_dim": 256, "ffn_dim": 2048, "num_layers": 12,
@@ -62,25 +66,36 @@ Inputs = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Round:
-    """Seconds of one round."""
+    """Seconds of one round, in parts that are the same in every round."""
 
-    rollout: float
-    bare_rollout: float
-    updates: float
-    bare_updates: float
-    train: float
-    """The whole stage, the gate included."""
+    rollout: list[float]
+    bare_rollout: list[float]
+    updates: list[float]
+    bare_updates: list[float]
+    rest: float
+    """Of the training stage beside updates and gate."""
     gate: float
 
     @property
-    def ratios(self) -> dict[str, float]:
-        """What the page says."""
+    def pairs(self) -> dict[str, tuple[list[float], list[float]]]:
+        """Parts of what the page compares, and of what it is compared with."""
         return {
-            "rollout": self.rollout / self.bare_rollout,
-            "updates": self.updates / self.bare_updates,
-            "train stage": (self.train - self.gate) / self.bare_updates,
-            "gate": self.gate / (self.rollout + self.train),
+            "rollout": (self.rollout, self.bare_rollout),
+            "updates": (self.updates, self.bare_updates),
+            "train stage": ([*self.updates, self.rest], self.bare_updates),
+            "gate": ([self.gate], [*self.rollout, *self.updates, self.rest, self.gate]),
         }
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """The first over the second of each pair."""
+        return {name: sum(one) / sum(other) for name, (one, other) in self.pairs.items()}
+
+
+def quiet_ratio(name: str, rounds: list[Round]) -> float:
+    """The same ratio, each part with the lower quartile of its seconds over the rounds."""
+    ours, bare = (np.quantile([one.pairs[name][side] for one in rounds], 0.25, axis=0).sum() for side in (0, 1))
+    return float(ours / bare)
 
 
 def settings_of(model: str, objective: str, small: bool, folder: Path) -> list[Setting]:
@@ -140,29 +155,30 @@ def velocity(policy: Policy, expert: int, inputs: Inputs, guidance: float) -> Te
 
 
 @torch.no_grad()
-def bare_rollout(policy: Policy, rollouts: Rollouts, run: Run) -> float:
-    """Seconds of the forwards of a rollout and the decoding of its videos, and nothing else."""
+def bare_rollout(policy: Policy, rollouts: Rollouts, run: Run) -> list[float]:
+    """Seconds of the forwards of each chunk of a rollout and of the decoding of its videos, and of nothing else."""
     plan, schedule = rollouts.plan, rollouts.schedule
+    found: list[float] = []
     chunks = [chunk for groups in plan.shards for chunk in plan.chunks(groups)]
     latents = torch.randn(1, *policy.layout.latent_shape(*plan.video.size))
-    sync(policy.device)
-    began = time.monotonic()
     for expert in policy.layout.expert_ids:
         policy.experts.use(expert)
         steps = [step for step in range(schedule.steps) if schedule.experts[step] == expert]
         for chunk in chunks:
-            inputs = inputs_of(policy, expert, chunk.count, run)
-            for step in steps:
-                velocity(policy, expert, inputs, schedule.guidance[step])
+            with timed(found, policy):
+                inputs = inputs_of(policy, expert, chunk.count, run)
+                for step in steps:
+                    velocity(policy, expert, inputs, schedule.guidance[step])
     for chunk in chunks:
-        policy.vae.decode(latents.expand(chunk.count, -1, -1, -1, -1), plan.arithmetic.decode_batch)
-    sync(policy.device)
-    return time.monotonic() - began
+        with timed(found, policy):
+            policy.vae.decode(latents.expand(chunk.count, -1, -1, -1, -1), plan.arithmetic.decode_batch)
+    return found
 
 
-def bare_updates(policy: Policy, rollouts: Rollouts, run: Run) -> float:
-    """Seconds of forward, backward and AdamW of an iteration, on the batches of the updates, and nothing else."""
-    train, seconds = run.config.train, 0.0
+def bare_updates(policy: Policy, rollouts: Rollouts, run: Run) -> list[float]:
+    """Seconds of forward, backward and AdamW of each update of an iteration, on its batches, and of nothing else."""
+    train = run.config.train
+    found: list[float] = []
     for expert in policy.layout.expert_ids:
         policy.experts.use(expert)
         parameters = [parameter for _, parameter in policy.experts.trainable(expert)]
@@ -170,53 +186,63 @@ def bare_updates(policy: Policy, rollouts: Rollouts, run: Run) -> float:
         plan = plan_ranks(rollouts.units(), 1, seed=rollouts.plan.seed, iteration=0, expert=expert,
                           updates=train.updates_per_rollout)  # fmt: skip
         ready = {unit.size: inputs_of(policy, expert, unit.size, run) for batch in plan.batches for unit in batch}
-        sync(policy.device)
-        began = time.monotonic()
         for number, batch in enumerate(plan.batches):
-            for unit in batch:
-                guidance = rollouts.schedule.guidance[unit.step]
-                if number and not train.is_published:  # what the old policy says at this state
-                    with torch.no_grad():
-                        velocity(policy, expert, ready[unit.size], guidance)
-                velocity(policy, expert, ready[unit.size], guidance).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        sync(policy.device)
-        seconds += time.monotonic() - began
-    return seconds
+            with timed(found, policy):
+                for unit in batch:
+                    guidance = rollouts.schedule.guidance[unit.step]
+                    if number and not train.is_published:  # what the old policy says at this state
+                        with torch.no_grad():
+                            velocity(policy, expert, ready[unit.size], guidance)
+                    velocity(policy, expert, ready[unit.size], guidance).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+    return found
 
 
 # --- One round -------------------------------------------------------------------------------------------------------
 
 
-def timed(function: Callable[[], Any], policy: Policy) -> float:
-    """Seconds of a call, until the device is done."""
+@contextmanager
+def timed(found: list[float], policy: Policy) -> Iterator[None]:
+    """Add the seconds of the block, until the device is done."""
     sync(policy.device)
     began = time.monotonic()
-    function()
+    yield
     sync(policy.device)
-    return time.monotonic() - began
+    found.append(time.monotonic() - began)
+
+
+@contextmanager
+def timing(owner: Any, name: str, found: list[float], policy: Policy) -> Iterator[None]:
+    """Inside, the seconds of every call of a function are added."""
+    before = getattr(owner, name)
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        with timed(found, policy):
+            return before(*arguments, **named)
+
+    with mock.patch.object(owner, name, call):
+        yield
 
 
 def one_round(run: Run, policy: Policy) -> Round:
     """The stages of iteration 0 and the bare calls, in turn; the run is a new one."""
-    stage, gate = run.iteration(0), []
-    sampling = timed(lambda: rollout(run, stage, policy), policy)
+    gate: list[float] = []
+    whole: list[float] = []
+    sampled: list[float] = []
+    stage, parts = run.iteration(0), (sampled, policy)
+    with timing(Sampler, "advance", *parts), timing(Sampler, "decode", *parts), timed(whole, policy):
+        rollout(run, stage, policy)
+    sampled.append(whole.pop() - sum(sampled))
     rollouts = Rollouts.open(stage)
     bare_sampling = bare_rollout(policy, rollouts, run)
     advise(stage)
-
-    def proving(*arguments: Any, **named: Any) -> Any:
-        began = time.monotonic()
-        found = prove(*arguments, **named)
-        gate.append(time.monotonic() - began)
-        return found
-
-    with mock.patch.object(train_run, "prove", proving):
-        training = timed(lambda: train_run.train(run, 0, policy), policy)
+    with timing(train_run, "prove", gate, policy), timed(whole, policy):
+        train_run.train(run, 0, policy)
     records = [json.loads(line) for line in stage.metrics_path.read_text().splitlines()]
-    updates = sum(record["seconds"] for record in records)
-    return Round(sampling, bare_sampling, updates, bare_updates(policy, rollouts, run), training, sum(gate))
+    updates = [record["seconds"] for record in records]
+    bare = bare_updates(policy, rollouts, run)
+    return Round(sampled, bare_sampling, updates, bare, whole.pop() - sum(gate) - sum(updates), sum(gate))
 
 
 def rounds_of(model: str, objective: str, small: bool, count: int, out: Path) -> Iterator[Round]:
@@ -249,20 +275,24 @@ def section(command: str, rows: Mapping[tuple[str, str], list[Round]]) -> str:
     names = ("rollout", "updates", "train stage", "gate")
     lines = [
         f"`{command}` on {cores} cores ({device}), {torch.get_num_threads()} thread, torch {torch.__version__}, load "
-        f"average {load:.1f} at the end; medians of {count} rounds, stages and bare model calls in turn.",
+        f"average {load:.1f} at the end; medians of {count} rounds, stages and bare model calls in turn, the range in "
+        "brackets; then the ratio of quiet parts.",
         "",
         "| model, objective | rollout ÷ forwards and decode | updates ÷ forward, backward, AdamW | train stage without "
         "the gate ÷ the same | gate, share of the iteration |",
         "|-|-|-|-|-|",
     ]
     for (model, objective), rounds in rows.items():
-        cells = []
-        for name in names:
-            values = [one.ratios[name] for one in rounds]
-            form = (lambda value: f"{100 * value:.1f} %") if name == "gate" else (lambda value: f"{value:.3f}")
-            cells.append(f"{form(statistics.median(values))} ({form(min(values))}–{form(max(values))})")
-        lines.append(f"| {model}, {objective} | {' | '.join(cells)} |")
+        lines.append(f"| {model}, {objective} | {' | '.join(cell(name, rounds) for name in names)} |")
     return "\n".join(lines) + "\n"
+
+
+def cell(name: str, rounds: list[Round]) -> str:
+    """Median and range of a ratio, and that of quiet parts; of the gate, a share, without the last."""
+    values = [one.ratios[name] for one in rounds]
+    if name == "gate":
+        return f"{100 * statistics.median(values):.1f} % ({100 * min(values):.1f}–{100 * max(values):.1f})"
+    return f"{statistics.median(values):.3f} ({min(values):.3f}–{max(values):.3f}); {quiet_ratio(name, rounds):.3f}"
 
 
 def main(words: list[str] | None = None) -> None:

@@ -85,6 +85,7 @@ class Losses:
         with torch.no_grad(), self.policy.experts.reference():
             for unit, following in zip(missing, [*missing[1:], units[0]], strict=True):
                 batch = self.read(unit, following)
+                self.ahead.begin()
                 velocity, mean = self._under_reference(batch, self.forwards.state(batch))
                 self.references[unit] = velocity.to(self.rolled_out.away), mean.to(self.rolled_out.away)
 
@@ -95,6 +96,7 @@ class Losses:
         gains: list[Tensor] = []
         for unit, following in zip(units, [*units[1:], units[0]], strict=True):
             batch = self.read(unit, following)
+            self.ahead.begin()
             x = self.forwards.state(batch)
             old = self.forwards.old_velocity(batch, x)
             velocity = self.forwards.velocity(batch, x) if moved else old
@@ -271,7 +273,7 @@ class Losses:
         return velocity, velocity
 
     def read(self, unit: Unit, following: Unit | None = None) -> Batch:
-        """The batch of a unit, as the objective needs it; `following` is then read in the background, to come next."""
+        """The batch of a unit, as the objective needs it; `following` is what `ahead.begin` then begins to read."""
         with self.world.together():
             return to_batch(self.ahead.take(unit, following), self.policy)
 

@@ -113,7 +113,7 @@ class ExpertTrainer:
         Those that count, on the device: the host waits for nothing here.
         FSDP averages gradients over all ranks. What is wanted is their sum over samples and over parts of the token
         sequence, so the loss is multiplied by the number of ranks. Without `counts` every row has weight 0.
-        `following` is the unit of the next call, to be read in the meantime.
+        `following` is the unit of the next call, which is read during the backward pass.
         """
         batch = self.losses.read(unit, following)
         pairs = [self.inputs.advantages[key] for key in batch.keys]
@@ -121,6 +121,7 @@ class ExpertTrainer:
         advantage = losses.clip_advantage(row([pair[0] for pair in pairs], batch.log_prob), self.config.advantage_clip)
         rows = self.losses.rows(batch, advantage, measure=measure, moved=self.moved)
         loss = (rows.loss * (weight / total)).sum()
+        self.losses.ahead.begin()
         self.policy.experts.backward(loss * self.world.size if self.world.size > 1 else loss)
         if measure and self.config.is_published and not self.config.ratio_norm and self.world.data_rank > 0:
             rows.shift = None  # all ranks measured it, to stay in step; the first batch of the minibatch tells it

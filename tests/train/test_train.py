@@ -537,6 +537,9 @@ def test_the_next_unit_and_no_other_is_read_in_the_meantime(rolled: Run) -> None
     with contextlib.closing(Ahead(read)) as ahead:
         for unit, following in itertools.pairwise(units):
             assert torch.equal(ahead.take(unit, following).states["x"], read_step(rollouts, unit).states["x"])
+            assert len(seen) == 1 + units.index(unit)
+            ahead.begin()
+            ahead.begin()  # as often as one likes
             while len(seen) < 1 + units.index(following):
                 assert time.monotonic() < deadline, "nothing is read ahead"
                 time.sleep(0.001)  # it comes without being asked for
