@@ -404,10 +404,11 @@ def test_the_notes_are_those_of_the_program() -> None:
 def test_every_law_and_form_is_in_the_table() -> None:
     from typing import get_args
 
-    from shards import config, plan
+    from shards import config
+    from shards.records import schedule
 
     text = (DOCS / "sampling.md").read_text(encoding="utf-8")
-    for kind in (plan.Law, plan.Form, plan.Solver, config.SigmaGrid, config.Window):
+    for kind in (schedule.Law, schedule.Form, schedule.Solver, config.SigmaGrid, config.Window):
         assert all(f"`{name}`" in text for name in get_args(kind))
 
 

@@ -74,7 +74,7 @@ def test_no_step_of_sampling_waits(tiny_ti2v: Path, tmp_path: Path, monkeypatch:
         for chunk in plan.chunks([*plan.by_key]):
             for _, steps in sampler.phases:
                 state = sampler.start(chunk)
-                sampler.advance(chunk, state, shared[chunk.group], steps)
+                sampler.advance(chunk, state, shared, steps)
         assert census.seen > 500, census.seen
     assert len(brought) == len(sampler.phases)
     assert any(state.log_prob for state in brought)

@@ -218,7 +218,7 @@ def test_many_ranks_end_where_one_process_ends(
     for key, value in theirs.items():
         difference = float((ours[key].float() - value.float()).abs().max())
         # an average that lies between two values of bfloat16 may be rounded to the other one
-        assert difference <= (1e-5 if value.dtype == torch.float32 else 2**-7) * float(value.abs().max()), key
+        assert difference <= (3e-5 if value.dtype == torch.float32 else 2**-7) * float(value.abs().max()), key
         if value.dtype == torch.bfloat16:
             continue
         if key in before:

@@ -675,7 +675,7 @@ def test_ratio_norm_cannot_take_older_shards_without_their_means(trained: Run, p
             write_group(stage, shard, chunk.group, shared[chunk.group])
             state = sampler.start(chunk)
             for _, steps in sampler.phases:
-                sampler.advance(chunk, state, shared[chunk.group], steps)
+                sampler.advance(chunk, state, shared, steps)
             for sample in sampler.finish(chunk, state):
                 write_samples(stage, shard, sample)
         seal(stage, shard, {})
