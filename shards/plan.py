@@ -8,15 +8,12 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import groupby, pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from shards.errors import UserError
 from shards.records.reading import first_fault, reader, short
 from shards.records.schedule import STRICT, Schedule
 from shards.records.strict_json import parse_object
-
-if TYPE_CHECKING:
-    pass
 
 LARGEST = 64 * 2**20  # bytes of plan.json that are read: a hundred thousand groups
 SCHEMA: Literal[1] = 1  # of plan, manifest, member and index; README.md has its history

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,34 @@ def test_chunks_and_keys_follow_from_the_plan() -> None:
     assert (plan.samples, plan.shard_sizes, plan.video.size) == (6, {0: 6}, (32, 64, 5))
 
 
+def test_chunks_across_groups_are_cut_within_the_shard_and_between_images() -> None:
+    plan = plan_of(make_plan(kind="eval", groups=4, group_size=2, batch_size=3, groups_per_shard=4))
+    assert [chunk.count for chunk in plan.chunks(plan.shards[0])] == [2, 2, 2, 2]
+    assert plan.place("i000000-p000002", 1) == (1, 2)
+    plan = replace(plan, batch_across_groups=True)
+    chunks = plan.chunks(plan.shards[0])
+    assert [chunk.samples for chunk in chunks] == [(0, 1, 0), (1, 0, 1), (0, 1)]
+    assert [key for chunk in chunks for key in chunk.keys] == plan.keys(0)
+    assert chunks[1].parts == [("i000000-p000001", 1), ("i000000-p000002", 2)]
+    assert plan.place("i000000-p000002", 1) == (5, 8)
+    with_image = tuple(replace(group, image="first.png") if n == 1 else group for n, group in enumerate(plan.groups))
+    cut = replace(plan, groups=with_image).chunks(plan.shards[0])
+    assert [chunk.parts for chunk in cut] == [
+        [("i000000-p000000", 2)], [("i000000-p000001", 2)], [("i000000-p000002", 2), ("i000000-p000003", 1)],
+        [("i000000-p000003", 1)],
+    ]  # fmt: skip
+
+
+def test_a_plan_has_only_what_differs_from_older_ones() -> None:
+    plan = plan_of(make_plan(kind="eval"))
+    assert not {"batch_across_groups", "arithmetic"} & plan.to_dict().keys()
+    assert "preset" not in plan.to_dict()["video"]
+    other = replace(plan, batch_across_groups=True, video=replace(plan.video, preset="veryfast"))
+    assert other.to_dict()["batch_across_groups"] is True
+    assert other.to_dict()["video"]["preset"] == "veryfast"
+    assert plan_of(other.to_dict()) == other
+
+
 @pytest.mark.parametrize(
     ("edit", "told"),
     [
@@ -93,6 +122,8 @@ def test_chunks_and_keys_follow_from_the_plan() -> None:
         (changed("groups", 0, "window", value=[2, 1]), "groups.0.window is [2, 1], but the sampler has 4 steps"),
         (changed("groups", 0, "window", value=[-1, 2]), "groups.0.window is [-1, 2], but the sampler has 4 steps"),
         (changed("video", "crf", value=52), "video.crf is 52, not from 0 to 51"),
+        (changed("video", "preset", value="quick"), "is damaged: video.preset: input should be 'ultrafast'"),
+        (changed("batch_across_groups", value=True), "batch_across_groups is true, but it is a rollout"),
         (changed("groups", 0, "window", value=[3]), "groups.0.window is [3], but the sampler has 4 steps"),
         (changed("shards", value=[]), "its shards do not hold each of its groups once"),
         (changed("schema", value=2), "has schema 2; this version reads 1"),

@@ -613,6 +613,9 @@ def test_video_is_deterministic_and_close() -> None:
     assert make_video(3) == video
     frames = np.zeros((5, 32, 64, 3), np.uint8)
     frames[:, :16], frames[:, 16:, :32], frames[:, 16:, 32:] = (255, 0, 0), (0, 255, 0), (30, 60, 200)
+    fast = encode_mp4(frames, 16, crf=12, preset="veryfast")
+    assert fast == encode_mp4(frames, 16, crf=12, preset="veryfast") != encode_mp4(frames, 16, crf=12)
+    assert abs(decode_mp4(fast).astype(int) - frames).mean() < 8
     again = decode_mp4(encode_mp4(frames, 16, crf=12))
     assert again.shape == frames.shape
     inner = np.abs(again.astype(int) - frames)[:, 4:12, 4:60]
