@@ -179,7 +179,7 @@ class Work:
     def _commit(self, hand: _InHand, chunk: Chunk, state: State) -> None:
         """Decode a chunk and have its samples spooled; those that were there stay as they are."""
         self.background.collect()
-        with self.background.calm():
+        with self.background.long_calls():
             decoded = self.sampler.decode(state)
         self.background.settle()
 

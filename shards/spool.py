@@ -48,7 +48,7 @@ def write_samples(stage: Stage, shard: int, *samples: Sample) -> bool:
     """Put finished samples, neighbours in their shard, into the spool as one tar: all of them or none.
 
     False when that file was there already or the shard is committed. Raises UserError for keys the plan does not have
-    in this shard one behind the other, for text that is not Unicode and for a record over 16 MiB; RunFailed when the
+    in this shard one after the other, for text that is not Unicode and for a record over 16 MiB; RunFailed when the
     disk is full.
     """
     keys, there = [sample.key for sample in samples], stage.keys(shard)
@@ -59,7 +59,9 @@ def write_samples(stage: Stage, shard: int, *samples: Sample) -> bool:
             )
     start = there.index(keys[0])
     if keys != there[start : start + len(keys)]:
-        raise UserError(f"{', '.join(keys)}: not neighbours in shard {shard} of {stage.path}", "write them one by one")
+        raise UserError(
+            f"{', '.join(keys)} are not neighbours in shard {shard} of {stage.path}", "write them one by one"
+        )
     parts = [part for sample in samples for part in _members(sample)]
     if stage.is_committed(shard):
         return False

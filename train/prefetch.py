@@ -33,8 +33,8 @@ class Ahead:
     def begin(self) -> None:
         """Begin to read the unit that the last call of `take` named as following.
 
-        At best before a backward pass: that asks Python for little, and a forward for much, which would have to wait
-        for this thread (`shards.process.background` says why).
+        At best before a backward pass, which seldom needs the GIL; a forward needs it after each operation and would
+        wait for this thread.
         """
         following, self._following = self._following, None
         if following is not None:

@@ -39,30 +39,30 @@ def test_pieces_are_done_in_order_and_told_to_who_settles() -> None:
     assert not any(name.startswith("background") for name in names())
 
 
-def test_a_piece_waits_for_a_calm_stretch_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_piece_waits_for_long_calls_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     done, seen = threading.Event(), []
-    monkeypatch.setattr(background_module, "PATIENCE", 3600.0)
+    monkeypatch.setattr(background_module, "LONGEST_WAIT", 3600.0)
     with Background() as background:
         background.add(done.set, seen.append)
         assert not done.wait(0.2)
         background.collect()
         assert seen == []
-        with background.calm():
+        with background.long_calls():
             assert done.wait(60)
         background.settle()
         assert seen == [None]
-        monkeypatch.setattr(background_module, "PATIENCE", 0.0)
+        monkeypatch.setattr(background_module, "LONGEST_WAIT", 0.0)
         done.clear()
         background.add(done.set)
         assert done.wait(60)
-        monkeypatch.setattr(background_module, "PATIENCE", 3600.0)
+        monkeypatch.setattr(background_module, "LONGEST_WAIT", 3600.0)
         done.clear()
-        background.add(done.set)  # the end of the block is calm
+        background.add(done.set)  # it begins at the end of the block
     assert done.is_set()
 
 
 def test_an_error_is_told_as_soon_as_somebody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(background_module, "PATIENCE", 0.0)
+    monkeypatch.setattr(background_module, "LONGEST_WAIT", 0.0)
 
     def fail() -> None:
         raise RunFailed("disk full")

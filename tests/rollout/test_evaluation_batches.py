@@ -30,7 +30,7 @@ def evaluation(model: str, folder: Path, request: pytest.FixtureRequest) -> tupl
     """An evaluation of five prompts, each with a negative prompt of its own, with two videos each in batches of 3."""
     rows, size = [], SIZES[model]
     for number, image in enumerate(IMAGES[model]):
-        rows.append({"prompt": f'a sign "{number}"', "negative_prompt": "bad " * number})
+        rows.append({"prompt": f'a sign "{number}"', "negative": "bad " * number})
         if image:
             rows[-1]["image"] = f"{number}.png"
             Image.new("RGB", (size, size), (50 * number, 200 - 40 * number, 90)).save(folder / f"{number}.png")
@@ -73,6 +73,7 @@ def test_a_video_does_not_depend_on_the_prompts_beside_it(
     plan = stage.plan()
     assert plan is not None
     assert plan.batch_across_groups
+    assert len({plan.negative_of(group) for group in plan.by_key}) == 5
     counts = [[len(chunk.parts) for chunk in plan.chunks(shard)] for shard in plan.shards]
     # shards of three groups and of two; a batch never holds prompts with an image and without one
     assert counts == {"tiny_ti2v": [[2, 1, 1], [1, 1]]}.get(model, [[2, 2], [2, 1]])
